@@ -1,0 +1,59 @@
+// Input checks of the operators, and their wording. Python's public functions check first and raise
+// TypeError or ValueError; these guard direct calls of torch.ops.spectral_kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace spectral_kernels {
+
+inline void check_matrix(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
+  const auto type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+                   name, " must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_VALUE(t.dim() >= 2, name, " must have at least two dimensions, got shape ", t.sizes());
+}
+
+inline void check_full_precision(const at::Tensor& t, const char* name) {
+  check_matrix(t, name);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
+                   " must be float32 or float64, got ", t.scalar_type());
+}
+
+inline void check_square(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.size(-1) == t.size(-2), name, " must be square, got shape ", t.sizes());
+}
+
+inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::Tensor& b,
+                             const char* b_name) {
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " has shape ", a.sizes(), " but ", b_name,
+                    " has shape ", b.sizes());
+}
+
+// A tensor that will be written: every element must have a place of its own.
+inline void check_writable(const at::Tensor& t, const char* name) {
+  for (int64_t d = 0; d < t.dim(); d++)
+    TORCH_CHECK_VALUE(t.size(d) <= 1 || t.stride(d) != 0, name,
+                      " is written in place but has a stride of 0 in dimension ", d, " (shape ",
+                      t.sizes(), ", strides ", t.strides(), ")");
+}
+
+inline void check_list(at::TensorList list, const char* name, size_t count) {
+  TORCH_CHECK_VALUE(list.size() == count, name, " has ", list.size(), " entries, params has ", count);
+}
+
+inline void check_one_of(const std::string& value, const char* name,
+                         std::initializer_list<const char*> choices) {
+  std::string known;
+  for (const char* choice : choices) {
+    if (value == choice) return;
+    known += (known.empty() ? "'" : ", '") + std::string(choice) + "'";
+  }
+  TORCH_CHECK_VALUE(false, name, " is '", value, "', must be one of ", known);
+}
+
+}  // namespace spectral_kernels

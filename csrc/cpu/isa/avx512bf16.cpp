@@ -1,0 +1,34 @@
+// AVX-512 with bf16 dot products (Zen 4, Cooper Lake, Sapphire Rapids and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "../tiles.h"
+#include "sets.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+namespace spectral_kernels::cpu::avx512bf16 {
+#define SK_NAME "avx512bf16"
+#define SK_VECTOR_BYTES 64
+#define SK_MR 8
+#define SK_NV 2
+#define SK_PV 2
+#define SK_BLOCK_K 384
+#define SK_HAS_F16C 1
+#define SK_HAS_BF16_DOT 1
+#include "tiles.inl"
+const Kernels& table() { return kTable; }
+}  // namespace spectral_kernels::cpu::avx512bf16
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,595 @@
+// The micro-kernels, written once with compiler vector types and compiled per instruction set.
+// The including file has set, inside a target region of its own:
+//   SK_VECTOR_BYTES  bytes of a vector register
+//   SK_MR, SK_NV     rows and vectors of a register tile (SK_MR * SK_NV accumulators)
+//   SK_PV            vectors of a panel, a multiple of SK_NV: the panel width is P = SK_PV * lanes
+//   SK_BLOCK_K       rows of a panel that are multiplied before the accumulators go to memory
+//   SK_HAS_F16C, SK_HAS_BF16_DOT  0 or 1
+//   SK_NAME          what `info` calls this set
+// and is inside a namespace of its own. No standard header may be included from here.
+
+#define SK_INLINE static inline __attribute__((always_inline))
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, (__VA_ARGS__)...)
+#else
+#define SK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){(__VA_ARGS__)...})
+#endif
+
+template <class T>
+struct Simd {
+  static constexpr int kLanes = SK_VECTOR_BYTES / sizeof(T);
+  static constexpr int kPanel = SK_PV * kLanes;  // P
+  typedef T Vector __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(SK_VECTOR_BYTES), aligned(4), may_alias));
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+
+template <class T>
+SK_INLINE Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+template <class T>
+SK_INLINE void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+// ---------------------------------------------------------------- element formats
+
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+SK_INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+SK_INLINE float float_of(uint32_t u) { return __builtin_bit_cast(float, u); }
+
+// Round to nearest even, in the upper 16 bits. A NaN keeps its sign and stays a NaN.
+SK_INLINE uint32_t round_bf16(uint32_t u) {
+  const uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return (u & 0x7fffffffu) > 0x7f800000u ? (u | 0x00400000u) : rounded;
+}
+
+SK_INLINE float to_float(BF16 x) { return float_of(uint32_t(x.bits) << 16); }
+SK_INLINE BF16 to_bf16(float x) { return {uint16_t(round_bf16(bits_of(x)) >> 16)}; }
+
+#if !SK_HAS_F16C
+SK_INLINE float to_float(F16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu);
+  // Shifting exponent and mantissa into place and multiplying by 2^112 is exact for every finite
+  // half, subnormals included.
+  const float finite = float_of(magnitude << 13) * 0x1p112f;
+  const uint32_t u = magnitude >= 0x7c00u ? (0x7f800000u | (magnitude << 13)) : bits_of(finite);
+  return float_of(sign | u);
+}
+SK_INLINE F16 to_f16(float x) {
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to 65536 or above
+  // Adding 2^(e+13) times 0.5 to a subnormal result lets the FPU round it to the half's grid.
+  if (magnitude < 0x38800000u)
+    return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return {uint16_t(sign | ((rounded - 0x38000000u) >> 13))};
+}
+#else
+SK_INLINE float to_float(F16 x) { return _cvtsh_ss(x.bits); }
+SK_INLINE F16 to_f16(float x) { return {uint16_t(_cvtss_sh(x, 0))}; }
+#endif
+
+template <class T>
+SK_INLINE void get(const float* p, T* out) { *out = T(*p); }
+template <class T>
+SK_INLINE void get(const double* p, T* out) { *out = T(*p); }
+template <class T>
+SK_INLINE void get(const BF16* p, T* out) { *out = T(to_float(*p)); }
+template <class T>
+SK_INLINE void get(const F16* p, T* out) { *out = T(to_float(*p)); }
+template <class T>
+SK_INLINE void put(float* p, T x) { *p = float(x); }
+template <class T>
+SK_INLINE void put(double* p, T x) { *p = double(x); }
+template <class T>
+SK_INLINE void put(BF16* p, T x) { *p = to_bf16(float(x)); }
+template <class T>
+SK_INLINE void put(F16* p, T x) { *p = to_f16(float(x)); }
+
+// n consecutive elements; with a constant n the loops below become a few vector instructions.
+template <class S, class T>
+SK_INLINE void get_row(const S* p, int n, T* out) {
+  for (int j = 0; j < n; j++) get(p + j, out + j);
+}
+template <class S, class T>
+SK_INLINE void put_row(S* p, int n, const T* in) {
+  for (int j = 0; j < n; j++) put(p + j, in[j]);
+}
+#if SK_HAS_F16C
+SK_INLINE void get_row(const F16* p, int n, float* out) {
+  int j = 0;
+  for (; j + 8 <= n; j += 8)
+    _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + j))));
+  for (; j < n; j++) out[j] = to_float(p[j]);
+}
+SK_INLINE void put_row(F16* p, int n, const float* in) {
+  int j = 0;
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128((__m128i*)(p + j), _mm256_cvtps_ph(_mm256_loadu_ps(in + j), 0));
+  for (; j < n; j++) p[j] = to_f16(in[j]);
+}
+#endif
+
+// ---------------------------------------------------------------- P x P blocks
+
+// A block is P x P numbers in L1, row-major with row length P; whatever lies beyond the matrix is 0.
+template <class T>
+using Block = T[Simd<T>::kPanel * Simd<T>::kPanel];
+
+// Transposes kLanes x kLanes numbers held in kLanes vectors, in log2(kLanes) stages.
+template <class T>
+struct Transpose {
+  static constexpr int kLanes = Simd<T>::kLanes;
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+
+  // Swaps the off-diagonal d x d sub-blocks of rows a and b, where b is row a + d.
+  template <int d, int... lane>
+  SK_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, lane...>) {
+    const Vector<T> upper = SK_SHUFFLE(a, b, (lane & d) == 0 ? lane : kLanes + lane - d);
+    b = SK_SHUFFLE(a, b, (lane & d) == 0 ? lane + d : kLanes + lane);
+    a = upper;
+  }
+  template <int d>
+  SK_INLINE void stage(Vector<T>* row) {
+    if constexpr (d > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        if ((i & d) == 0) exchange<d>(row[i], row[i + d], Lanes{});
+      stage<d / 2>(row);
+    }
+  }
+};
+
+template <class T>
+SK_INLINE void transpose_block(const T* in, T* out) {
+  constexpr int kLanes = Simd<T>::kLanes, P = Simd<T>::kPanel;
+  for (int i = 0; i < P; i += kLanes)
+    for (int j = 0; j < P; j += kLanes) {
+      Vector<T> row[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; r++) row[r] = load(in + (i + r) * P + j);
+      Transpose<T>::template stage<kLanes / 2>(row);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; r++) store(out + (j + r) * P + i, row[r]);
+    }
+}
+
+template <class T>
+SK_INLINE void clear_block(T* block) {
+  constexpr int P = Simd<T>::kPanel;
+  for (int i = 0; i < P * P; i += Simd<T>::kLanes) store(block + i, Vector<T>{});
+}
+
+template <class S, class T>
+static void load_block_of(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols, T* block) {
+  constexpr int P = Simd<T>::kPanel;
+  const S* base = static_cast<const S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
+  if (m.col_stride == 1) {
+    if (rows < P || cols < P) clear_block(block);
+    if (cols == P)
+      for (int i = 0; i < rows; i++) get_row(base + i * m.row_stride, P, block + i * P);
+    else
+      for (int i = 0; i < rows; i++) get_row(base + i * m.row_stride, cols, block + i * P);
+  } else if (m.row_stride == 1) {
+    alignas(64) Block<T> columns;
+    load_block_of<S, T>(m.transposed(), j0, i0, cols, rows, columns);
+    transpose_block(columns, block);
+  } else {
+    if (rows < P || cols < P) clear_block(block);
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < cols; j++)
+        get(base + i * m.row_stride + j * m.col_stride, block + i * P + j);
+  }
+}
+
+template <class T>
+static void load_block(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols, T* block) {
+  switch (m.dtype) {
+    case DType::kF32: return load_block_of<float, T>(m, i0, j0, rows, cols, block);
+    case DType::kF64: return load_block_of<double, T>(m, i0, j0, rows, cols, block);
+    case DType::kBF16: return load_block_of<BF16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF16: return load_block_of<F16, T>(m, i0, j0, rows, cols, block);
+  }
+}
+
+template <class S, class T>
+static void store_block_of(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols,
+                           const T* block) {
+  constexpr int P = Simd<T>::kPanel;
+  S* base = static_cast<S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
+  if (m.col_stride == 1) {
+    if (cols == P)
+      for (int i = 0; i < rows; i++) put_row(base + i * m.row_stride, P, block + i * P);
+    else
+      for (int i = 0; i < rows; i++) put_row(base + i * m.row_stride, cols, block + i * P);
+  } else if (m.row_stride == 1) {
+    alignas(64) Block<T> columns;
+    transpose_block(block, columns);
+    store_block_of<S, T>(m.transposed(), j0, i0, cols, rows, columns);
+  } else {
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < cols; j++)
+        put(base + i * m.row_stride + j * m.col_stride, block[i * P + j]);
+  }
+}
+
+template <class T>
+static void store_block(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols,
+                        const T* block) {
+  switch (m.dtype) {
+    case DType::kF32: return store_block_of<float, T>(m, i0, j0, rows, cols, block);
+    case DType::kF64: return store_block_of<double, T>(m, i0, j0, rows, cols, block);
+    case DType::kBF16: return store_block_of<BF16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF16: return store_block_of<F16, T>(m, i0, j0, rows, cols, block);
+  }
+}
+
+// ---------------------------------------------------------------- panels
+
+template <class T>
+SK_INLINE T* panel_block(const Panels& p, int64_t bi, int64_t bj) {
+  constexpr int P = Simd<T>::kPanel;
+  return static_cast<T*>(p.data) + bj * p.rows * P + bi * P * P;
+}
+SK_INLINE uint32_t* pair_block(const Panels& p, int64_t bi, int64_t bj) {
+  constexpr int P = Simd<float>::kPanel;
+  return static_cast<uint32_t*>(p.data) + bj * ((p.rows + 1) / 2) * P + bi * (P / 2) * P;
+}
+
+// Rows [0, rows) of a block to block (bi, bj) of a packed matrix.
+template <class T>
+SK_INLINE void store_panel(const Panels& p, int64_t bi, int64_t bj, int rows, const T* block) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  if constexpr (sizeof(T) == 4) {
+    if (p.kind == Kind::kBF16) {
+      uint32_t* out = pair_block(p, bi, bj);
+      for (int i = 0; i < rows; i += 2, out += P)
+        for (int j = 0; j < P; j++)
+          out[j] = (round_bf16(bits_of(block[i * P + j])) >> 16) |
+                   (round_bf16(bits_of(block[(i + 1) * P + j])) & 0xffff0000u);
+      return;
+    }
+  }
+  T* out = panel_block<T>(p, bi, bj);
+  for (int i = 0; i < rows * P; i += kLanes) store(out + i, load(block + i));
+}
+
+template <class T>
+SK_INLINE void load_panel(const Panels& p, int64_t bi, int64_t bj, int rows, T* block) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  if (rows < P) clear_block(block);
+  if constexpr (sizeof(T) == 4) {
+    if (p.kind == Kind::kBF16) {
+      const uint32_t* in = pair_block(p, bi, bj);
+      for (int i = 0; i < rows; i += 2, in += P)
+        for (int j = 0; j < P; j++) {
+          block[i * P + j] = float_of(in[j] << 16);
+          block[(i + 1) * P + j] = float_of(in[j] & 0xffff0000u);
+        }
+      return;
+    }
+  }
+  const T* in = panel_block<T>(p, bi, bj);
+  for (int i = 0; i < rows * P; i += kLanes) store(block + i, load(in + i));
+}
+
+// ---------------------------------------------------------------- register tiles
+
+// c (SK_MR rows, NV vectors, row length P) = or += sum over k of a[k][0..SK_MR) b[k][0..NV).
+// Every loop over the accumulators must unroll completely: an indexed access would put the array in
+// memory and cost two thirds of the speed without a word.
+template <class T, int NV, bool kAdd>
+SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restrict b,
+                             T* __restrict c) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  Vector<T> sum[SK_MR][NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++)
+      if constexpr (kAdd) sum[i][v] = load(c + i * P + v * kLanes);
+      else sum[i][v] = Vector<T>{};
+  for (; k > 0; k--, a += P, b += P) {
+    Vector<T> row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) row[v] = load(b + v * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) sum[i][v] += a[i] * row[v];
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(c + i * P + v * kLanes, sum[i][v]);
+}
+
+#if SK_HAS_BF16_DOT
+template <class T, int NV, bool kAdd>
+SK_INLINE void register_tile(int64_t k, const uint32_t* __restrict a, const uint32_t* __restrict b,
+                             float* __restrict c) {
+  constexpr int P = Simd<float>::kPanel, kLanes = 16;
+  __m512 sum[SK_MR][NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++)
+      if constexpr (kAdd) sum[i][v] = _mm512_loadu_ps(c + i * P + v * kLanes);
+      else sum[i][v] = _mm512_setzero_ps();
+  for (; k > 0; k--, a += P, b += P) {
+    __m512bh row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) row[v] = (__m512bh)_mm512_loadu_si512(b + v * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < SK_MR; i++) {
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(a[i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], pair, row[v]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) _mm512_storeu_ps(c + i * P + v * kLanes, sum[i][v]);
+}
+#endif
+
+// Columns [v0, v0 + vectors) of SK_MR rows; `vectors` <= SK_NV.
+template <class T, class E, bool kAdd>
+SK_INLINE void register_tiles(int vectors, int64_t k, const E* a, const E* b, T* c) {
+  if constexpr (SK_NV >= 3)
+    if (vectors == 3) return register_tile<T, 3, kAdd>(k, a, b, c);
+  if constexpr (SK_NV >= 2)
+    if (vectors == 2) return register_tile<T, 2, kAdd>(k, a, b, c);
+  register_tile<T, 1, kAdd>(k, a, b, c);
+}
+
+// One P x P block of the product of two panels, rows k of a stretch of it.
+template <class T, class E, bool kAdd>
+static void block_product(int rows, int cols, bool lower, int64_t k, const E* a, const E* b, T* c) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  for (int i = 0; i < rows; i += SK_MR) {
+    // Of a diagonal block only the vectors up to the diagonal are needed.
+    const int needed = lower && i + SK_MR < cols ? i + SK_MR : cols;
+    const int vectors = (needed + kLanes - 1) / kLanes;
+    for (int v = 0; v < vectors; v += SK_NV)
+      register_tiles<T, E, kAdd>(vectors - v < SK_NV ? vectors - v : SK_NV, k, a + i,
+                                 b + v * kLanes, c + i * P + v * kLanes);
+  }
+}
+
+// ---------------------------------------------------------------- products
+
+template <class T>
+static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int cols, T* c) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  alignas(64) Block<T> other;  // first D or E, later the transposed block
+  const bool diagonal = bi == bj, mirror = p.symmetric && !diagonal;
+  const T alpha = T(p.alpha);
+  if (p.alpha != 1)
+    for (int i = 0; i < P * P; i += kLanes) store(c + i, alpha * load(c + i));
+  const auto add = [&](T beta) __attribute__((always_inline)) {
+    for (int i = 0; i < P * P; i += kLanes) store(c + i, load(c + i) + beta * load(other + i));
+  };
+  if (p.beta_panels != 0) {
+    load_panel(p.add_panels, bi, bj, rows, other);
+    add(T(p.beta_panels));
+  }
+  if (p.beta != 0) {
+    load_block(p.add, bi * P, bj * P, rows, cols, other);
+    add(T(p.beta));
+  }
+  if (p.gamma != 0 && diagonal)
+    for (int i = 0; i < rows && i < cols; i++) c[i * P + i] += T(p.gamma);
+  const bool needs_transpose = p.symmetric || p.out_t;
+  if (needs_transpose) transpose_block(c, other);
+  if (p.symmetric && diagonal) {
+    for (int i = 0; i < rows; i++)
+      for (int j = i + 1; j < cols; j++) c[i * P + j] = other[i * P + j];
+  }
+  if (p.out) {
+    store_panel(p.out, bi, bj, rows, c);
+    if (mirror) store_panel(p.out, bj, bi, cols, other);
+  }
+  if (p.copy) {
+    store_panel(p.copy, bi, bj, rows, c);
+    if (mirror) store_panel(p.copy, bj, bi, cols, other);
+  }
+  if (p.out_t) store_panel(p.out_t, bj, bi, cols, other);
+  if (p.store) {
+    store_block(p.store, bi * P, bj * P, rows, cols, c);
+    if (mirror) store_block(p.store, bj * P, bi * P, cols, rows, other);
+  }
+  if (p.scaled) {
+    const T alpha = T(p.alpha2), gamma = T(p.gamma2);
+    for (int i = 0; i < P * P; i += kLanes) store(c + i, alpha * load(c + i));
+    if (diagonal)
+      for (int i = 0; i < rows; i++) c[i * P + i] += gamma;
+    store_panel(p.scaled, bi, bj, rows, c);
+    if (mirror) {
+      for (int i = 0; i < P * P; i += kLanes) store(other + i, alpha * load(other + i));
+      store_panel(p.scaled, bj, bi, cols, other);
+    }
+  }
+}
+
+template <class T, class E>
+SK_INLINE const E* operand_block(const Panels& p, int64_t k_rows, int64_t b) {
+  return static_cast<const E*>(p.data) + b * k_rows * Simd<T>::kPanel;
+}
+
+template <class T, class E>
+static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                           void* scratch) {
+  constexpr int P = Simd<T>::kPanel;
+  constexpr bool kPairs = sizeof(T) == 4 && __is_same(E, uint32_t);
+  const int64_t m = p.a.cols, n = p.b.cols;
+  const int64_t k_rows = kPairs ? (p.a.rows + 1) / 2 : p.a.rows;
+  // Equal stretches of k no longer than SK_BLOCK_K; they depend on k alone, so every element is
+  // summed in the same order whatever the tiles and threads.
+  const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, int64_t(SK_BLOCK_K)) : 1;
+  const int64_t stretch = ceil_div(k_rows, stretches);
+  T* tile = static_cast<T*>(scratch);
+  for (int64_t s = 0; s < stretches; s++) {
+    const int64_t k0 = s * stretch, k1 = k0 + stretch < k_rows ? k0 + stretch : k_rows;
+    const bool first = s == 0, last = s == stretches - 1;
+    for (int64_t bj = j0; bj < j1; bj++) {
+      const int cols = int(n - bj * P < P ? n - bj * P : P);
+      const E* b = operand_block<T, E>(p.b, k_rows, bj) + k0 * P;
+      int64_t k = k1 - k0;
+      if (p.b_upper) {
+        const int64_t limit = kPairs ? (bj + 1) * P / 2 : (bj + 1) * P;
+        k = limit < k0 ? 0 : (limit < k1 ? limit : k1) - k0;
+      }
+      for (int64_t bi = p.symmetric && bj > i0 ? bj : i0; bi < i1; bi++) {
+        const int rows = int(m - bi * P < P ? m - bi * P : P);
+        const bool lower = p.symmetric && bi == bj;
+        // With one stretch the block never leaves L1; with more it waits in the tile buffer.
+        T* c = stretches == 1 ? tile : tile + ((bi - i0) * (j1 - j0) + (bj - j0)) * P * P;
+        const E* a = operand_block<T, E>(p.a, k_rows, bi) + k0 * P;
+        if (first) {
+          if (rows < P || cols < P || lower) clear_block(c);
+          block_product<T, E, false>(rows, cols, lower, k, a, b, c);
+        } else if (k > 0) {
+          block_product<T, E, true>(rows, cols, lower, k, a, b, c);
+        }
+        if (last) finish_block<T>(p, bi, bj, rows, cols, c);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- packing
+
+template <class T>
+SK_INLINE T power_of_two(int e) {
+  if constexpr (sizeof(T) == 4) return float_of(uint32_t(e + 127) << 23);
+  else return __builtin_bit_cast(double, uint64_t(e + 1023) << 52);
+}
+
+template <class T>
+static void pack_blocks(const Pack& p, int64_t i0, int64_t i1) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  const int64_t column_blocks = ceil_div(p.x.cols, int64_t(P));
+  // Two factors, since 2^149 and 2^1074, which bring the smallest numbers up to 1, are not finite.
+  const T first = power_of_two<T>(p.shift / 2), second = power_of_two<T>(p.shift - p.shift / 2);
+  alignas(64) Block<T> x, other;
+  for (int64_t bi = i0; bi < i1; bi++) {
+    const int rows = int(p.x.rows - bi * P < P ? p.x.rows - bi * P : P);
+    for (int64_t bj = 0; bj < column_blocks; bj++) {
+      const int cols = int(p.x.cols - bj * P < P ? p.x.cols - bj * P : P);
+      load_block(p.x, bi * P, bj * P, rows, cols, x);
+      if (p.momentum) {
+        load_block(p.momentum, bi * P, bj * P, rows, cols, other);
+        const T keep = T(p.beta), add = T(p.negate ? p.beta - 1 : 1 - p.beta);
+        for (int i = 0; i < P * P; i += kLanes) {
+          const Vector<T> g = load(x + i), m = keep * load(other + i) + add * g;
+          store(other + i, m);
+          store(x + i, p.nesterov ? add * g + keep * m : m);
+        }
+        store_block(p.momentum, bi * P, bj * P, rows, cols, other);
+      } else if (p.negate) {
+        for (int i = 0; i < P * P; i += kLanes) store(x + i, -load(x + i));
+      }
+      if (p.shift != 0)
+        for (int i = 0; i < P * P; i += kLanes) store(x + i, first * load(x + i) * second);
+      if (p.out) store_panel(p.out, bi, bj, rows, x);
+      if (p.out_t) {
+        transpose_block(x, other);
+        store_panel(p.out_t, bj, bi, cols, other);
+      }
+    }
+  }
+}
+
+template <class T>
+static void combine_blocks(const Combine& p, int64_t j0, int64_t j1) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  const T alpha = T(p.alpha), beta = T(p.beta), gamma = T(p.gamma);
+  const int64_t row_blocks = ceil_div(p.out.rows, int64_t(P));
+  alignas(64) Block<T> a, b;
+  for (int64_t bj = j0; bj < j1; bj++)
+    for (int64_t bi = 0; bi < row_blocks; bi++) {
+      const int rows = int(p.out.rows - bi * P < P ? p.out.rows - bi * P : P);
+      if (p.a) load_panel(p.a, bi, bj, rows, a);
+      else clear_block(a);
+      if (p.b) {
+        load_panel(p.b, bi, bj, rows, b);
+        for (int i = 0; i < P * P; i += kLanes)
+          store(a + i, alpha * load(a + i) + beta * load(b + i));
+      } else if (p.alpha != 1) {
+        for (int i = 0; i < P * P; i += kLanes) store(a + i, alpha * load(a + i));
+      }
+      if (p.gamma != 0 && bi == bj)
+        for (int i = 0; i < rows; i++) a[i * P + i] += gamma;
+      store_panel(p.out, bi, bj, rows, a);
+    }
+}
+
+template <class U, U kMask>
+SK_INLINE U max_masked(const U* p, int64_t n) {
+  U most = 0;
+  for (int64_t j = 0; j < n; j++) {
+    const U magnitude = p[j] & kMask;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most;
+}
+
+template <class U, U kMask>
+static U max_abs_of(const Matrix& given, int64_t r0, int64_t r1) {
+  Matrix m = given;
+  m.data = static_cast<U*>(m.data) + r0 * m.row_stride;
+  m.rows = r1 - r0;
+  if (m.row_stride == 1 && m.col_stride != 1) m = m.transposed();
+  const U* base = static_cast<const U*>(m.data);
+  U most = 0;
+  if (m.col_stride == 1 && m.row_stride == m.cols) return max_masked<U, kMask>(base, m.rows * m.cols);
+  for (int64_t i = 0; i < m.rows; i++) {
+    const U* row = base + i * m.row_stride;
+    U of_row = 0;
+    if (m.col_stride == 1) {
+      of_row = max_masked<U, kMask>(row, m.cols);
+    } else {
+      for (int64_t j = 0; j < m.cols; j++) {
+        const U magnitude = row[j * m.col_stride] & kMask;
+        of_row = magnitude > of_row ? magnitude : of_row;
+      }
+    }
+    most = of_row > most ? of_row : most;
+  }
+  return most;
+}
+
+static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
+  switch (m.dtype) {
+    case DType::kF32: return max_abs_of<uint32_t, 0x7fffffffu>(m, r0, r1);
+    case DType::kF64: return max_abs_of<uint64_t, 0x7fffffffffffffffull>(m, r0, r1);
+    case DType::kBF16: return uint64_t(max_abs_of<uint16_t, 0x7fff>(m, r0, r1)) << 16;
+    case DType::kF16: return bits_of(to_float(F16{max_abs_of<uint16_t, 0x7fff>(m, r0, r1)}));
+  }
+  return 0;
+}
+
+static const Kernels kTable = {
+    SK_NAME,
+    {Simd<float>::kPanel, Simd<double>::kPanel, SK_HAS_BF16_DOT ? Simd<float>::kPanel : 0},
+    {product_blocks<float, float>, product_blocks<double, double>,
+#if SK_HAS_BF16_DOT
+     product_blocks<float, uint32_t>
+#else
+     nullptr
+#endif
+    },
+    {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
+    {combine_blocks<float>, combine_blocks<double>},
+    max_abs_bits,
+};

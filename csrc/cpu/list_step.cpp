@@ -1,0 +1,121 @@
+#include "list_step.h"
+
+#include <unordered_set>
+
+namespace spectral_kernels::cpu {
+namespace {
+
+int64_t batch_of(const at::Tensor& t) { return MatrixBatch(t).count(); }
+
+void check_cpu(const at::Tensor& t, const char* name, size_t i) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, "[", i, "] is on ", t.device(),
+                    ", the other tensors are on cpu");
+}
+
+template <class F>
+void with_count(const at::Tensor& t, int64_t index, const F& f) {
+  const int64_t at = t.numel() == 1 ? 0 : index;
+  const at::Tensor flat = t.view({-1});
+  switch (t.scalar_type()) {
+    case at::kFloat: f(flat.data_ptr<float>()[at]); break;
+    case at::kDouble: f(flat.data_ptr<double>()[at]); break;
+    case at::kLong: f(flat.data_ptr<int64_t>()[at]); break;
+    default: TORCH_CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ", t.scalar_type());
+  }
+}
+
+}  // namespace
+
+void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr) {
+  check_list(grads, "grads", params.size());
+  check_list(step_counts, "step_counts", params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    check_cpu(params[i], "params", i);
+    check_cpu(grads[i], "grads", i);
+    check_matrix(params[i], "params");
+    check_matrix(grads[i], "grads");
+    check_writable(params[i], "params");
+    check_same_shape(params[i], "params", grads[i], "grads");
+    TORCH_CHECK_VALUE(params[i].numel() == 0 || params[i].data_ptr() != grads[i].data_ptr(),
+                      "params[", i, "] and grads[", i, "] are the same tensor");
+    const at::Tensor& count = step_counts[i];
+    TORCH_CHECK_TYPE(count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble ||
+                         count.scalar_type() == at::kLong,
+                     "step_counts must be float32, float64 or int64, got ", count.scalar_type());
+    TORCH_CHECK_VALUE(count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(params[i])),
+                      "step_counts[", i, "] must have one element or one for each of the ",
+                      batch_of(params[i]), " matrices, got shape ", count.sizes());
+    check_cpu(count, "step_counts", i);
+  }
+  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
+                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ", skipped.sizes());
+  TORCH_CHECK_VALUE(lr.numel() == 1, "lr must be one number, got shape ", lr.sizes());
+}
+
+void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional) {
+  check_list(state, name, params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    if (optional && state[i].numel() == 0) continue;
+    check_cpu(state[i], name, i);
+    check_full_precision(state[i], name);
+    check_same_shape(params[i], "params", state[i], name);
+    check_writable(state[i], name);
+  }
+}
+
+void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side) {
+  check_list(factors, name, params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    if (factors[i].numel() == 0) continue;
+    check_cpu(factors[i], name, i);
+    check_full_precision(factors[i], name);
+    check_writable(factors[i], name);
+    auto expected = params[i].sizes().vec();
+    const int64_t n = side == 0 ? params[i].size(-2) : params[i].size(-1);
+    expected[expected.size() - 1] = expected[expected.size() - 2] = n;
+    TORCH_CHECK_VALUE(factors[i].sizes() == expected, name, "[", i, "] must have shape ",
+                      at::IntArrayRef(expected), " or no element, got ", factors[i].sizes());
+  }
+}
+
+void check_distinct(std::initializer_list<at::TensorList> lists) {
+  std::unordered_set<const void*> seen;
+  for (const at::TensorList& list : lists)
+    for (const at::Tensor& t : list)
+      if (t.numel() > 0)
+        TORCH_CHECK_VALUE(seen.insert(t.const_data_ptr()).second,
+                          "a tensor of shape ", t.sizes(), " is given twice among those that are written");
+}
+
+double scalar(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return double(*t.const_data_ptr<float>());
+    case at::kDouble: return *t.const_data_ptr<double>();
+    default: TORCH_CHECK_TYPE(false, "lr must be float32 or float64, got ", t.scalar_type());
+  }
+}
+
+Progress::Progress(at::TensorList step_counts, const at::Tensor& skipped)
+    : counts_(step_counts), skipped_(skipped), updated_(step_counts.size()) {}
+
+double Progress::step(const Item& item) const {
+  double value = 0;
+  with_count(counts_[size_t(item.entry)], item.index, [&](auto& count) { value = double(count); });
+  return value;
+}
+
+void Progress::updated(const Item& item) {
+  const at::Tensor& count = counts_[size_t(item.entry)];
+  updated_[size_t(item.entry)].store(true, std::memory_order_relaxed);
+  if (count.numel() > 1) with_count(count, item.index, [](auto& value) { value += 1; });
+}
+
+void Progress::finish() {
+  for (size_t e = 0; e < counts_.size(); e++)
+    if (counts_[e].numel() == 1 && updated_[e].load())
+      with_count(counts_[e], 0, [](auto& value) { value += 1; });
+  *skipped_.data_ptr<int64_t>() += skips_.load();
+}
+
+}  // namespace spectral_kernels::cpu

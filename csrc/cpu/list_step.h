@@ -1,0 +1,74 @@
+// What the fused list steps share: one record per matrix of a list of (batched) parameters, the policy
+// for non-finite input, step counts and the counter of skipped matrices.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "views.h"
+
+namespace spectral_kernels::cpu {
+
+// Where matrix `index` of entry `entry` of the lists stands.
+struct Item {
+  int64_t entry, index;
+};
+
+inline std::vector<Item> items_of(at::TensorList params) {
+  std::vector<Item> items;
+  for (size_t e = 0; e < params.size(); e++) {
+    if (params[e].numel() == 0) continue;
+    const int64_t count = MatrixBatch(params[e]).count();
+    for (int64_t i = 0; i < count; i++) items.push_back({int64_t(e), i});
+  }
+  return items;
+}
+
+// A state tensor that may be absent (size 0).
+inline Matrix optional_matrix(const at::Tensor& t, int64_t index) {
+  return t.numel() == 0 ? Matrix{} : MatrixBatch(t)[index];
+}
+
+enum class NonFinite { kSkip, kPropagate, kRaise };
+
+inline NonFinite nonfinite_policy(const std::string& name) {
+  check_one_of(name, "nonfinite", {"skip", "propagate", "raise"});
+  return name == "skip" ? NonFinite::kSkip : name == "propagate" ? NonFinite::kPropagate : NonFinite::kRaise;
+}
+
+// Params and gradients of one list step: shapes, dtypes, devices, aliases.
+void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr);
+// A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
+// `optional`.
+void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
+// As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
+void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
+// No tensor twice among all that are written.
+void check_distinct(std::initializer_list<at::TensorList> lists);
+
+// The value of a scalar tensor on the CPU.
+double scalar(const at::Tensor& t);
+
+// Steps and skips, gathered from many threads and written at the end.
+class Progress {
+ public:
+  Progress(at::TensorList step_counts, const at::Tensor& skipped);
+  // Steps that matrix i has taken so far.
+  double step(const Item& item) const;
+  void updated(const Item& item);
+  void skip() { skips_.fetch_add(1, std::memory_order_relaxed); }
+  void finish();
+
+ private:
+  at::TensorList counts_;
+  at::Tensor skipped_;
+  std::vector<std::atomic<bool>> updated_;
+  std::atomic<int64_t> skips_{0};
+};
+
+}  // namespace spectral_kernels::cpu

@@ -1,0 +1,216 @@
+#include "product.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "parallel.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+// Edge of the largest tile that one job computes. 192 fp32 numbers square are 147 KB, which stay in an L2
+// of 512 KiB or more beside the two operands' stretches.
+constexpr int64_t kTileEdge = 192;
+constexpr int64_t kTileEdgeF64 = 128;
+
+// The tile buffer of this thread, allocated at its first product.
+void* tile_buffer() {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> buffer;
+  if (!buffer) {
+    constexpr size_t kBytes = std::max(kTileEdge * kTileEdge * sizeof(float),
+                                       kTileEdgeF64 * kTileEdgeF64 * sizeof(double));
+    buffer.reset(std::aligned_alloc(4096, (kBytes + 4095) / 4096 * 4096));
+    if (!buffer) throw std::bad_alloc();
+  }
+  return buffer.get();
+}
+
+// Blocks along the edge of a tile. One thread takes the largest tile; several take smaller ones, so
+// that all are busy to the end.
+int64_t tile_blocks(const Product& p, int64_t P, int threads) {
+  const int64_t most = (p.a.kind == Kind::kF64 ? kTileEdgeF64 : kTileEdge) / P;
+  int64_t edge = most;
+  constexpr int64_t kJobsPerThread = 8;
+  if (threads > 1)
+    while (edge > 1) {
+      const int64_t rows = ceil_div(ceil_div(p.a.cols, P), edge);
+      const int64_t cols = ceil_div(ceil_div(p.b.cols, P), edge);
+      const int64_t jobs = p.symmetric ? rows * (rows + 1) / 2 : rows * cols;
+      if (jobs >= kJobsPerThread * threads) break;
+      edge--;
+    }
+  return edge;
+}
+
+constexpr double kPackGrain = 1 << 16;  // elements a thread
+
+struct Tile {
+  int64_t i, j;
+  double cost;
+};
+
+}  // namespace
+
+size_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return 4;
+    case DType::kF64: return 8;
+    case DType::kBF16:
+    case DType::kF16: return 2;
+  }
+  return 0;
+}
+
+size_t panel_bytes(int64_t rows, int64_t cols, Kind kind) {
+  const int64_t P = kernels().panel[int(kind)];
+  const int64_t words = kind == Kind::kBF16 ? ceil_div(rows, 2) : rows;
+  const size_t word = kind == Kind::kF64 ? 8 : 4;
+  return Workspace::rounded(size_t(ceil_div(cols, P) * P * words) * word);
+}
+
+Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind) {
+  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind};
+}
+
+void run(const Product& p, int threads) {
+  const Kernels& k = kernels();
+  const int kind = int(p.a.kind);
+  const int64_t P = k.panel[kind], m = ceil_div(p.a.cols, P), n = ceil_div(p.b.cols, P);
+  if (m == 0 || n == 0) return;
+  const double work = double(p.a.cols) * double(p.b.cols) * double(p.a.rows) / (p.symmetric ? 2 : 1);
+  if (work < 2 * kThreadGrain) threads = 1;
+  threads = std::min(threads, available_threads());
+  const int64_t edge = tile_blocks(p, P, threads);
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < m; i += edge)
+    for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge) {
+      const double area = double(std::min(edge, m - i) * std::min(edge, n - j));
+      tiles.push_back({i, j, p.symmetric && i == j ? area / 2 : area});
+    }
+  if (threads > 1)
+    std::stable_sort(tiles.begin(), tiles.end(),
+                     [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
+  parallel_jobs(int64_t(tiles.size()), threads, [&](int64_t t) {
+    const Tile& tile = tiles[size_t(t)];
+    k.product[kind](p, tile.i, std::min(tile.i + edge, m), tile.j, std::min(tile.j + edge, n),
+                    tile_buffer());
+  });
+}
+
+void run(const Pack& p, int threads) {
+  const Kernels& k = kernels();
+  const int kind = int((p.out ? p.out : p.out_t).kind);
+  const int64_t blocks = ceil_div(p.x.rows, k.panel[kind]);
+  if (double(p.x.rows) * double(p.x.cols) < 2 * kPackGrain) threads = 1;
+  if (threads <= 1) {
+    k.pack[kind](p, 0, blocks);
+    return;
+  }
+  parallel_jobs(blocks, threads, [&](int64_t i) { k.pack[kind](p, i, i + 1); });
+}
+
+void run(const Combine& p, int threads) {
+  const Kernels& k = kernels();
+  const auto kernel = k.combine[p.out.kind == Kind::kF64 ? 1 : 0];
+  const int64_t blocks = ceil_div(p.out.cols, k.panel[int(p.out.kind)]);
+  if (double(p.out.rows) * double(p.out.cols) < 2 * kPackGrain) threads = 1;
+  parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
+}
+
+double max_abs(const Matrix& m, int threads) {
+  if (m.rows == 0 || m.cols == 0) return 0;
+  const Kernels& k = kernels();
+  constexpr int64_t kScanGrain = 1 << 18;  // elements a job
+  // Rows are the long way round for a transposed view.
+  const Matrix view = m.row_stride == 1 && m.col_stride != 1 ? m.transposed() : m;
+  const int64_t jobs = std::clamp<int64_t>(view.rows * view.cols / kScanGrain, 1, view.rows);
+  std::vector<uint64_t> most(size_t(jobs), 0);
+  parallel_jobs(jobs, threads, [&](int64_t i) {
+    most[size_t(i)] = k.max_abs_bits(view, view.rows * i / jobs, view.rows * (i + 1) / jobs);
+  });
+  const uint64_t bits = *std::max_element(most.begin(), most.end());
+  double value;
+  if (m.dtype == DType::kF64) {
+    std::memcpy(&value, &bits, sizeof value);
+  } else {
+    const uint32_t low = uint32_t(bits);
+    float single;
+    std::memcpy(&single, &low, sizeof single);
+    value = single;
+  }
+  return std::isfinite(value) ? value : std::numeric_limits<double>::quiet_NaN();
+}
+
+int exponent_of(double x) { return x > 0 ? std::ilogb(x) : 0; }
+
+double trace(const Panels& p) {
+  const int64_t P = kernels().panel[int(p.kind)];
+  double sum = 0;
+  for (int64_t i = 0; i < std::min(p.rows, p.cols); i++) {
+    const int64_t at = (i / P) * p.rows * P + i * P + i % P;
+    sum += p.kind == Kind::kF64 ? static_cast<const double*>(p.data)[at]
+                                : double(static_cast<const float*>(p.data)[at]);
+  }
+  return sum;
+}
+
+double sum_of_squares(const Panels& p) {
+  const int64_t P = kernels().panel[int(p.kind)], count = ceil_div(p.cols, P) * P * p.rows;
+  constexpr int kLanes = 16;
+  double lane[kLanes] = {};
+  // `count` is a multiple of P, which is a multiple of 4 lanes; the tail goes to the first lanes.
+  const auto add = [&](auto* data) {
+    for (int64_t i = 0; i < count; i += kLanes)
+      for (int l = 0; l < kLanes && i + l < count; l++) lane[l] += double(data[i + l]) * double(data[i + l]);
+  };
+  if (p.kind == Kind::kF64) add(static_cast<const double*>(p.data));
+  else add(static_cast<const float*>(p.data));
+  double sum = 0;
+  for (double value : lane) sum += value;
+  return sum;
+}
+
+namespace {
+
+template <class F>
+void for_each_element(const Matrix& m, const F& f) {
+  for (int64_t i = 0; i < m.rows; i++)
+    for (int64_t j = 0; j < m.cols; j++) {
+      char* at = static_cast<char*>(m.data) +
+                 (i * m.row_stride + j * m.col_stride) * int64_t(element_size(m.dtype));
+      switch (m.dtype) {
+        case DType::kF32: f(*reinterpret_cast<float*>(at)); break;
+        case DType::kF64: f(*reinterpret_cast<double*>(at)); break;
+        case DType::kBF16: f(*reinterpret_cast<c10::BFloat16*>(at)); break;
+        case DType::kF16: f(*reinterpret_cast<c10::Half*>(at)); break;
+      }
+    }
+}
+
+}  // namespace
+
+void fill(const Matrix& m, double value) {
+  for_each_element(m, [&](auto& x) { x = std::remove_reference_t<decltype(x)>(float(value)); });
+}
+
+void scale_in_place(const Matrix& m, double factor) {
+  for_each_element(m, [&](auto& x) {
+    using T = std::remove_reference_t<decltype(x)>;
+    if constexpr (std::is_same_v<T, double>) x *= factor;
+    else x = T(float(x) * float(factor));
+  });
+}
+
+}  // namespace spectral_kernels::cpu

@@ -1,0 +1,47 @@
+// gram: X Xᵀ, one triangle computed, the other mirrored.
+#include <torch/library.h>
+
+#include "../check.h"
+#include "../counters.h"
+#include "parallel.h"
+#include "views.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+void gram_of(const Matrix& x, const Matrix& out, int threads) {
+  const Kind kind = x.dtype == DType::kF64                                              ? Kind::kF64
+                    : x.dtype == DType::kBF16 && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
+                                                                                        : Kind::kF32;
+  Workspace workspace(panel_bytes(x.cols, x.rows, kind));
+  const Panels packed = take_panels(workspace, x.cols, x.rows, kind);
+  Pack pack;
+  pack.x = x;
+  pack.out_t = packed;
+  run(pack, threads);
+  Product product;
+  product.a = product.b = packed;
+  product.symmetric = true;
+  product.store = out;
+  run(product, threads);
+}
+
+at::Tensor gram(const at::Tensor& x) {
+  count_call("gram", "cpu");
+  check_matrix(x, "x");
+  auto sizes = x.sizes().vec();
+  sizes.back() = x.size(-2);
+  at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  const MatrixBatch xs(x), outs(out);
+  const double work = double(x.size(-2)) * double(x.size(-2)) * double(x.size(-1));
+  parallel_matrices(std::vector<double>(size_t(xs.count()), work),
+                    [&](int64_t i, int threads) { gram_of(xs[i], outs[i], threads); });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("gram", &gram); }
+
+}  // namespace spectral_kernels::cpu

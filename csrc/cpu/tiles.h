@@ -1,0 +1,102 @@
+// The table of CPU micro-kernels. Torch-free: pointers and strides only, so that the same code can be
+// driven by a sanitizer harness or an emulator. csrc/cpu/isa/ holds the kernels, written once and
+// compiled for every instruction set; kernels() returns the set chosen at run time.
+//
+// One packed format serves both operands of every product. A matrix of r rows and c columns is cut
+// into column panels of width P; element (i, j) lies at
+//     (j / P) * r * P  +  i * P  +  j % P ,
+// columns beyond c are zero. A product is C = Aᵀ B with A (k x m) and B (k x n) both in that format,
+// so a symmetric matrix is its own left and right operand and never has to be packed again.
+// In the BF16 kind an element is a 32-bit word that holds rows 2i (low half) and 2i + 1 (high half),
+// which is what the dot-product instructions read; an odd last row is paired with zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace spectral_kernels::cpu {
+
+enum class DType : int { kF32, kF64, kBF16, kF16 };
+
+// What a product multiplies in. F32 and BF16 accumulate in fp32, F64 in fp64.
+enum class Kind : int { kF32 = 0, kF64 = 1, kBF16 = 2 };
+constexpr int kKinds = 3;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A strided matrix in the caller's memory (strides in elements).
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 0;
+  DType dtype = DType::kF32;
+  explicit operator bool() const { return data != nullptr; }
+  Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, dtype}; }
+};
+
+// A packed matrix (see above).
+struct Panels {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  Kind kind = Kind::kF32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// C = alpha AᵀB + beta D + beta_panels E + gamma I, written to any of the outputs. With `symmetric` the
+// caller vouches that AᵀB is symmetric: only blocks on and below the diagonal are computed, the rest is
+// mirrored, so the result is exactly symmetric. D and E must then be symmetric too; only their lower
+// triangles are read.
+struct Product {
+  Panels a, b;
+  bool symmetric = false;
+  // B is upper triangular: rows below the diagonal are never read (they may hold anything finite).
+  bool b_upper = false;
+  double alpha = 1, beta = 0, beta_panels = 0, gamma = 0;
+  Matrix add;         // D
+  Panels add_panels;  // E, of any kind
+  Panels out;         // C
+  Panels out_t;       // Cᵀ
+  Panels scaled;      // alpha2 C + gamma2 I
+  double alpha2 = 1, gamma2 = 0;
+  Panels copy;        // C again, in another kind
+  Matrix store;       // C
+};
+
+// Reads a strided matrix once and writes it as panels: out = s X, out_t = s Xᵀ with s = 2^shift, which
+// rounds nothing. With a momentum buffer M it first does M <- beta M + (1 - beta) (sign X) and packs M,
+// or with `nesterov` the mix (1 - beta) (sign X) + beta M. M is written only here.
+struct Pack {
+  Matrix x;
+  int shift = 0;
+  Panels out, out_t;
+  Matrix momentum;
+  double beta = 0;
+  bool nesterov = false;
+  bool negate = false;
+};
+
+// out = alpha A + beta B + gamma I, of packed matrices of one shape. A or B may be absent.
+struct Combine {
+  Panels a, b, out;
+  double alpha = 1, beta = 0, gamma = 0;
+};
+
+struct Kernels {
+  const char* name;
+  int panel[kKinds];        // P of each kind, 0 where the kind is not available
+  // Blocks [i0, i1) x [j0, j1) of a product, in units of P; `scratch` holds scratch_bytes(kind, blocks).
+  void (*product[kKinds])(const Product&, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                          void* scratch);
+  // Block rows [i0, i1) of a pack.
+  void (*pack[kKinds])(const Pack&, int64_t i0, int64_t i1);
+  // Block columns [j0, j1) of a combination; F32 operands may go to a BF16 result.
+  void (*combine[2])(const Combine&, int64_t j0, int64_t j1);
+  // Largest |x| of rows [r0, r1) as the bit pattern of an fp32 (fp64 for F64 input) number; a
+  // pattern at or above that of infinity tells of a non-finite element.
+  uint64_t (*max_abs_bits)(const Matrix&, int64_t r0, int64_t r1);
+};
+
+// The kernels in use: the best set that this processor and the cap (set_isa, SPECTRAL_KERNELS_CPU_ISA)
+// allow.
+const Kernels& kernels();
+
+}  // namespace spectral_kernels::cpu
