@@ -1,0 +1,275 @@
+// L <- beta L + w G Gᵀ and R <- beta R + w GᵀG from one read of G, and left @ G @ right.
+#include "kron_factor.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../check.h"
+#include "../counters.h"
+#include "list_step.h"
+#include "parallel.h"
+#include "views.h"
+
+namespace spectral_kernels::cpu {
+
+Kind factor_kind(DType grad, DType factor) {
+  if (factor == DType::kF64) return Kind::kF64;
+  if (grad == DType::kBF16 && kernels().panel[int(Kind::kBF16)] != 0) return Kind::kBF16;
+  return Kind::kF32;
+}
+
+namespace {
+
+// All of a packed matrix as one row.
+Matrix flat(const Panels& p) {
+  const int64_t P = kernels().panel[int(p.kind)];
+  const int64_t words = p.kind == Kind::kBF16 ? ceil_div(p.rows, 2) : p.rows;
+  const int64_t count = ceil_div(p.cols, P) * P * words;
+  switch (p.kind) {
+    case Kind::kF32: return {p.data, 1, count, count, 1, DType::kF32};
+    case Kind::kF64: return {p.data, 1, count, count, 1, DType::kF64};
+    case Kind::kBF16: return {p.data, 1, 2 * count, 2 * count, 1, DType::kBF16};
+  }
+  return {};
+}
+
+double element(const Matrix& m, int64_t i, int64_t j) {
+  const int64_t at = i * m.row_stride + j * m.col_stride;
+  return m.dtype == DType::kF64 ? static_cast<const double*>(m.data)[at]
+                                : double(static_cast<const float*>(m.data)[at]);
+}
+
+}  // namespace
+
+bool overflows(double largest, int64_t terms, double beta, double weight, const Matrix& factor) {
+  const double most = factor.dtype == DType::kF64 ? std::numeric_limits<double>::max()
+                                                  : double(std::numeric_limits<float>::max());
+  // The largest element of a positive semidefinite matrix is on its diagonal.
+  double diagonal = 0;
+  if (beta != 0)
+    for (int64_t i = 0; i < factor.rows; i++)
+      diagonal = std::max(diagonal, std::abs(element(factor, i, i)));
+  const double bound = std::abs(weight) * largest * largest * double(terms);
+  // Half of the range leaves room for the rounding of the sum.
+  return !(std::abs(beta) * diagonal + bound <= most / 2);
+}
+
+void accumulate(const Panels& x, double beta, double weight, const Matrix& factor, int threads) {
+  Product p;
+  p.a = p.b = x;
+  p.symmetric = true;
+  p.alpha = weight;
+  p.beta = beta;
+  p.add = p.store = factor;
+  run(p, threads);
+}
+
+bool TwoSidedShape::left_first() const {
+  if (!has_right) return true;
+  if (!has_left) return false;
+  return double(p) * double(n) * double(m + q) <= double(m) * double(q) * double(n + p);
+}
+bool TwoSidedShape::needs_x() const { return has_left && left_first(); }
+bool TwoSidedShape::needs_x_t() const { return !needs_x(); }
+size_t TwoSidedShape::workspace_bytes(Kind kind) const {
+  if (!has_left || !has_right) return 0;
+  return left_first() ? panel_bytes(n, p, kind) : panel_bytes(m, q, kind);
+}
+
+void precondition(const TwoSidedShape& shape, const TwoSided& o, Product last, Workspace& workspace,
+                  int threads) {
+  Product first;
+  const bool left_first = shape.left_first();
+  if (left_first) {
+    first.a = o.left_t;
+    first.b = o.x;
+  } else {
+    first.a = o.x_t;
+    first.b = o.right;
+  }
+  if (!shape.has_left || !shape.has_right) {
+    last.a = first.a;
+    last.b = first.b;
+    return run(last, threads);
+  }
+  if (left_first) {
+    const Panels middle_t = take_panels(workspace, shape.n, shape.p, first.b.kind);
+    first.out_t = middle_t;
+    last.a = middle_t;
+    last.b = o.right;
+  } else {
+    const Panels middle = take_panels(workspace, shape.m, shape.q, first.b.kind);
+    first.out = middle;
+    last.a = o.left_t;
+    last.b = middle;
+  }
+  run(first, threads);
+  run(last, threads);
+}
+
+namespace {
+
+Panels pack(const Matrix& m, bool transposed, Kind kind, Workspace& workspace, int threads) {
+  Pack p;
+  p.x = m;
+  Panels& out = transposed ? p.out_t : p.out;
+  out = transposed ? take_panels(workspace, m.cols, m.rows, kind) : take_panels(workspace, m.rows, m.cols, kind);
+  const Panels packed = out;
+  run(p, threads);
+  return packed;
+}
+
+struct FactorStep {
+  double beta, weight;
+};
+
+// One matrix. With a root X_R the left increment is (G X_R)(G X_R)ᵀ / n, and likewise on the right.
+// Returns false, with nothing written, if an increment is not finite.
+bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& left, const Matrix& right,
+                    const Matrix& left_root, const Matrix& right_root, int threads) {
+  const int64_t m = grad.rows, n = grad.cols;
+  const bool kl = bool(left_root) || bool(right_root);
+  if (!left && !right) return true;
+  const DType factor = left ? left.dtype : right.dtype;
+  const Kind kind = kl ? (factor == DType::kF64 ? Kind::kF64 : Kind::kF32) : factor_kind(grad.dtype, factor);
+  Workspace workspace(2 * panel_bytes(m, n, kind) + 2 * panel_bytes(n, m, kind) +
+                      panel_bytes(m, m, kind) + panel_bytes(n, n, kind));
+  Pack p;
+  p.x = grad;
+  p.out = take_panels(workspace, m, n, kind);
+  p.out_t = take_panels(workspace, n, m, kind);
+  Panels for_left = p.out_t, for_right = p.out;
+  if (!left) p.out_t = {};
+  if (!right) p.out = {};
+  double left_largest = max_abs(grad, threads), right_largest = left_largest;
+  if (std::isnan(left_largest)) return false;
+  run(p, threads);
+  double left_weight = step.weight, right_weight = step.weight;
+  if (left && right_root) {
+    Product product;
+    product.a = p.out_t;
+    product.b = pack(right_root, false, kind, workspace, threads);
+    product.out_t = for_left = take_panels(workspace, n, m, kind);
+    run(product, threads);
+    left_largest = max_abs(flat(for_left), threads);
+    left_weight /= double(n);
+  }
+  if (right && left_root) {
+    Product product;
+    product.a = pack(left_root, false, kind, workspace, threads);
+    product.b = p.out;
+    product.out = for_right = take_panels(workspace, m, n, kind);
+    run(product, threads);
+    right_largest = max_abs(flat(for_right), threads);
+    right_weight /= double(m);
+  }
+  if (left && overflows(left_largest, n, step.beta, left_weight, left)) return false;
+  if (right && overflows(right_largest, m, step.beta, right_weight, right)) return false;
+  if (left) accumulate(for_left, step.beta, left_weight, left, threads);
+  if (right) accumulate(for_right, step.beta, right_weight, right, threads);
+  return true;
+}
+
+void check_side(const at::Tensor& factor, const char* name, const at::Tensor& grad, int64_t n) {
+  if (factor.numel() == 0) return;
+  check_full_precision(factor, name);
+  auto expected = grad.sizes().vec();
+  expected[expected.size() - 1] = expected[expected.size() - 2] = n;
+  TORCH_CHECK_VALUE(factor.sizes() == expected, name, " must have shape ", at::IntArrayRef(expected),
+                    " for a gradient of shape ", grad.sizes(), ", got ", factor.sizes());
+}
+
+void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const at::Tensor& grad,
+                          const at::Tensor& skipped, double beta, double weight,
+                          const at::Tensor& left_root, const at::Tensor& right_root) {
+  count_call("kron_factors_update_", "cpu");
+  check_matrix(grad, "grad");
+  const int64_t m = grad.size(-2), n = grad.size(-1);
+  check_side(left, "left", grad, m);
+  check_side(right, "right", grad, n);
+  check_side(left_root, "left_root", grad, m);
+  check_side(right_root, "right_root", grad, n);
+  check_writable(left, "left");
+  check_writable(right, "right");
+  check_distinct({left, right, grad});
+  TORCH_CHECK_TYPE(left.numel() == 0 || right.numel() == 0 || left.scalar_type() == right.scalar_type(),
+                   "left is ", left.scalar_type(), " but right is ", right.scalar_type());
+  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
+                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ", skipped.sizes());
+  if (grad.numel() == 0) return;
+  const MatrixBatch grads(grad);
+  const FactorStep step{beta, weight};
+  const double work = 0.5 * double(m) * double(n) * double(m + n);
+  std::atomic<int64_t> skips{0};
+  parallel_matrices(std::vector<double>(size_t(grads.count()), work), [&](int64_t i, int threads) {
+    if (!update_factors(step, grads[i], optional_matrix(left, i), optional_matrix(right, i),
+                        optional_matrix(left_root, i), optional_matrix(right_root, i), threads))
+      skips++;
+  });
+  *skipped.data_ptr<int64_t>() += skips.load();
+}
+
+at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left, const at::Tensor& right) {
+  count_call("kron_precondition", "cpu");
+  check_matrix(grad, "grad");
+  const bool has_left = left.numel() > 0, has_right = right.numel() > 0;
+  const int64_t m = grad.size(-2), n = grad.size(-1);
+  const auto check = [&](const at::Tensor& t, const char* name, int64_t dim, int64_t size) {
+    check_matrix(t, name);
+    TORCH_CHECK_VALUE(t.dim() == grad.dim() && t.sizes().slice(0, t.dim() - 2) == grad.sizes().slice(0, t.dim() - 2) &&
+                          t.size(dim) == size,
+                      name, " of shape ", t.sizes(), " does not fit a gradient of shape ", grad.sizes());
+  };
+  if (has_left) check(left, "left", -1, m);
+  if (has_right) check(right, "right", -2, n);
+  auto sizes = grad.sizes().vec();
+  if (has_left) sizes[sizes.size() - 2] = left.size(-2);
+  if (has_right) sizes[sizes.size() - 1] = right.size(-1);
+  at::Tensor out = at::empty(sizes, grad.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  if (!has_left && !has_right) return out.copy_(grad);
+  const TwoSidedShape shape{m, n, has_left ? left.size(-2) : m, has_right ? right.size(-1) : n, has_left, has_right};
+  const auto is = [&](at::ScalarType type) {
+    return (!has_left || left.scalar_type() == type) && (!has_right || right.scalar_type() == type) && grad.scalar_type() == type;
+  };
+  const bool any_double = grad.scalar_type() == at::kDouble || (has_left && left.scalar_type() == at::kDouble) ||
+                          (has_right && right.scalar_type() == at::kDouble);
+  const Kind kind = any_double ? Kind::kF64
+                    : is(at::kBFloat16) && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
+                                                                                  : Kind::kF32;
+  const MatrixBatch grads(grad), outs(out);
+  const double work = double(m) * double(n) * (double(has_left ? shape.p : 0) + double(has_right ? shape.q : 0));
+  parallel_matrices(std::vector<double>(size_t(grads.count()), work), [&](int64_t i, int threads) {
+    const Matrix g = grads[i], l = optional_matrix(left, i), r = optional_matrix(right, i);
+    Workspace workspace(panel_bytes(m, n, kind) + panel_bytes(n, m, kind) + panel_bytes(m, shape.p, kind) +
+                        panel_bytes(n, shape.q, kind) + shape.workspace_bytes(kind));
+    TwoSided operands;
+    if (shape.needs_x()) operands.x = pack(g, false, kind, workspace, threads);
+    if (shape.needs_x_t()) operands.x_t = pack(g, true, kind, workspace, threads);
+    if (l) operands.left_t = pack(l, true, kind, workspace, threads);
+    if (r) operands.right = pack(r, false, kind, workspace, threads);
+    Product last;
+    last.store = outs[i];
+    precondition(shape, operands, last, workspace, threads);
+    // An overflow stays where it is; a non-finite element of the input makes the whole matrix NaN.
+    if (std::isnan(max_abs(outs[i], threads)) &&
+        (std::isnan(max_abs(g, threads)) || (l && std::isnan(max_abs(l, threads))) ||
+         (r && std::isnan(max_abs(r, threads)))))
+      fill(outs[i], std::numeric_limits<double>::quiet_NaN());
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("kron_factors_update_", &kron_factors_update_);
+  m.impl("kron_precondition", &kron_precondition);
+}
+
+}  // namespace spectral_kernels::cpu
