@@ -1,0 +1,297 @@
+"""Newton-Schulz iterations towards the polar factor, the polar factor, and the fused Muon step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._shared import (
+    Progress,
+    check_choice,
+    check_list,
+    check_matrix,
+    check_range,
+    check_state,
+    check_step,
+    exponent_of,
+    finite,
+    matrices,
+    max_abs,
+    move_,
+    operator,
+    raise_nonfinite,
+    scaled,
+)
+from .symmetric_matmul import product
+
+_METHODS = ("standard", "gram", "auto")
+_NORMS = ("frobenius", "schatten8")
+
+
+@operator
+def newton_schulz(
+    x: Tensor,
+    rows: Sequence[Sequence[float]],
+    *,
+    method: str,
+    restarts: Sequence[int],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+) -> Tensor:
+    """p_K(... p_1(X / max(norm_factor nu(X), eps))), p_t(X) = a X + b (XX^T) X + c (XX^T)^2 X.
+
+    p_t acts on the singular values as a s + b s^3 + c s^5. A tall matrix is iterated on transposed.
+
+    "standard" (algorithm A1):
+        R = XX^T;  Z = b R + c R^2;  X <- a X + Z X
+    "gram" (A4), equal in exact arithmetic, with R and Q small (s x s):
+        R = XX^T;  Q = I
+        step t:  if t in restarts:  X <- Q X;  R <- XX^T;  Q <- I
+                 W = a I + b R + c R^2;  Q <- Q W;  R <- W R W
+        result Q X
+    "auto" is "standard" here; another backend may choose.
+
+    The matrix is scaled by a power of two so that its largest element is in [1, 2), and its norm nu
+    and the division are in float64, so X 2^k gives the same bits as X where no element becomes
+    subnormal (and eps does not act). The result is rounded to compute_dtype, in which all products
+    are done; with a 16-bit compute_dtype torch accumulates in float32 and rounds each product, and
+    "gram" keeps R, W and Q in float32 and rounds Q where it meets X (the mixed variant).
+
+    Args:
+        x: (..., m, n), any float dtype.
+        rows: one (a, b, c) a step.
+        method: "standard", "gram" or "auto".
+        restarts: steps, counted from 0, before which "gram" forms X and R anew.
+        compute_dtype: float64, float32, bfloat16 or float16.
+        eps: floor of the norm, as in torch.optim.Muon.
+        norm: "frobenius", or "schatten8" for (sum s^8)^(1/8) = ||(XX^T)^2||_F^(1/4).
+        norm_factor: what the coefficients ask the norm to be multiplied by.
+
+    Returns:
+        The shape and dtype of x. Zero gives zero; a matrix with a non-finite element gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+
+    Source: Jordan, "Muon" (2024); Gram form: Dao-AILab/gram-newton-schulz; Schatten-8 norm: Su,
+    kexue.fm/archives/10922.
+    """
+    check_matrix("x", x)
+    _check_options(rows, method, restarts, compute_dtype, eps, norm, norm_factor)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for index in matrices(x):
+        out[index] = orthogonalize(
+            x[index],
+            rows,
+            method=method,
+            restarts=restarts,
+            compute_dtype=compute_dtype,
+            eps=eps,
+            norm=norm,
+            norm_factor=norm_factor,
+        )
+    return out
+
+
+@operator
+def polar(x: Tensor) -> Tensor:
+    """The polar factor U V^T of X = U S V^T over the singular values that are not null.
+
+    A singular value counts as null up to max(m, n) * eps * (the largest one), eps that of x's dtype
+    (of float32 for 16-bit x); U V^T is 0 on the null space. Computed in float64.
+
+    Args:
+        x: (..., m, n), any float dtype.
+
+    Returns:
+        The shape and dtype of x. Zero gives zero; a matrix with a non-finite element gives NaN.
+
+    Raises:
+        TypeError, ValueError: x is not a dense float batch of matrices.
+    """
+    check_matrix("x", x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    eps = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).eps
+    for index in matrices(x) if x.numel() else ():
+        matrix = x[index].double()
+        if not finite(matrix):
+            out[index] = math.nan
+        elif max_abs(matrix) == 0.0:
+            out[index] = 0.0
+        else:
+            u, s, vh = torch.linalg.svd(_unit_scale(matrix)[0], full_matrices=False)
+            kept = s > max(matrix.shape) * eps * s[0]
+            out[index] = (u[:, kept] @ vh[kept]).to(x.dtype)
+    return out
+
+
+@operator
+def muon_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    step_counts: Sequence[Tensor],
+    skipped: Tensor,
+    lr: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    rows: Sequence[Sequence[float]],
+    scales: Sequence[float],
+    method: str,
+    restarts: Sequence[int],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+    maximize: bool,
+    nonfinite: str,
+) -> None:
+    """One Muon step over a list of matrices.
+
+        M <- momentum M + (1 - momentum) G
+        N = (1 - momentum) G + momentum M if nesterov, else M
+        W <- (1 - lr weight_decay) W - lr scale newton_schulz(N)
+
+    in the dtype of M, W rounded once; float64 parameters iterate in float64 whatever compute_dtype
+    says.
+
+    Args:
+        params, grads: entry i is (..., m_i, n_i); a 4-D weight is flattened by the caller.
+        momentum_buffers: shapes of the params, float32 or float64.
+        step_counts: 0-dim or the batch's shape; counts the applied steps.
+        skipped: one int64; counts the matrices that were skipped.
+        lr: one number.
+        momentum, weight_decay: numbers.
+        nesterov: whether N looks one step ahead.
+        rows, method, restarts, compute_dtype, eps, norm, norm_factor: see `newton_schulz`.
+        scales: one factor an entry, from the shape of its matrices.
+        maximize: G <- -G.
+        nonfinite: a matrix with a non-finite gradient or momentum keeps every bit and is counted
+            ("skip"), goes through the formula and becomes NaN ("propagate"), or raises ("raise").
+
+    Raises:
+        TypeError, ValueError: bad input, before anything is written.
+
+    Source: Jordan, "Muon" (2024); torch.optim.Muon.
+    """
+    check_step(params, grads, step_counts, skipped, lr, nonfinite)
+    check_state("momentum_buffers", momentum_buffers, params)
+    check_list("scales", scales, len(params))
+    check_range("momentum", momentum, 0.0, 1.0)
+    check_range("weight_decay", weight_decay)
+    _check_options(rows, method, restarts, compute_dtype, eps, norm, norm_factor)
+    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    rate = float(lr)
+    for param, grad, buffer, count, scale in zip(
+        params, grads, momentum_buffers, step_counts, scales, strict=True
+    ):
+        progress = Progress(count, skipped)
+        for index in matrices(param) if param.numel() else ():
+            m = buffer[index]
+            g = grad[index].to(m.dtype) * (-1.0 if maximize else 1.0)
+            if nonfinite == "skip" and not finite(g, m):
+                progress.skip()
+                continue
+            m.copy_(momentum * m + (1.0 - momentum) * g)
+            direction = orthogonalize(
+                (1.0 - momentum) * g + momentum * m if nesterov else m,
+                rows,
+                method=method,
+                restarts=restarts,
+                compute_dtype=torch.float64 if param.dtype == torch.float64 else compute_dtype,
+                eps=eps,
+                norm=norm,
+                norm_factor=norm_factor,
+            )
+            move_(param[index], direction, rate=rate * scale, decay=1.0 - rate * weight_decay)
+            progress.update(index)
+        progress.finish()
+
+
+def orthogonalize(
+    x: Tensor,
+    rows: Sequence[Sequence[float]],
+    *,
+    method: str,
+    restarts: Sequence[int],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+) -> Tensor:
+    """`newton_schulz` of one matrix."""
+    if x.numel() == 0:
+        return x.clone()
+    if not finite(x):
+        return torch.full_like(x, math.nan)
+    if max_abs(x) == 0.0:
+        return torch.zeros_like(x)
+    wide = x if x.shape[0] <= x.shape[1] else x.mT
+    iterate, exponent = _unit_scale(wide.double())
+    nu = torch.linalg.norm(iterate)
+    if norm == "schatten8":
+        gram = iterate @ iterate.mT
+        nu = torch.linalg.norm(gram @ gram) ** 0.25
+    floor = scaled(nu.new_tensor(eps), -exponent)
+    iterate = (iterate / torch.maximum(norm_factor * nu, floor)).to(compute_dtype)
+    result = _gram(iterate, rows, restarts) if method == "gram" else _standard(iterate, rows)
+    return (result if wide is x else result.mT).to(x.dtype)
+
+
+def _standard(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
+    for a, b, c in rows:
+        r = product(x, x.mT)
+        z = b * r if c == 0.0 else torch.addmm(r, r, r, beta=b, alpha=c)
+        x = torch.addmm(x, z, x, beta=a)
+    return x
+
+
+def _gram(x: Tensor, rows: Sequence[Sequence[float]], restarts: Sequence[int]) -> Tensor:
+    small = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    eye = torch.eye(x.shape[0], dtype=small, device=x.device)
+    r, q = product(x.to(small), x.to(small).mT), eye
+    for step, (a, b, c) in enumerate(rows):
+        if step in restarts:
+            x = q.to(x.dtype) @ x
+            r, q = product(x.to(small), x.to(small).mT), eye
+        w = a * eye + b * r + c * product(r, r)
+        q = product(q, w)
+        r = product(product(w, r), w)
+    return q.to(x.dtype) @ x
+
+
+def _unit_scale(x: Tensor) -> tuple[Tensor, int]:
+    """X 2^-e with the largest element in [1, 2), and e."""
+    exponent = exponent_of(max_abs(x))
+    return scaled(x, -exponent), exponent
+
+
+def _check_options(
+    rows: Sequence[Sequence[float]],
+    method: str,
+    restarts: Sequence[int],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+) -> None:
+    if not rows or any(len(row) != 3 for row in rows):
+        raise ValueError(f"rows must hold (a, b, c) for every step, not {rows!r}")
+    check_choice("method", method, _METHODS)
+    check_choice("norm", norm, _NORMS)
+    if not all(1 <= step < len(rows) for step in restarts):
+        raise ValueError(f"restarts must be steps in 1..{len(rows) - 1}, not {tuple(restarts)}")
+    if compute_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"compute_dtype must be float64, float32, bfloat16 or float16, not {compute_dtype}"
+        )
+    check_range("eps", eps)
+    if not 0.0 < norm_factor < math.inf:
+        raise ValueError(f"norm_factor must be positive and finite, not {norm_factor}")
