@@ -37,7 +37,7 @@ def extensions() -> list:
     headers = [str(p.relative_to(ROOT)) for s in ("*.h", "*.inl") for p in (ROOT / "csrc").rglob(s)]
     # torch's own -std is the right one for its headers. Contraction to fused multiply-adds is what the
     # micro-kernels are written for. No -march, no -ffast-math: instruction sets are chosen at run time.
-    flags = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     if os.environ.get("SPECTRAL_KERNELS_DEBUG", "0") not in ("", "0"):
         flags += ["-O1", "-g"]
     print(f"spectral-kernels: {len(sources)} C++ files, CPU kernels; CUDA: not built")

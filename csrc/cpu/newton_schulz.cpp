@@ -14,6 +14,7 @@
 
 #include "../check.h"
 #include "../counters.h"
+#include "lapack.h"
 #include "list_step.h"
 #include "parallel.h"
 #include "views.h"
@@ -375,6 +376,29 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   return out;
 }
 
+at::Tensor polar(const at::Tensor& x) {
+  count_call("polar", "cpu");
+  check_matrix(x, "x");
+  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  const MatrixBatch xs(x), outs(out);
+  const int64_t m = xs.rows(), n = xs.cols();
+  const double eps = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                    : double(std::numeric_limits<float>::epsilon());
+  const double threshold = double(std::max(m, n)) * eps;
+  lapack_jobs(xs.count(), [&](int64_t i) {
+    const double largest = max_abs(xs[i], 1);
+    if (largest == 0 || std::isnan(largest)) return fill(outs[i], largest);
+    std::vector<double> matrix(size_t(m * n)), result(size_t(m * n));
+    const Matrix scaled{matrix.data(), m, n, n, 1, DType::kF64};
+    copy_scaled(xs[i], -exponent_of(largest), scaled);
+    const bool converged = svd_polar(m, n, matrix.data(), threshold, result.data());
+    if (!converged) return fill(outs[i], std::numeric_limits<double>::quiet_NaN());
+    copy_scaled(Matrix{result.data(), m, n, n, 1, DType::kF64}, 0, outs[i]);
+  });
+  return out;
+}
+
 struct MuonStep {
   double lr, momentum, weight_decay;
   bool nesterov, maximize;
@@ -445,8 +469,8 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   };
   if (policy == NonFinite::kRaise)
     for (const Item& item : items)
-      TORCH_CHECK(!std::isnan(largest_of(item, available_threads())), "grads[", item.entry,
-                  "] or its momentum has a non-finite element in matrix ", item.index);
+      TORCH_CHECK_VALUE(!std::isnan(largest_of(item, available_threads())), "grads[", item.entry,
+                        "] or its momentum has a non-finite element (matrix ", item.index, ")");
   Progress progress(step_counts, skipped);
   parallel_matrices(work, [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
@@ -470,6 +494,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
 
 TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
   m.impl("newton_schulz", &newton_schulz);
+  m.impl("polar", &polar);
   m.impl("muon_step_", &muon_step_);
 }
 

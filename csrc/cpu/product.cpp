@@ -81,7 +81,8 @@ size_t panel_bytes(int64_t rows, int64_t cols, Kind kind) {
 }
 
 Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind) {
-  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind};
+  const int64_t words = kind == Kind::kBF16 ? ceil_div(rows, 2) : rows;
+  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind, words * kernels().panel[int(kind)]};
 }
 
 void run(const Product& p, int threads) {
@@ -159,7 +160,7 @@ double trace(const Panels& p) {
   const int64_t P = kernels().panel[int(p.kind)];
   double sum = 0;
   for (int64_t i = 0; i < std::min(p.rows, p.cols); i++) {
-    const int64_t at = (i / P) * p.rows * P + i * P + i % P;
+    const int64_t at = (i / P) * p.stride + i * P + i % P;
     sum += p.kind == Kind::kF64 ? static_cast<const double*>(p.data)[at]
                                 : double(static_cast<const float*>(p.data)[at]);
   }
@@ -184,25 +185,49 @@ double sum_of_squares(const Panels& p) {
 
 namespace {
 
+void convert(double value, double& to) { to = value; }
+void convert(double value, float& to) { to = float(value); }
+void convert(double value, c10::BFloat16& to) { to = c10::BFloat16(float(value)); }
+void convert(double value, c10::Half& to) { to = c10::Half(float(value)); }
+
+void* address(const Matrix& m, int64_t i, int64_t j) {
+  return static_cast<char*>(m.data) +
+         (i * m.row_stride + j * m.col_stride) * int64_t(element_size(m.dtype));
+}
+
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kF32: return f(float{});
+    case DType::kF64: return f(double{});
+    case DType::kBF16: return f(c10::BFloat16{});
+    case DType::kF16: return f(c10::Half{});
+  }
+}
+
 template <class F>
 void for_each_element(const Matrix& m, const F& f) {
-  for (int64_t i = 0; i < m.rows; i++)
-    for (int64_t j = 0; j < m.cols; j++) {
-      char* at = static_cast<char*>(m.data) +
-                 (i * m.row_stride + j * m.col_stride) * int64_t(element_size(m.dtype));
-      switch (m.dtype) {
-        case DType::kF32: f(*reinterpret_cast<float*>(at)); break;
-        case DType::kF64: f(*reinterpret_cast<double*>(at)); break;
-        case DType::kBF16: f(*reinterpret_cast<c10::BFloat16*>(at)); break;
-        case DType::kF16: f(*reinterpret_cast<c10::Half*>(at)); break;
-      }
-    }
+  with_type(m.dtype, [&](auto zero) {
+    for (int64_t i = 0; i < m.rows; i++)
+      for (int64_t j = 0; j < m.cols; j++) f(*static_cast<decltype(zero)*>(address(m, i, j)));
+  });
 }
 
 }  // namespace
 
+void copy_scaled(const Matrix& from, int shift, const Matrix& to) {
+  with_type(from.dtype, [&](auto source) {
+    with_type(to.dtype, [&](auto target) {
+      for (int64_t i = 0; i < from.rows; i++)
+        for (int64_t j = 0; j < from.cols; j++)
+          convert(std::ldexp(double(*static_cast<decltype(source)*>(address(from, i, j))), shift),
+                  *static_cast<decltype(target)*>(address(to, i, j)));
+    });
+  });
+}
+
 void fill(const Matrix& m, double value) {
-  for_each_element(m, [&](auto& x) { x = std::remove_reference_t<decltype(x)>(float(value)); });
+  for_each_element(m, [&](auto& x) { convert(value, x); });
 }
 
 void scale_in_place(const Matrix& m, double factor) {

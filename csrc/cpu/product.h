@@ -34,5 +34,7 @@ double sum_of_squares(const Panels& p);
 // Every element = value; every element *= factor (rounded once, from fp32 or fp64).
 void fill(const Matrix& m, double value);
 void scale_in_place(const Matrix& m, double factor);
+// to = 2^shift from, converted once; for where a packed copy would not pay.
+void copy_scaled(const Matrix& from, int shift, const Matrix& to);
 
 }  // namespace spectral_kernels::cpu

@@ -1,6 +1,9 @@
 // gram: X Xᵀ, one triangle computed, the other mirrored.
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "../check.h"
 #include "../counters.h"
 #include "parallel.h"
@@ -24,6 +27,12 @@ void gram_of(const Matrix& x, const Matrix& out, int threads) {
   product.symmetric = true;
   product.store = out;
   run(product, threads);
+  // A row that is not finite shows on the diagonal; so does an overflow, which stays where it is.
+  Matrix diagonal = out;
+  diagonal.cols = 1;
+  diagonal.row_stride += diagonal.col_stride;
+  if (std::isnan(max_abs(diagonal, 1)) && std::isnan(max_abs(x, threads)))
+    fill(out, std::numeric_limits<double>::quiet_NaN());
 }
 
 at::Tensor gram(const at::Tensor& x) {

@@ -33,11 +33,13 @@ struct Matrix {
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, dtype}; }
 };
 
-// A packed matrix (see above).
+// A packed matrix (see above). `stride` is the distance between panels in words; it exceeds a panel where
+// this is a part of a larger packed matrix.
 struct Panels {
   void* data = nullptr;
   int64_t rows = 0, cols = 0;
   Kind kind = Kind::kF32;
+  int64_t stride = 0;
   explicit operator bool() const { return data != nullptr; }
 };
 

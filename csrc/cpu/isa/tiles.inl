@@ -26,6 +26,8 @@ struct Simd {
 
 template <class T>
 using Vector = typename Simd<T>::Vector;
+typedef uint32_t Words __attribute__((vector_size(SK_VECTOR_BYTES)));
+typedef uint32_t UnalignedWords __attribute__((vector_size(SK_VECTOR_BYTES), aligned(4), may_alias));
 
 template <class T>
 SK_INLINE Vector<T> load(const T* p) {
@@ -237,12 +239,26 @@ static void store_block(const Matrix& m, int64_t i0, int64_t j0, int rows, int c
 template <class T>
 SK_INLINE T* panel_block(const Panels& p, int64_t bi, int64_t bj) {
   constexpr int P = Simd<T>::kPanel;
-  return static_cast<T*>(p.data) + bj * p.rows * P + bi * P * P;
+  return static_cast<T*>(p.data) + bj * p.stride + bi * P * P;
 }
 SK_INLINE uint32_t* pair_block(const Panels& p, int64_t bi, int64_t bj) {
   constexpr int P = Simd<float>::kPanel;
-  return static_cast<uint32_t*>(p.data) + bj * ((p.rows + 1) / 2) * P + bi * (P / 2) * P;
+  return static_cast<uint32_t*>(p.data) + bj * p.stride + bi * (P / 2) * P;
 }
+
+#if SK_HAS_BF16_DOT
+SK_INLINE void store_pairs(uint32_t* out, Vector<float> low, Vector<float> high) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
+}
+#else
+SK_INLINE void store_pairs(uint32_t* out, Vector<float> low, Vector<float> high) {
+  for (int l = 0; l < Simd<float>::kLanes; l++)
+    out[l] = (round_bf16(bits_of(low[l])) >> 16) | (round_bf16(bits_of(high[l])) & 0xffff0000u);
+}
+#endif
 
 // Rows [0, rows) of a block to block (bi, bj) of a packed matrix.
 template <class T>
@@ -252,9 +268,8 @@ SK_INLINE void store_panel(const Panels& p, int64_t bi, int64_t bj, int rows, co
     if (p.kind == Kind::kBF16) {
       uint32_t* out = pair_block(p, bi, bj);
       for (int i = 0; i < rows; i += 2, out += P)
-        for (int j = 0; j < P; j++)
-          out[j] = (round_bf16(bits_of(block[i * P + j])) >> 16) |
-                   (round_bf16(bits_of(block[(i + 1) * P + j])) & 0xffff0000u);
+        for (int j = 0; j < P; j += kLanes)
+          store_pairs(out + j, load(block + i * P + j), load(block + (i + 1) * P + j));
       return;
     }
   }
@@ -270,9 +285,10 @@ SK_INLINE void load_panel(const Panels& p, int64_t bi, int64_t bj, int rows, T* 
     if (p.kind == Kind::kBF16) {
       const uint32_t* in = pair_block(p, bi, bj);
       for (int i = 0; i < rows; i += 2, in += P)
-        for (int j = 0; j < P; j++) {
-          block[i * P + j] = float_of(in[j] << 16);
-          block[(i + 1) * P + j] = float_of(in[j] & 0xffff0000u);
+        for (int j = 0; j < P; j += kLanes) {
+          const Words pair = *reinterpret_cast<const UnalignedWords*>(in + j);
+          store(block + i * P + j, (Vector<float>)(pair << 16));
+          store(block + (i + 1) * P + j, (Vector<float>)(pair & 0xffff0000u));
         }
       return;
     }
@@ -368,33 +384,54 @@ static void block_product(int rows, int cols, bool lower, int64_t k, const E* a,
 
 // ---------------------------------------------------------------- products
 
+// c <- alpha c + beta d for the first `rows` rows of two blocks.
+template <class T>
+SK_INLINE void scale_add(int rows, T alpha, T* c, T beta, const T* d) {
+  for (int i = 0; i < rows * Simd<T>::kPanel; i += Simd<T>::kLanes)
+    store(c + i, alpha * load(c + i) + beta * load(d + i));
+}
+template <class T>
+SK_INLINE void scale(int rows, T alpha, T* c) {
+  for (int i = 0; i < rows * Simd<T>::kPanel; i += Simd<T>::kLanes) store(c + i, alpha * load(c + i));
+}
+
+// Above the diagonal of c, the elements of t.
+template <class T>
+SK_INLINE void mirror_upper(T* c, const T* t) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
+  Mask lane;
+  for (int l = 0; l < kLanes; l++) lane[l] = l;
+  for (int i = 0; i < P; i++)
+    for (int j = i / kLanes * kLanes; j < P; j += kLanes) {
+      const Mask upper = lane > i - j;
+      store(c + i * P + j, upper ? load(t + i * P + j) : load(c + i * P + j));
+    }
+}
+
 template <class T>
 static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int cols, T* c) {
-  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  constexpr int P = Simd<T>::kPanel;
+  constexpr Kind kNative = sizeof(T) == 4 ? Kind::kF32 : Kind::kF64;
   alignas(64) Block<T> other;  // first D or E, later the transposed block
   const bool diagonal = bi == bj, mirror = p.symmetric && !diagonal;
   const T alpha = T(p.alpha);
-  if (p.alpha != 1)
-    for (int i = 0; i < P * P; i += kLanes) store(c + i, alpha * load(c + i));
-  const auto add = [&](T beta) __attribute__((always_inline)) {
-    for (int i = 0; i < P * P; i += kLanes) store(c + i, load(c + i) + beta * load(other + i));
-  };
-  if (p.beta_panels != 0) {
+  if (p.beta_panels != 0 && p.add_panels.kind == kNative) {
+    scale_add(rows, alpha, c, T(p.beta_panels), panel_block<T>(p.add_panels, bi, bj));
+  } else if (p.beta_panels != 0) {
     load_panel(p.add_panels, bi, bj, rows, other);
-    add(T(p.beta_panels));
+    scale_add(rows, alpha, c, T(p.beta_panels), other);
+  } else if (p.alpha != 1) {
+    scale(rows, alpha, c);
   }
   if (p.beta != 0) {
     load_block(p.add, bi * P, bj * P, rows, cols, other);
-    add(T(p.beta));
+    scale_add(rows, T(1), c, T(p.beta), other);
   }
   if (p.gamma != 0 && diagonal)
     for (int i = 0; i < rows && i < cols; i++) c[i * P + i] += T(p.gamma);
-  const bool needs_transpose = p.symmetric || p.out_t;
-  if (needs_transpose) transpose_block(c, other);
-  if (p.symmetric && diagonal) {
-    for (int i = 0; i < rows; i++)
-      for (int j = i + 1; j < cols; j++) c[i * P + j] = other[i * P + j];
-  }
+  if (p.symmetric || p.out_t) transpose_block(c, other);
+  if (p.symmetric && diagonal) mirror_upper(c, other);
   if (p.out) {
     store_panel(p.out, bi, bj, rows, c);
     if (mirror) store_panel(p.out, bj, bi, cols, other);
@@ -409,21 +446,15 @@ static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int
     if (mirror) store_block(p.store, bj * P, bi * P, cols, rows, other);
   }
   if (p.scaled) {
-    const T alpha = T(p.alpha2), gamma = T(p.gamma2);
-    for (int i = 0; i < P * P; i += kLanes) store(c + i, alpha * load(c + i));
+    scale(P, T(p.alpha2), c);
     if (diagonal)
-      for (int i = 0; i < rows; i++) c[i * P + i] += gamma;
+      for (int i = 0; i < rows; i++) c[i * P + i] += T(p.gamma2);
     store_panel(p.scaled, bi, bj, rows, c);
     if (mirror) {
-      for (int i = 0; i < P * P; i += kLanes) store(other + i, alpha * load(other + i));
+      scale(P, T(p.alpha2), other);
       store_panel(p.scaled, bj, bi, cols, other);
     }
   }
-}
-
-template <class T, class E>
-SK_INLINE const E* operand_block(const Panels& p, int64_t k_rows, int64_t b) {
-  return static_cast<const E*>(p.data) + b * k_rows * Simd<T>::kPanel;
 }
 
 template <class T, class E>
@@ -443,7 +474,7 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
     const bool first = s == 0, last = s == stretches - 1;
     for (int64_t bj = j0; bj < j1; bj++) {
       const int cols = int(n - bj * P < P ? n - bj * P : P);
-      const E* b = operand_block<T, E>(p.b, k_rows, bj) + k0 * P;
+      const E* b = static_cast<const E*>(p.b.data) + bj * p.b.stride + k0 * P;
       int64_t k = k1 - k0;
       if (p.b_upper) {
         const int64_t limit = kPairs ? (bj + 1) * P / 2 : (bj + 1) * P;
@@ -454,7 +485,7 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
         const bool lower = p.symmetric && bi == bj;
         // With one stretch the block never leaves L1; with more it waits in the tile buffer.
         T* c = stretches == 1 ? tile : tile + ((bi - i0) * (j1 - j0) + (bj - j0)) * P * P;
-        const E* a = operand_block<T, E>(p.a, k_rows, bi) + k0 * P;
+        const E* a = static_cast<const E*>(p.a.data) + bi * p.a.stride + k0 * P;
         if (first) {
           if (rows < P || cols < P || lower) clear_block(c);
           block_product<T, E, false>(rows, cols, lower, k, a, b, c);

@@ -1,0 +1,103 @@
+"""Input checks of the public functions: TypeError or ValueError with the value, before any write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FULL = (torch.float64, torch.float32)
+
+
+def matrix(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """A dense floating-point tensor with at least two dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if is_traceable_wrapper_subclass(x):
+        raise TypeError(
+            f"{name} is a {type(x).__name__}, which has no storage of its own: pass its full, plain "
+            "tensor (x.full_tensor() of a DTensor)"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not {x.layout}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {names}, not {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have at least two dimensions, not shape {tuple(x.shape)}")
+
+
+def no_autograd(name: str, x: Tensor, op: str) -> None:
+    """A functional operator has no derivative; a silent cut of the graph would be worse."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has no derivative and {name} requires grad: pass {name}.detach(), or call it "
+            "under torch.no_grad()"
+        )
+
+
+def square(name: str, x: Tensor) -> None:
+    """A batch of square float32 or float64 matrices."""
+    matrix(name, x, dtypes=FULL)
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name} must be square, not of shape {tuple(x.shape)}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All on one device."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    if len({x.device for x in given.values()}) > 1:
+        where = ", ".join(f"{name} on {x.device}" for name, x in given.items())
+        raise ValueError(f"tensors must be on one device: {where}")
+
+
+def number(
+    name: str,
+    value: float,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    include_high: bool = False,
+) -> float:
+    """A real number with low <= value < high (<= high if include_high)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        else:
+            raise TypeError(f"{name} must be a number, not {value!r}")
+    value = float(value)
+    if not (low <= value < high or (include_high and value == high)):
+        end = "]" if include_high else ")"
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, not {value!r}")
+    return value
+
+
+def integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    """An int with low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {limits}, not {value}")
+    return value
+
+
+def choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """One of the names that an option takes."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def learning_rate(lr: float | Tensor) -> Tensor:
+    """`lr` as a 0-dim float64 tensor on the CPU, or as it is if it is a tensor already."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"lr must be one floating-point number, not {lr!r}")
+        return lr if lr.dtype in FULL else lr.to(torch.float64)
+    return torch.tensor(number("lr", lr), dtype=torch.float64)

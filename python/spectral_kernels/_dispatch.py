@@ -1,0 +1,222 @@
+"""Which backend runs an operator, and why.
+
+A backend is asked for by the `backend` argument, by `with use_backend(...)`, or by the environment
+variable SPECTRAL_KERNELS_BACKEND, in this order; it then runs or raises. Otherwise the first of the
+device's candidates that can run is taken. The choice depends on the operator, the device, dtype and
+shape of its tensors and its options, never on global state such as
+`torch.get_float32_matmul_precision`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension, _native, reference
+
+__all__ = ["Explanation", "call_counts", "explain", "run", "use_backend"]
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_ENVIRONMENT = "SPECTRAL_KERNELS_BACKEND"
+
+# First choice first.
+_CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+OPERATORS = (
+    "gram",
+    "newton_schulz",
+    "polar",
+    "muon_step_",
+    "kron_factors_update_",
+    "kron_precondition",
+    "inverse_root",
+    "shampoo_step_",
+    "eigenbasis",
+    "refresh_eigenbasis",
+    "soap_step_",
+    "deva_step_",
+)
+
+# Methods of inverse_root that exist for comparison only.
+_REFERENCE_METHODS = ("newton", "newton_db")
+
+
+class _Asked(threading.local):
+    stack: list[str]
+
+    def __init__(self) -> None:
+        self.stack = []
+
+
+_asked = _Asked()
+_reference_counts: dict[str, int] = {}
+_counts_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and why nothing else.
+
+    Attributes:
+        op: the operator.
+        backend: the backend that would run it, or None if the one that was asked for cannot.
+        asked_by: "argument", "use_backend", "environment" or "automatic".
+        rejected: backend -> reason, for every backend that cannot run it.
+    """
+
+    op: str
+    backend: str | None
+    asked_by: str
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'cannot run'} ({self.asked_by})"]
+        lines += [f"  not {backend}: {reason}" for backend, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs everything inside on one backend, in this thread.
+
+    Args:
+        name: "cpu", "cuda", "triton", "reference", or "auto" for the automatic choice.
+
+    Raises:
+        ValueError: an unknown name. A call inside raises RuntimeError if the backend cannot run it.
+    """
+    _asked.stack.append(_check_backend(name, "backend"))
+    try:
+        yield
+    finally:
+        _asked.stack.pop()
+
+
+def _asked_for(backend: str | None) -> tuple[str, str]:
+    if backend is not None:
+        return _check_backend(backend, "backend"), "argument"
+    if _asked.stack:
+        return _asked.stack[-1], "use_backend"
+    name = os.environ.get(_ENVIRONMENT, "")
+    if name:
+        return _check_backend(name, _ENVIRONMENT), "environment"
+    return "auto", "automatic"
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run anything here, or None."""
+    if backend == "cpu" and _extension.MODULE is None:
+        return _extension.REASON
+    if backend == "cuda":
+        return "the CUDA C++ kernels were not built"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return "there are no Triton kernels for it yet"
+    return None
+
+
+def _rejection(
+    backend: str, op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]
+) -> str | None:
+    reason = unavailable(backend)
+    if reason is not None:
+        return reason
+    if backend == "cpu":
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                return f"a tensor is on {tensor.device}"
+        if op == "inverse_root" and options.get("method") in _REFERENCE_METHODS:
+            return f"method {options['method']!r} exists for comparison, on 'reference' only"
+    return None
+
+
+def _choose(
+    op: str, tensors: Sequence[Tensor], backend: str | None, options: Mapping[str, Any]
+) -> Explanation:
+    asked, asked_by = _asked_for(backend)
+    device = next((tensor.device.type for tensor in tensors), "cpu")
+    candidates = _CANDIDATES.get(device, ("reference",)) if asked == "auto" else (asked,)
+    rejected = {}
+    for name in candidates:
+        reason = _rejection(name, op, tensors, options)
+        if reason is None:
+            return Explanation(op, name, asked_by, rejected)
+        rejected[name] = reason
+    return Explanation(op, None, asked_by, rejected)
+
+
+def explain(op: str, *tensors: Tensor, backend: str | None = None, **options: Any) -> Explanation:
+    """Which backend would run `op` on these tensors, and why not the others.
+
+    Args:
+        op: the name of an operator, such as "newton_schulz" or "muon_step_".
+        tensors: its tensors (only device, dtype and shape matter).
+        backend: as for the operator itself.
+        options: options of the operator that decide, such as method="newton" of inverse_root.
+
+    Raises:
+        ValueError: an unknown operator or backend.
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"unknown operator {op!r}: expected one of {', '.join(OPERATORS)}")
+    chosen = _choose(op, tensors, backend, options)
+    rejected = dict(chosen.rejected)
+    for name in BACKENDS:
+        reason = _rejection(name, op, tensors, options)
+        if reason is not None:
+            rejected[name] = reason
+    return Explanation(op, chosen.backend, chosen.asked_by, rejected)
+
+
+def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **options: Any) -> Any:
+    """Runs `op` on the chosen backend.
+
+    `tensors` are those that decide; `args` and `options` are the operator's own.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run it.
+    """
+    chosen = _choose(op, tensors, backend, options)
+    if chosen.backend is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.rejected.items())
+        raise RuntimeError(f"backend cannot run {op}: {reasons}")
+    if chosen.backend == "reference":
+        with _counts_lock:
+            _reference_counts[op] = _reference_counts.get(op, 0) + 1
+        function: Callable[..., Any] = getattr(reference, op)
+    else:
+        function = _native.operator(op)
+    return function(*args, **options)
+
+
+def call_counts(*, reset: bool = False) -> dict[str, int]:
+    """Calls of every operator since the last reset, as "operator/backend": the proof of what ran.
+
+    Args:
+        reset: start again from zero after reading.
+    """
+    counts: dict[str, int] = {}
+    if _extension.MODULE is not None:
+        counts.update(_extension.MODULE.call_counts())
+    with _counts_lock:
+        counts.update({f"{op}/reference": count for op, count in _reference_counts.items()})
+        if reset:
+            _reference_counts.clear()
+    if reset and _extension.MODULE is not None:
+        _extension.MODULE.reset_call_counts()
+    return dict(sorted(counts.items()))
