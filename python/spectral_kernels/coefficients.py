@@ -337,7 +337,7 @@ def root_schedule(low: float, p: int, tolerance: float) -> Rows:
         tolerance: at least 4.4e-16.
 
     Returns:
-        The rows N_k of M <- N_k^p M, X <- X N_k; empty where the interval is already small enough.
+        The rows N_k of M <- N_k^p M, X <- N_k X; empty where the interval is already small enough.
     """
     rows: list[Row] = []
     while 1.0 - low > tolerance:
