@@ -46,17 +46,26 @@ double element(const Matrix& m, int64_t i, int64_t j) {
 
 }  // namespace
 
-bool overflows(double largest, int64_t terms, double beta, double weight, const Matrix& factor) {
+bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor) {
+  if (std::isnan(largest)) return true;
   const double most = factor.dtype == DType::kF64 ? std::numeric_limits<double>::max()
                                                   : double(std::numeric_limits<float>::max());
   // The largest element of a positive semidefinite matrix is on its diagonal.
-  double diagonal = 0;
+  std::vector<double> diagonal(size_t(factor.rows), 0.0);
+  double top = 0;
   if (beta != 0)
     for (int64_t i = 0; i < factor.rows; i++)
-      diagonal = std::max(diagonal, std::abs(element(factor, i, i)));
-  const double bound = std::abs(weight) * largest * largest * double(terms);
-  // Half of the range leaves room for the rounding of the sum.
-  return !(std::abs(beta) * diagonal + bound <= most / 2);
+      top = std::max(top, diagonal[size_t(i)] = std::abs(beta * element(factor, i, i)));
+  const double bound = weight * largest * largest * double(x.rows);
+  if (top + bound <= most / 2) return false;
+  // Rare: the sums themselves, in a range where they cannot overflow.
+  const double unit = std::ldexp(1.0, exponent_of(largest));
+  for (int64_t j = 0; j < x.cols; j++) {
+    double sum = 0;
+    for (int64_t i = 0; i < x.rows; i++) sum += std::pow(element(x, i, j) / unit, 2);
+    if (!(diagonal[size_t(j)] / unit / unit + weight * sum <= most / unit / unit)) return true;
+  }
+  return false;
 }
 
 void accumulate(const Panels& x, double beta, double weight, const Matrix& factor, int threads) {
@@ -168,8 +177,8 @@ bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& le
     right_largest = max_abs(flat(for_right), threads);
     right_weight /= double(m);
   }
-  if (left && overflows(left_largest, n, step.beta, left_weight, left)) return false;
-  if (right && overflows(right_largest, m, step.beta, right_weight, right)) return false;
+  if (left && overflows(for_left, left_largest, step.beta, left_weight, left)) return false;
+  if (right && overflows(for_right, right_largest, step.beta, right_weight, right)) return false;
   if (left) accumulate(for_left, step.beta, left_weight, left, threads);
   if (right) accumulate(for_right, step.beta, right_weight, right, threads);
   return true;

@@ -10,9 +10,9 @@ namespace spectral_kernels::cpu {
 // products, which accumulate in fp32; everything else takes the factor's own precision.
 Kind factor_kind(DType grad, DType factor);
 
-// True if beta factor + weight XᵀX may have an element that is not finite: X has `terms` rows and its
-// largest element is `largest` (NaN if one is not finite).
-bool overflows(double largest, int64_t terms, double beta, double weight, const Matrix& factor);
+// True if beta factor + weight XᵀX has an element that is not finite; X is packed and its largest element
+// is `largest` (NaN if one is not finite).
+bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor);
 
 // factor <- beta factor + weight XᵀX, with X packed (k x n); both triangles, exactly equal.
 void accumulate(const Panels& x, double beta, double weight, const Matrix& factor, int threads);

@@ -290,7 +290,7 @@ class Iteration {
       Product p = square(operand);
       p.out = r2;
       run(p, threads_);
-      value = std::pow(sum_of_squares(r2), 0.125);
+      value = std::pow(sum_of_squares(r2, threads_), 0.125);
     } else {
       value = std::sqrt(trace(r));
     }

@@ -124,9 +124,10 @@ void run(const Pack& p, int threads) {
 
 void run(const Combine& p, int threads) {
   const Kernels& k = kernels();
-  const auto kernel = k.combine[p.out.kind == Kind::kF64 ? 1 : 0];
-  const int64_t blocks = ceil_div(p.out.cols, k.panel[int(p.out.kind)]);
-  if (double(p.out.rows) * double(p.out.cols) < 2 * kPackGrain) threads = 1;
+  const Panels& shape = p.a ? p.a : p.out;
+  const auto kernel = k.combine[shape.kind == Kind::kF64 ? 1 : 0];
+  const int64_t blocks = ceil_div(shape.cols, k.panel[int(shape.kind)]);
+  if (double(shape.rows) * double(shape.cols) < 2 * kPackGrain) threads = 1;
   parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
 }
 
@@ -156,30 +157,42 @@ double max_abs(const Matrix& m, int threads) {
 
 int exponent_of(double x) { return x > 0 ? std::ilogb(x) : 0; }
 
-double trace(const Panels& p) {
+double element(const Panels& p, int64_t i, int64_t j) {
   const int64_t P = kernels().panel[int(p.kind)];
-  double sum = 0;
-  for (int64_t i = 0; i < std::min(p.rows, p.cols); i++) {
-    const int64_t at = (i / P) * p.stride + i * P + i % P;
-    sum += p.kind == Kind::kF64 ? static_cast<const double*>(p.data)[at]
-                                : double(static_cast<const float*>(p.data)[at]);
+  const int64_t at = j / P * p.stride + (p.kind == Kind::kBF16 ? i / 2 : i) * P + j % P;
+  switch (p.kind) {
+    case Kind::kF32: return double(static_cast<const float*>(p.data)[at]);
+    case Kind::kF64: return static_cast<const double*>(p.data)[at];
+    case Kind::kBF16: {
+      const uint32_t pair = static_cast<const uint32_t*>(p.data)[at];
+      const uint32_t bits = i % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return double(value);
+    }
   }
+  return 0;
+}
+
+double trace(const Panels& p) {
+  double sum = 0;
+  for (int64_t i = 0; i < std::min(p.rows, p.cols); i++) sum += element(p, i, i);
   return sum;
 }
 
-double sum_of_squares(const Panels& p) {
-  const int64_t P = kernels().panel[int(p.kind)], count = ceil_div(p.cols, P) * P * p.rows;
-  constexpr int kLanes = 16;
-  double lane[kLanes] = {};
-  // `count` is a multiple of P, which is a multiple of 4 lanes; the tail goes to the first lanes.
-  const auto add = [&](auto* data) {
-    for (int64_t i = 0; i < count; i += kLanes)
-      for (int l = 0; l < kLanes && i + l < count; l++) lane[l] += double(data[i + l]) * double(data[i + l]);
-  };
-  if (p.kind == Kind::kF64) add(static_cast<const double*>(p.data));
-  else add(static_cast<const float*>(p.data));
+std::vector<double> column_sums(ColumnSum what, const Panels& a, const Panels& b, int threads) {
+  const Kernels& k = kernels();
+  const auto kernel = k.column_sums[a.kind == Kind::kF64 ? 1 : 0];
+  const int64_t blocks = ceil_div(a.cols, k.panel[int(a.kind)]);
+  std::vector<double> sums(size_t(a.cols), 0.0);
+  if (double(a.rows) * double(a.cols) < 2 * kPackGrain) threads = 1;
+  parallel_jobs(blocks, threads, [&](int64_t j) { kernel(what, a, b, j, j + 1, sums.data()); });
+  return sums;
+}
+
+double sum_of_squares(const Panels& p, int threads) {
   double sum = 0;
-  for (double value : lane) sum += value;
+  for (double column : column_sums(ColumnSum::kDot, p, p, threads)) sum += column;
   return sum;
 }
 

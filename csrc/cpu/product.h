@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "tiles.h"
 #include "workspace.h"
@@ -26,10 +27,13 @@ constexpr double kThreadGrain = 1 << 20;
 double max_abs(const Matrix& m, int threads);
 // e such that 2^e <= x < 2^(e+1); 0 for x = 0.
 int exponent_of(double x);
-// The fp64 sum of the diagonal of a square packed matrix, in order.
+// Element (i, j) of a packed matrix.
+double element(const Panels& p, int64_t i, int64_t j);
+// The fp64 sum of the diagonal, in order.
 double trace(const Panels& p);
-// The fp64 sum of the squares of a packed F32 or F64 matrix, in a fixed order.
-double sum_of_squares(const Panels& p);
+// Sums of |a_ij| or a_ij b_ij over i, for every j, in fp64 and a fixed order.
+std::vector<double> column_sums(ColumnSum what, const Panels& a, const Panels& b, int threads);
+double sum_of_squares(const Panels& p, int threads);
 
 // Every element = value; every element *= factor (rounded once, from fp32 or fp64).
 void fill(const Matrix& m, double value);

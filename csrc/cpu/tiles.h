@@ -76,11 +76,16 @@ struct Pack {
   bool negate = false;
 };
 
-// out = alpha A + beta B + gamma I, of packed matrices of one shape. A or B may be absent.
+// alpha A + beta B + gamma I, of packed matrices of one shape, to a packed or a strided one. A or B may
+// be absent.
 struct Combine {
   Panels a, b, out;
   double alpha = 1, beta = 0, gamma = 0;
+  Matrix store;
 };
+
+// Sums over the rows of every column, in fp64 and in the order of the rows.
+enum class ColumnSum : int { kAbs, kDot };  // |a|, a b
 
 struct Kernels {
   const char* name;
@@ -90,8 +95,11 @@ struct Kernels {
                           void* scratch);
   // Block rows [i0, i1) of a pack.
   void (*pack[kKinds])(const Pack&, int64_t i0, int64_t i1);
-  // Block columns [j0, j1) of a combination; F32 operands may go to a BF16 result.
+  // Block columns [j0, j1) of a combination, from fp32 [0] or fp64 [1] numbers.
   void (*combine[2])(const Combine&, int64_t j0, int64_t j1);
+  // Block columns [j0, j1) of the sums over two F32 or F64 matrices (one for kAbs).
+  void (*column_sums[2])(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
+                         double* sums);
   // Largest |x| of rows [r0, r1) as the bit pattern of an fp32 (fp64 for F64 input) number; a
   // pattern at or above that of infinity tells of a non-finite element.
   uint64_t (*max_abs_bits)(const Matrix&, int64_t r0, int64_t r1);

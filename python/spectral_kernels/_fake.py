@@ -32,8 +32,8 @@ def _inverse_root(
     batch = a.shape[:-2]
     return (
         _like(a),
-        a.new_empty(batch, dtype=torch.int32),
-        a.new_empty(batch, dtype=torch.int32),
+        a.new_empty(batch, dtype=torch.int64),
+        a.new_empty(batch, dtype=torch.int64),
         a.new_empty(batch),
         a.new_empty(batch),
     )

@@ -1,4 +1,4 @@
-#include "root_rows.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>

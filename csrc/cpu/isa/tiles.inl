@@ -541,28 +541,51 @@ static void pack_blocks(const Pack& p, int64_t i0, int64_t i1) {
   }
 }
 
+// ---------------------------------------------------------------- elementwise and sums
+
 template <class T>
 static void combine_blocks(const Combine& p, int64_t j0, int64_t j1) {
-  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
-  const T alpha = T(p.alpha), beta = T(p.beta), gamma = T(p.gamma);
-  const int64_t row_blocks = ceil_div(p.out.rows, int64_t(P));
+  constexpr int P = Simd<T>::kPanel;
+  const Panels& shape = p.a ? p.a : p.out;
+  const int64_t row_blocks = ceil_div(shape.rows, int64_t(P));
   alignas(64) Block<T> a, b;
-  for (int64_t bj = j0; bj < j1; bj++)
+  for (int64_t bj = j0; bj < j1; bj++) {
+    const int cols = int(shape.cols - bj * P < P ? shape.cols - bj * P : P);
     for (int64_t bi = 0; bi < row_blocks; bi++) {
-      const int rows = int(p.out.rows - bi * P < P ? p.out.rows - bi * P : P);
+      const int rows = int(shape.rows - bi * P < P ? shape.rows - bi * P : P);
       if (p.a) load_panel(p.a, bi, bj, rows, a);
       else clear_block(a);
       if (p.b) {
         load_panel(p.b, bi, bj, rows, b);
-        for (int i = 0; i < P * P; i += kLanes)
-          store(a + i, alpha * load(a + i) + beta * load(b + i));
+        scale_add(P, T(p.alpha), a, T(p.beta), b);
       } else if (p.alpha != 1) {
-        for (int i = 0; i < P * P; i += kLanes) store(a + i, alpha * load(a + i));
+        scale(P, T(p.alpha), a);
       }
       if (p.gamma != 0 && bi == bj)
-        for (int i = 0; i < rows; i++) a[i * P + i] += gamma;
-      store_panel(p.out, bi, bj, rows, a);
+        for (int i = 0; i < rows && i < cols; i++) a[i * P + i] += T(p.gamma);
+      if (p.out) store_panel(p.out, bi, bj, rows, a);
+      if (p.store) store_block(p.store, bi * P, bj * P, rows, cols, a);
     }
+  }
+}
+
+template <class T>
+static void column_sums_of(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
+                           double* sums) {
+  constexpr int P = Simd<T>::kPanel;
+  for (int64_t bj = j0; bj < j1; bj++) {
+    double sum[P] = {};
+    const T* x = panel_block<T>(a, 0, bj);
+    if (what == ColumnSum::kAbs) {
+      for (int64_t i = 0; i < a.rows; i++, x += P)
+        for (size_t j = 0; j < P; j++) sum[j] += double(x[j] < 0 ? -x[j] : x[j]);
+    } else {
+      const T* y = panel_block<T>(b, 0, bj);
+      for (int64_t i = 0; i < a.rows; i++, x += P, y += P)
+        for (size_t j = 0; j < P; j++) sum[j] += double(x[j]) * double(y[j]);
+    }
+    for (int64_t j = bj * P; j < a.cols && j < (bj + 1) * P; j++) sums[j] = sum[j - bj * P];
+  }
 }
 
 template <class U, U kMask>
@@ -622,5 +645,6 @@ static const Kernels kTable = {
     },
     {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
     {combine_blocks<float>, combine_blocks<double>},
+    {column_sums_of<float>, column_sums_of<double>},
     max_abs_bits,
 };

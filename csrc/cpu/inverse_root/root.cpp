@@ -1,0 +1,464 @@
+// Inverse p-th roots by a coupled iteration on packed symmetric matrices, with an eigendecomposition in
+// fp64 as the fallback. reference/inverse_root.py is the specification.
+#include "root.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../../check.h"
+#include "../../counters.h"
+#include "../lapack.h"
+#include "../parallel.h"
+#include "../views.h"
+#include "rows.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t kProbes = 8;  // columns of the sign matrix that residuals are taken on
+
+double unit_roundoff(Kind kind) { return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24); }
+
+// The fixed signs, in the order of the rows (see sign_matrix in the reference).
+std::vector<double> probe_signs(int64_t n) {
+  std::vector<double> signs(size_t(n * kProbes));
+  uint32_t state = 1;
+  for (double& sign : signs) {
+    state = state * 1664525u + 1013904223u;
+    sign = state >> 31 ? -1.0 : 1.0;
+  }
+  return signs;
+}
+
+double residual_limit(Kind kind, double low) {
+  return kind == Kind::kF64 ? std::min(0.25, std::max(1e-6, 1e-12 / low)) : 0.25;
+}
+
+// One matrix, scaled by 2^-shift with shift a multiple of p.
+class RootProblem {
+ public:
+  RootProblem(const Matrix& a, double divisor, const RootOptions& options, bool write_failures,
+              int threads)
+      : options_(options),
+        kind_(a.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
+        u_(unit_roundoff(kind_)),
+        n_(a.rows),
+        threads_(threads),
+        divisor_(divisor),
+        write_failures_(write_failures),
+        workspace_(kPanels * panel_bytes(n_, n_, kind_) + 3 * panel_bytes(n_, kProbes, kind_)) {
+    for (Panels& panels : pool_) panels = take_panels(workspace_, n_, n_, kind_);
+  }
+
+  // A zero matrix without ridge, or a non-finite one, is finished here.
+  bool prepare(const Matrix& a, const Matrix& out) {
+    const double of_a = max_abs(a, threads_);
+    const double largest = std::max(of_a, options_.ridge * divisor_);
+    if (std::isnan(of_a)) {
+      if (write_failures_) fill(out, kNaN);
+      result_ = {RootStatus::kNonFinite, 0, kNaN, kNaN};
+      return false;
+    }
+    if (largest == 0) {
+      fill(out, 0);
+      result_ = {RootStatus::kRankDeficient, 0, 0, 0};
+      return false;
+    }
+    const int exponent = exponent_of(largest);
+    shift_ = options_.p * int(std::floor(double(exponent) / options_.p));
+    Panels original = acquire(), transposed = acquire();
+    a_ = acquire();
+    Pack pack;
+    pack.x = a;
+    pack.shift = -shift_;
+    pack.out = original;
+    pack.out_t = transposed;
+    run(pack, threads_);
+    combine(a_, original, 0.5, transposed, 0.5, 0);
+    release(original);
+    release(transposed);
+    const std::vector<double> sums = column_sums(ColumnSum::kAbs, a_, {}, threads_);
+    const double row_sum = *std::max_element(sums.begin(), sums.end());
+    delta_ = std::max(std::ldexp(options_.ridge * divisor_, -shift_), options_.relative_ridge * row_sum);
+    if (kind_ == Kind::kF32) delta_ = double(float(delta_));
+    result_.delta = std::ldexp(delta_ / divisor_, shift_);
+    return true;
+  }
+
+  RootResult solve(const Matrix& out) {
+    if (options_.method != "eigen") {
+      b_ = acquire();
+      combine(b_, a_, 1, {}, 0, delta_);
+      const Panels square = acquire();
+      symmetric(b_, b_, 1, square);
+      nu_ = std::pow(sum_of_squares(square, threads_), 0.25) * (1 + 4 * u_);
+      release(square);
+      const bool ridged = delta_ >= 4 * u_ * nu_;
+      if (options_.method == "iteration" || ridged) {
+        const double low = ridged ? delta_ / nu_ : 4 * u_;
+        for (const double attempt : {low, low / 16})
+          if (iterate(attempt, residual_limit(kind_, low), out)) return result_;
+        eigen(out);
+        if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
+        return result_;
+      }
+    }
+    eigen(out);
+    return result_;
+  }
+
+  const RootResult& result() const { return result_; }
+
+ private:
+  // A, B, M, X, N, the next M, and three for the powers of N.
+  static constexpr int kPanels = 9;
+
+  Panels acquire() { return pool_[size_t(--free_)]; }
+  void release(const Panels& panels) { pool_[size_t(free_++)] = panels; }
+
+  void combine(const Panels& out, const Panels& a, double alpha, const Panels& b, double beta,
+               double gamma) {
+    Combine c;
+    c.out = out;
+    c.a = a;
+    c.alpha = alpha;
+    c.b = b;
+    c.beta = beta;
+    c.gamma = gamma;
+    run(c, threads_);
+  }
+
+  void symmetric(const Panels& a, const Panels& b, double alpha, const Panels& out) {
+    Product p;
+    p.a = a;
+    p.b = b;
+    p.symmetric = true;
+    p.alpha = alpha;
+    p.out = out;
+    run(p, threads_);
+  }
+
+  // alpha N^p M into `out`; N survives.
+  void power_times(const Panels& n, const Panels& m, double alpha, const Panels& out) {
+    Panels power = n, square = n;
+    bool own_power = false, own_square = false, has_power = false;
+    for (int exponent = options_.p;;) {
+      if (exponent % 2 != 0) {
+        if (!has_power) {
+          power = square;
+          own_power = own_square;
+          own_square = false;
+          has_power = true;
+        } else {
+          const Panels next = acquire();
+          symmetric(power, square, 1, next);
+          if (own_power) release(power);
+          power = next;
+          own_power = true;
+        }
+      }
+      exponent /= 2;
+      if (exponent == 0) break;
+      const Panels next = acquire();
+      symmetric(square, square, 1, next);
+      if (own_square) release(square);
+      square = next;
+      own_square = true;
+    }
+    symmetric(power, m, alpha, out);
+    if (own_power) release(power);
+    if (own_square) release(square);
+  }
+
+  // True, with the root written, if the residual and the diagonal accept it.
+  bool iterate(double low, double limit, const Matrix& out) {
+    const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(low, u_));
+    Panels m = b_, x = {};
+    for (size_t step = 0; step < rows.size(); step++) {
+      const RootRow& row = rows[step];
+      const double scale = step == 0 ? 1 / nu_ : 1;  // M is B / nu, and B stays for the residual
+      const Panels n = acquire();
+      if (row.c == 0) {
+        combine(n, m, row.b * scale, {}, 0, row.a);
+      } else {
+        Product p;
+        p.a = p.b = m;
+        p.symmetric = true;
+        p.alpha = row.c * scale * scale;
+        p.beta_panels = row.b * scale;
+        p.add_panels = m;
+        p.gamma = row.a;
+        p.out = n;
+        run(p, threads_);
+      }
+      if (step + 1 < rows.size()) {
+        const Panels next = acquire();
+        power_times(n, m, scale, next);
+        if (step > 0) release(m);
+        m = next;
+      }
+      if (step == 0) {
+        x = n;
+      } else {
+        const Panels next = acquire();
+        symmetric(x, n, 1, next);
+        release(x);
+        release(n);
+        x = next;
+      }
+    }
+    if (rows.size() > 1) release(m);
+    if (rows.empty()) {
+      x = acquire();
+      combine(x, {}, 0, {}, 0, 1);
+    }
+    const double residual = residual_of(x);
+    double least = std::numeric_limits<double>::infinity(), most = 0;
+    for (int64_t i = 0; i < n_; i++) {
+      least = std::min(least, element(x, i, i));
+      most = std::max(most, element(x, i, i));
+    }
+    const bool accepted = residual <= limit && least > 0;
+    if (accepted) {
+      result_.status = RootStatus::kConverged;
+      result_.steps = int64_t(rows.size());
+      result_.residual = residual;
+      // (A / d + delta)^(-1/p) = d^(1/p) (A + d delta)^(-1/p); the ridge has been multiplied by d.
+      const double scale = std::ldexp(std::pow(nu_ / divisor_, -1.0 / options_.p), -shift_ / options_.p);
+      if (may_write(most * scale)) {
+        Combine c;
+        c.a = x;
+        c.alpha = scale;
+        c.store = out;
+        run(c, threads_);
+      }
+    }
+    release(x);
+    return accepted;
+  }
+
+  // A root that overflows is a failure that keeps the old one.
+  bool may_write(double largest) {
+    const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
+                                            : double(std::numeric_limits<float>::max());
+    if (write_failures_ || largest <= most) return true;
+    result_.status = RootStatus::kStagnated;
+    return false;
+  }
+
+  // ||(X^floor(p/2) (B / nu) X^ceil(p/2) - I) Omega||_F / ||Omega||_F
+  double residual_of(const Panels& x) {
+    const std::vector<double> signs = probe_signs(n_);
+    Workspace workspace(3 * panel_bytes(n_, kProbes, kind_));
+    Panels omega = take_panels(workspace, n_, kProbes, kind_), y = take_panels(workspace, n_, kProbes, kind_);
+    Panels z = take_panels(workspace, n_, kProbes, kind_);
+    Pack pack;
+    pack.x = Matrix{const_cast<double*>(signs.data()), n_, kProbes, kProbes, 1, DType::kF64};
+    pack.out = omega;
+    run(pack, 1);
+    const auto apply = [&](const Panels& a, double alpha) {
+      Product p;
+      p.a = a;
+      p.b = y;
+      p.alpha = alpha;
+      p.out = z;
+      run(p, threads_);
+      std::swap(y, z);
+    };
+    pack.out = y;
+    run(pack, 1);
+    for (int i = 0; i < options_.p - options_.p / 2; i++) apply(x, 1);
+    apply(b_, 1 / nu_);
+    for (int i = 0; i < options_.p / 2; i++) apply(x, 1);
+    combine(y, y, 1, omega, -1, 0);
+    return std::sqrt(sum_of_squares(y, 1) / double(n_ * kProbes));
+  }
+
+  void eigen(const Matrix& out) {
+    const size_t n = size_t(n_);
+    std::vector<double> matrix(n * n), values(n), vectors(n * n);
+    const Matrix full{matrix.data(), n_, n_, n_, 1, DType::kF64};
+    Combine unpack;
+    unpack.a = a_;
+    unpack.store = full;
+    run(unpack, threads_);
+    bool converged = false;
+    lapack_jobs(1, [&](int64_t) { converged = eigh(n_, matrix.data(), values.data(), vectors.data()); });
+    result_.steps = 0;
+    if (!converged) {
+      result_.status = RootStatus::kStagnated;
+      result_.residual = std::numeric_limits<double>::infinity();
+      if (write_failures_) fill(out, 0);
+      return;
+    }
+    const double cut = std::max(4 * u_, 4 * double(n_) * std::ldexp(1.0, -53));
+    const double largest = std::max(values[n - 1], 0.0);
+    const bool indefinite = values[0] < -std::sqrt(double(n_)) * cut * largest;
+    std::vector<double> spectrum(n), powers(n);
+    bool all_kept = true;
+    for (size_t i = 0; i < n; i++) {
+      spectrum[i] = std::max(values[i], 0.0) + delta_;
+      const bool kept = spectrum[i] > (delta_ > 0 ? 0 : cut * largest);
+      powers[i] = kept ? std::pow(spectrum[i], -1.0 / options_.p) : 0;
+      all_kept = all_kept && kept;
+    }
+    result_.residual = eigen_residual(spectrum, powers, vectors, cut);
+    size_t first = 0;
+    while (first + 1 < n && !(spectrum[first] > checked_above(spectrum, cut))) first++;
+    const double low = spectrum[n - 1] > 0 ? spectrum[first] / spectrum[n - 1] : 1;
+    if (indefinite || !(result_.residual <= residual_limit(kind_, low))) {
+      result_.status = RootStatus::kStagnated;
+      if (!write_failures_) return;
+    } else {
+      result_.status = all_kept ? RootStatus::kConverged : RootStatus::kRankDeficient;
+    }
+    // Q diag(powers) Qᵀ as (Q sqrt(powers)) (Q sqrt(powers))ᵀ: one triangle, exactly symmetric.
+    Workspace workspace(panel_bytes(n_, n_, Kind::kF64));
+    const Panels half = take_panels(workspace, n_, n_, Kind::kF64);
+    for (size_t i = 0; i < n; i++)
+      for (size_t j = 0; j < n; j++) vectors[i * n + j] *= std::sqrt(powers[j]);
+    Pack pack;
+    pack.x = Matrix{vectors.data(), n_, n_, n_, 1, DType::kF64};
+    pack.out_t = half;
+    run(pack, threads_);
+    Product product;
+    product.a = product.b = half;
+    product.symmetric = true;
+    product.alpha = std::ldexp(std::pow(divisor_, 1.0 / options_.p), -shift_ / options_.p);
+    product.store = out;
+    const double most = *std::max_element(powers.begin(), powers.end());
+    if (may_write(most * product.alpha)) run(product, threads_);
+  }
+
+  double checked_above(const std::vector<double>& spectrum, double cut) const {
+    return std::max(cut, 1e-12) * spectrum.back();
+  }
+
+  // The residual on the eigenvalues that rounding does not hide: P (...) P in place of (...).
+  double eigen_residual(const std::vector<double>& spectrum, const std::vector<double>& powers,
+                        const std::vector<double>& vectors, double cut) const {
+    const size_t n = size_t(n_), probes = size_t(kProbes);
+    const std::vector<double> omega = probe_signs(n_);
+    const double above = checked_above(spectrum, cut);
+    const auto checked = [&](size_t j) { return spectrum[j] > above; };
+    // Row j of the coefficients belongs to eigenvector j.
+    const auto to_basis = [&](const std::vector<double>& y) {
+      std::vector<double> c(n * probes, 0.0);
+      for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < n; j++)
+          if (checked(j))
+            for (size_t k = 0; k < probes; k++) c[j * probes + k] += vectors[i * n + j] * y[i * probes + k];
+      return c;
+    };
+    const auto from_basis = [&](const std::vector<double>& c) {
+      std::vector<double> y(n * probes, 0.0);
+      for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < n; j++)
+          if (checked(j))
+            for (size_t k = 0; k < probes; k++) y[i * probes + k] += vectors[i * n + j] * c[j * probes + k];
+      return y;
+    };
+    const auto scaled = [&](std::vector<double> c, int exponent) {
+      for (size_t j = 0; j < n; j++)
+        for (size_t k = 0; k < probes; k++) c[j * probes + k] *= std::pow(powers[j], exponent);
+      return c;
+    };
+    const std::vector<double> projected = to_basis(omega);
+    const std::vector<double> y = from_basis(scaled(projected, options_.p - options_.p / 2));
+    std::vector<double> by(n * probes, 0.0);
+    for (int64_t j = 0; j < n_; j++)
+      for (int64_t i = 0; i < n_; i++) {
+        const double b = element(a_, i, j) + (i == j ? delta_ : 0);
+        for (size_t k = 0; k < probes; k++) by[size_t(i) * probes + k] += b * y[size_t(j) * probes + k];
+      }
+    const std::vector<double> result = from_basis(scaled(to_basis(by), options_.p / 2));
+    const std::vector<double> wanted = from_basis(projected);
+    double sum = 0;
+    for (size_t i = 0; i < result.size(); i++) sum += std::pow(result[i] - wanted[i], 2);
+    return std::sqrt(sum / double(n * probes));
+  }
+
+  const RootOptions& options_;
+  const Kind kind_;
+  const double u_;
+  const int64_t n_;
+  const int threads_;
+  const double divisor_;
+  const bool write_failures_;
+  Workspace workspace_;
+  Panels pool_[kPanels];
+  int free_ = kPanels;
+  Panels a_, b_;
+  int shift_ = 0;
+  double delta_ = 0, nu_ = 0;
+  RootResult result_;
+};
+
+}  // namespace
+
+void check_root_options(const RootOptions& options) {
+  TORCH_CHECK_VALUE(options.p >= 1 && options.p <= 8, "p must be in 1..8, got ", options.p);
+  TORCH_CHECK_VALUE(options.ridge >= 0 && std::isfinite(options.ridge), "ridge must be at least 0, got ",
+                    options.ridge);
+  TORCH_CHECK_VALUE(options.relative_ridge >= 0 && std::isfinite(options.relative_ridge),
+                    "relative_ridge must be at least 0, got ", options.relative_ridge);
+  check_one_of(options.method, "method", {"auto", "iteration", "eigen"});
+}
+
+RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options, const Matrix& out,
+                        bool write_failures, int threads) {
+  RootProblem problem(a, divisor, options, write_failures, threads);
+  if (!problem.prepare(a, out)) return problem.result();
+  return problem.solve(out);
+}
+
+double root_work(int64_t n, int p) {
+  constexpr double kSteps = 7;
+  return (kSteps * (2 + std::log2(double(p)) + 1) + 1) * 0.5 * double(n) * double(n) * double(n);
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_root_op(
+    const at::Tensor& a, int64_t p, double ridge, double relative_ridge, c10::string_view method) {
+  count_call("inverse_root", "cpu");
+  check_full_precision(a, "a");
+  check_square(a, "a");
+  const RootOptions options{int(p), ridge, relative_ridge, std::string(method)};
+  check_root_options(options);
+  const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
+  const at::Tensor root = at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor status = at::empty(batch, a.options().dtype(at::kLong));
+  const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
+  const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
+  const MatrixBatch as(a), roots(root);
+  std::vector<RootResult> results(size_t(as.count()));
+  if (a.numel() > 0)
+    parallel_matrices(std::vector<double>(results.size(), root_work(a.size(-1), options.p)),
+                      [&](int64_t i, int threads) {
+                        results[size_t(i)] = inverse_root(as[i], 1, options, roots[i], true, threads);
+                      });
+  const auto put = [](const at::Tensor& t, size_t i, double value) {
+    if (t.scalar_type() == at::kDouble) t.data_ptr<double>()[i] = value;
+    else t.data_ptr<float>()[i] = float(value);
+  };
+  for (size_t i = 0; i < results.size(); i++) {
+    status.data_ptr<int64_t>()[i] = int64_t(results[i].status);
+    steps.data_ptr<int64_t>()[i] = results[i].steps;
+    put(residual, i, results[i].residual);
+    put(delta, i, results[i].delta);
+  }
+  return {root, status, steps, residual, delta};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("inverse_root", &inverse_root_op); }
+
+}  // namespace spectral_kernels::cpu
