@@ -220,6 +220,29 @@ def check_sides(name: str, sides: Sequence[Tensor], params: Sequence[Tensor], si
         check_writable(f"{name}[{i}]", x)
 
 
+def check_factors(
+    params: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_partners: Sequence[Tensor],
+    right_partners: Sequence[Tensor],
+    partner: str,
+) -> None:
+    """Factors and, on the same sides, their partners: "roots" or "bases"."""
+    for side, dim, factors, partners in (
+        ("left", -2, lefts, left_partners),
+        ("right", -1, rights, right_partners),
+    ):
+        check_sides(f"{side}s", factors, params, dim)
+        check_sides(f"{side}_{partner}", partners, params, dim)
+        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
+            if absent(factor) != absent(other):
+                raise ValueError(
+                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
+                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
+                )
+
+
 # List steps.
 
 

@@ -12,6 +12,7 @@ from ._shared import (
     Progress,
     absent,
     check_choice,
+    check_factors,
     check_full_precision,
     check_list,
     check_range,
@@ -30,7 +31,6 @@ from .eigenbasis import (
     Bases,
     accumulated,
     adam_bias,
-    check_bases,
     initialised,
     refreshed,
     rms_normalized,
@@ -175,7 +175,7 @@ def deva_step_(
     """
     check_step(params, grads, step_counts, skipped, lr, nonfinite)
     check_state("exp_avgs", exp_avgs, params)
-    check_bases(params, lefts, rights, left_bases, right_bases)
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases")
     _check_options(eps_mode, norm, variance, rows, compute_dtype, reference)
     _check_squares(exp_avg_sqs, params, variance)
     check_list("scales", scales, len(params))

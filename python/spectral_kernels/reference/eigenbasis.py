@@ -12,9 +12,9 @@ from torch import Tensor
 from ._shared import (
     Progress,
     absent,
+    check_factors,
     check_list,
     check_range,
-    check_sides,
     check_square,
     check_state,
     check_step,
@@ -259,28 +259,6 @@ def refreshed(
     return bases, rotate(moment, bases.left_basis, bases.right_basis), squares
 
 
-def check_bases(
-    params: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_bases: Sequence[Tensor],
-    right_bases: Sequence[Tensor],
-) -> None:
-    """Factors with bases of the same shape, or neither."""
-    for name, factors, bases, side in (
-        ("left", lefts, left_bases, -2),
-        ("right", rights, right_bases, -1),
-    ):
-        check_sides(f"{name}s", factors, params, side)
-        check_sides(f"{name}_bases", bases, params, side)
-        for i, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
-            if absent(factor) != absent(basis):
-                raise ValueError(
-                    f"{name}s[{i}] has shape {tuple(factor.shape)}, "
-                    f"{name}_bases[{i}] {tuple(basis.shape)}"
-                )
-
-
 @operator
 def soap_step_(
     params: Sequence[Tensor],
@@ -356,7 +334,7 @@ def soap_step_(
     check_step(params, grads, step_counts, skipped, lr, nonfinite)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
-    check_bases(params, lefts, rights, left_bases, right_bases)
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases")
     check_list("refresh", refresh, len(params))
     for name, beta in (("beta1", beta1), ("beta2", beta2), ("shampoo_beta", shampoo_beta)):
         check_range(name, beta, 0.0, 1.0)

@@ -17,15 +17,13 @@ from ._shared import (
     Progress,
     absent,
     check_choice,
+    check_factors,
     check_list,
-    check_matrix,
     check_range,
     check_root,
-    check_sides,
     check_square,
     check_state,
     check_step,
-    check_writable,
     exponent_of,
     finite,
     matrices,
@@ -414,13 +412,7 @@ def shampoo_step_(
     """
     check_step(params, grads, step_counts, skipped, lr, nonfinite)
     check_state("momentum_buffers", momentum_buffers, params)
-    for name, sides, side in (
-        ("lefts", lefts, -2),
-        ("left_roots", left_roots, -2),
-        ("rights", rights, -1),
-        ("right_roots", right_roots, -1),
-    ):
-        check_sides(name, sides, params, side)
+    check_factors(params, lefts, rights, left_roots, right_roots, "roots")
     _check_root_options(root, ridge, relative_ridge, root_method)
     check_choice("graft", graft, _GRAFTS)
     check_choice("graft_eps_mode", graft_eps_mode, _GRAFT_EPS_MODES)
@@ -435,9 +427,7 @@ def shampoo_step_(
             f"kl weights its factors by inverse square roots: root must be 2, not {root}"
         )
     check_list("refresh", refresh, len(params))
-    _check_shampoo_state(
-        params, lefts, rights, left_roots, right_roots, graft_squares, root_failures, graft
-    )
+    _check_shampoo_state(params, graft_squares, root_failures, graft)
     raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
     step = _Shampoo(
         rate=float(lr),
@@ -636,35 +626,19 @@ def _check_root_options(p: int, ridge: float, relative_ridge: float, method: str
 
 def _check_shampoo_state(
     params: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_roots: Sequence[Tensor],
-    right_roots: Sequence[Tensor],
     graft_squares: Sequence[Tensor],
     root_failures: Sequence[Tensor],
     graft: str,
 ) -> None:
-    check_list("graft_squares", graft_squares, len(params))
+    if graft in ("none", "sgd"):
+        check_list("graft_squares", graft_squares, len(params))
+    else:
+        check_state("graft_squares", graft_squares, params)
     check_list("root_failures", root_failures, len(params))
-    for name, factors, roots in (("left", lefts, left_roots), ("right", rights, right_roots)):
-        for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
-            if factor.shape != root.shape and not (absent(factor) and absent(root)):
-                raise ValueError(
-                    f"{name}_roots[{i}] has shape {tuple(root.shape)}, "
-                    f"{name}s[{i}] {tuple(factor.shape)}"
-                )
-    for i, param in enumerate(params):
-        if graft not in ("none", "sgd"):
-            check_matrix(f"graft_squares[{i}]", graft_squares[i])
-            check_writable(f"graft_squares[{i}]", graft_squares[i])
-            if graft_squares[i].shape != param.shape:
-                raise ValueError(
-                    f"graft_squares[{i}] has shape {tuple(graft_squares[i].shape)}, "
-                    f"params[{i}] {tuple(param.shape)}"
-                )
+    for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
         expected = (*param.shape[:-2], 2)
-        if root_failures[i].dtype != torch.int64 or root_failures[i].shape != expected:
+        if failures.dtype != torch.int64 or failures.shape != expected:
             raise ValueError(
                 f"root_failures[{i}] must be int64 of shape {expected}, not "
-                f"{root_failures[i].dtype} of shape {tuple(root_failures[i].shape)}"
+                f"{failures.dtype} of shape {tuple(failures.shape)}"
             )
