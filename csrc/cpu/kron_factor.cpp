@@ -38,12 +38,6 @@ Matrix flat(const Panels& p) {
   return {};
 }
 
-double element(const Matrix& m, int64_t i, int64_t j) {
-  const int64_t at = i * m.row_stride + j * m.col_stride;
-  return m.dtype == DType::kF64 ? static_cast<const double*>(m.data)[at]
-                                : double(static_cast<const float*>(m.data)[at]);
-}
-
 }  // namespace
 
 bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor) {

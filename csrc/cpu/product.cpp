@@ -131,6 +131,20 @@ void run(const Combine& p, int threads) {
   parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
 }
 
+void run(const Scale& p, int threads) {
+  const Kernels& k = kernels();
+  const auto kernel = k.scale[p.x.kind == Kind::kF64 ? 1 : 0];
+  const int64_t blocks = ceil_div(p.x.cols, k.panel[int(p.x.kind)]);
+  if (double(p.x.rows) * double(p.x.cols) < 2 * kPackGrain) threads = 1;
+  parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
+}
+
+Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
+  const int64_t P = kernels().panel[int(p.kind)], size = p.kind == Kind::kF64 ? 8 : 4;
+  char* data = static_cast<char*>(p.data) + (c0 / P * p.stride + r0 * P) * size;
+  return {data, rows, cols, p.kind, p.stride};
+}
+
 double max_abs(const Matrix& m, int threads) {
   if (m.rows == 0 || m.cols == 0) return 0;
   const Kernels& k = kernels();
@@ -172,6 +186,12 @@ double element(const Panels& p, int64_t i, int64_t j) {
     }
   }
   return 0;
+}
+
+void set_element(const Panels& p, int64_t i, int64_t j, double value) {
+  const int64_t P = kernels().panel[int(p.kind)], at = j / P * p.stride + i * P + j % P;
+  if (p.kind == Kind::kF64) static_cast<double*>(p.data)[at] = value;
+  else static_cast<float*>(p.data)[at] = float(value);
 }
 
 double trace(const Panels& p) {
@@ -237,6 +257,12 @@ void copy_scaled(const Matrix& from, int shift, const Matrix& to) {
                   *static_cast<decltype(target)*>(address(to, i, j)));
     });
   });
+}
+
+double element(const Matrix& m, int64_t i, int64_t j) {
+  double value = 0;
+  with_type(m.dtype, [&](auto zero) { value = double(*static_cast<decltype(zero)*>(address(m, i, j))); });
+  return value;
 }
 
 void fill(const Matrix& m, double value) {

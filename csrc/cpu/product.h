@@ -19,6 +19,9 @@ Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind);
 void run(const Product& product, int threads);
 void run(const Pack& pack, int threads);
 void run(const Combine& combine, int threads);
+void run(const Scale& scale, int threads);
+// Rows [r0, r0 + rows) and columns [c0, c0 + cols) of a packed F32 or F64 matrix; c0 is a multiple of P.
+Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
 
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr double kThreadGrain = 1 << 20;
@@ -27,8 +30,10 @@ constexpr double kThreadGrain = 1 << 20;
 double max_abs(const Matrix& m, int threads);
 // e such that 2^e <= x < 2^(e+1); 0 for x = 0.
 int exponent_of(double x);
-// Element (i, j) of a packed matrix.
+// Element (i, j).
 double element(const Panels& p, int64_t i, int64_t j);
+double element(const Matrix& m, int64_t i, int64_t j);
+void set_element(const Panels& p, int64_t i, int64_t j, double value);  // F32 and F64
 // The fp64 sum of the diagonal, in order.
 double trace(const Panels& p);
 // Sums of |a_ij| or a_ij b_ij over i, for every j, in fp64 and a fixed order.

@@ -43,6 +43,8 @@ struct Panels {
   explicit operator bool() const { return data != nullptr; }
 };
 
+enum class Triangle : int { kNone, kUpper, kLower };
+
 // C = alpha AᵀB + beta D + beta_panels E + gamma I, written to any of the outputs. With `symmetric` the
 // caller vouches that AᵀB is symmetric: only blocks on and below the diagonal are computed, the rest is
 // mirrored, so the result is exactly symmetric. D and E must then be symmetric too; only their lower
@@ -50,8 +52,8 @@ struct Panels {
 struct Product {
   Panels a, b;
   bool symmetric = false;
-  // B is upper triangular: rows below the diagonal are never read (they may hold anything finite).
-  bool b_upper = false;
+  // Blocks of a triangular operand on its zero side are never read.
+  Triangle a_shape = Triangle::kNone, b_shape = Triangle::kNone;
   double alpha = 1, beta = 0, beta_panels = 0, gamma = 0;
   Matrix add;         // D
   Panels add_panels;  // E, of any kind
@@ -76,12 +78,20 @@ struct Pack {
   bool negate = false;
 };
 
-// alpha A + beta B + gamma I, of packed matrices of one shape, to a packed or a strided one. A or B may
-// be absent.
+// alpha A + beta B + gamma I + delta D, of packed matrices of one shape and a strided one (D), to any of
+// the outputs. A, B and D may be absent.
 struct Combine {
-  Panels a, b, out;
-  double alpha = 1, beta = 0, gamma = 0;
-  Matrix store;
+  Panels a, b, out, out_t;
+  double alpha = 1, beta = 0, gamma = 0, delta = 0;
+  Matrix add, store;
+};
+
+// out_ij = row_i x_ij col_j, of the strict upper triangle only if `strict_upper`, + diagonal_i on the
+// diagonal. Absent vectors are ones, or zeros for the diagonal. `out` may be x.
+struct Scale {
+  Panels x, out;
+  const double *row = nullptr, *col = nullptr, *diagonal = nullptr;
+  bool strict_upper = false;
 };
 
 // Sums over the rows of every column, in fp64 and in the order of the rows.
@@ -97,6 +107,7 @@ struct Kernels {
   void (*pack[kKinds])(const Pack&, int64_t i0, int64_t i1);
   // Block columns [j0, j1) of a combination, from fp32 [0] or fp64 [1] numbers.
   void (*combine[2])(const Combine&, int64_t j0, int64_t j1);
+  void (*scale[2])(const Scale&, int64_t j0, int64_t j1);
   // Block columns [j0, j1) of the sums over two F32 or F64 matrices (one for kAbs).
   void (*column_sums[2])(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
                          double* sums);

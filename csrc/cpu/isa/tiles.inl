@@ -457,6 +457,19 @@ static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int
   }
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// Of the rows [begin, end) of a panel whose columns are [j, j + width), those that can be non-zero.
+template <bool kPairs>
+SK_INLINE Range nonzero_rows(Triangle shape, int64_t j, int64_t width, int64_t begin, int64_t end) {
+  const int64_t first = kPairs ? j / 2 : j, past = kPairs ? (j + width + 1) / 2 : j + width;
+  if (shape == Triangle::kUpper && past < end) end = past;
+  if (shape == Triangle::kLower && first > begin) begin = first;
+  return {begin, end};
+}
+
 template <class T, class E>
 static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                            void* scratch) {
@@ -474,23 +487,21 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
     const bool first = s == 0, last = s == stretches - 1;
     for (int64_t bj = j0; bj < j1; bj++) {
       const int cols = int(n - bj * P < P ? n - bj * P : P);
-      const E* b = static_cast<const E*>(p.b.data) + bj * p.b.stride + k0 * P;
-      int64_t k = k1 - k0;
-      if (p.b_upper) {
-        const int64_t limit = kPairs ? (bj + 1) * P / 2 : (bj + 1) * P;
-        k = limit < k0 ? 0 : (limit < k1 ? limit : k1) - k0;
-      }
+      const Range of_b = nonzero_rows<kPairs>(p.b_shape, bj * P, P, k0, k1);
       for (int64_t bi = p.symmetric && bj > i0 ? bj : i0; bi < i1; bi++) {
         const int rows = int(m - bi * P < P ? m - bi * P : P);
         const bool lower = p.symmetric && bi == bj;
         // With one stretch the block never leaves L1; with more it waits in the tile buffer.
         T* c = stretches == 1 ? tile : tile + ((bi - i0) * (j1 - j0) + (bj - j0)) * P * P;
-        const E* a = static_cast<const E*>(p.a.data) + bi * p.a.stride + k0 * P;
+        const Range k = nonzero_rows<kPairs>(p.a_shape, bi * P, P, of_b.begin, of_b.end);
+        const int64_t count = k.end > k.begin ? k.end - k.begin : 0;
+        const E* a = static_cast<const E*>(p.a.data) + bi * p.a.stride + k.begin * P;
+        const E* b = static_cast<const E*>(p.b.data) + bj * p.b.stride + k.begin * P;
         if (first) {
           if (rows < P || cols < P || lower) clear_block(c);
-          block_product<T, E, false>(rows, cols, lower, k, a, b, c);
-        } else if (k > 0) {
-          block_product<T, E, true>(rows, cols, lower, k, a, b, c);
+          block_product<T, E, false>(rows, cols, lower, count, a, b, c);
+        } else if (count > 0) {
+          block_product<T, E, true>(rows, cols, lower, count, a, b, c);
         }
         if (last) finish_block<T>(p, bi, bj, rows, cols, c);
       }
@@ -563,8 +574,36 @@ static void combine_blocks(const Combine& p, int64_t j0, int64_t j1) {
       }
       if (p.gamma != 0 && bi == bj)
         for (int i = 0; i < rows && i < cols; i++) a[i * P + i] += T(p.gamma);
+      if (p.delta != 0) {
+        load_block(p.add, bi * P, bj * P, rows, cols, b);
+        scale_add(P, T(1), a, T(p.delta), b);
+      }
       if (p.out) store_panel(p.out, bi, bj, rows, a);
       if (p.store) store_block(p.store, bi * P, bj * P, rows, cols, a);
+      if (p.out_t) {
+        transpose_block(a, b);
+        store_panel(p.out_t, bj, bi, cols, b);
+      }
+    }
+  }
+}
+
+template <class T>
+static void scale_blocks(const Scale& p, int64_t j0, int64_t j1) {
+  constexpr int P = Simd<T>::kPanel;
+  for (int64_t bj = j0; bj < j1; bj++) {
+    T col[P];
+    for (int j = 0; j < P; j++) col[j] = p.col && bj * P + j < p.x.cols ? T(p.col[bj * P + j]) : T(1);
+    const T* x = panel_block<T>(p.x, 0, bj);
+    T* out = panel_block<T>(p.out, 0, bj);
+    for (int64_t i = 0; i < p.x.rows; i++, x += P, out += P) {
+      const T row = p.row ? T(p.row[i]) : T(1);
+      if (!p.strict_upper || bj * P > i) {
+        for (int j = 0; j < P; j++) out[j] = row * x[j] * col[j];
+      } else {
+        for (int j = 0; j < P; j++) out[j] = bj * P + j > i ? row * x[j] * col[j] : T(0);
+      }
+      if (p.diagonal && i / P == bj) out[i % P] += T(p.diagonal[i]);
     }
   }
 }
@@ -645,6 +684,7 @@ static const Kernels kTable = {
     },
     {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
     {combine_blocks<float>, combine_blocks<double>},
+    {scale_blocks<float>, scale_blocks<double>},
     {column_sums_of<float>, column_sums_of<double>},
     max_abs_bits,
 };

@@ -1,0 +1,456 @@
+// Eigenbases: by LAPACK in fp64, and their refresh by adaptive CholeskyQR on packed matrices.
+// reference/eigenbasis.py is the specification.
+#include "basis.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "../../check.h"
+#include "../../counters.h"
+#include "../lapack.h"
+#include "../parallel.h"
+#include "../views.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+Product multiply(const Panels& a, const Panels& b) {
+  Product p;
+  p.a = a;
+  p.b = b;
+  return p;
+}
+
+// The diagonal block [c, c + n) with n <= P, in fp64.
+bool cholesky_inverse_block(const Panels& s, const Panels& w, const Panels& wt, int64_t c, int64_t n) {
+  std::vector<double> r(size_t(n * n), 0.0), inverse(size_t(n * n), 0.0);
+  const auto at = [n](std::vector<double>& m, int64_t i, int64_t j) -> double& { return m[size_t(i * n + j)]; };
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = i; j < n; j++) at(r, i, j) = element(s, c + i, c + j);
+  for (int64_t k = 0; k < n; k++) {
+    const double pivot = at(r, k, k);
+    if (!(pivot > 0)) return false;
+    const double root = std::sqrt(pivot);
+    for (int64_t j = k; j < n; j++) at(r, k, j) /= root;
+    for (int64_t i = k + 1; i < n; i++)
+      for (int64_t j = i; j < n; j++) at(r, i, j) -= at(r, k, i) * at(r, k, j);
+  }
+  // Row i of R W = I, from the last: W_i = (e_i - sum over k > i of R_ik W_k) / R_ii.
+  for (int64_t i = n - 1; i >= 0; i--) {
+    at(inverse, i, i) = 1;
+    for (int64_t k = i + 1; k < n; k++)
+      for (int64_t j = k; j < n; j++) at(inverse, i, j) -= at(r, i, k) * at(inverse, k, j);
+    for (int64_t j = i; j < n; j++) at(inverse, i, j) /= at(r, i, i);
+  }
+  Pack pack;
+  pack.x = Matrix{inverse.data(), n, n, n, 1, DType::kF64};
+  pack.out = part(w, c, n, c, n);
+  pack.out_t = part(wt, c, n, c, n);
+  run(pack, 1);
+  return true;
+}
+
+// Columns and rows [c, c + n). With S = [A B; Bᵀ D], R = [R1 C; 0 R2]: C = W1ᵀ B, R2ᵀ R2 = D - Cᵀ C,
+// W = [W1 -W1 C W2; 0 W2].
+bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
+                           const Panels& scratch2, int64_t c, int64_t n, int threads) {
+  const int64_t P = kernels().panel[int(s.kind)];
+  if (n <= P) return cholesky_inverse_block(s, w, wt, c, n);
+  const int64_t n1 = ceil_div(ceil_div(n, P), 2) * P, n2 = n - n1, c2 = c + n1;
+  if (!cholesky_inverse_part(s, w, wt, scratch1, scratch2, c, n1, threads)) return false;
+  const Panels w1 = part(w, c, n1, c, n1), w1t = part(wt, c, n1, c, n1);
+  const Panels corner = part(scratch1, c, n1, c2, n2), product_t = part(scratch2, c2, n2, c, n1);
+  Product form = multiply(w1, part(s, c, n1, c2, n2));
+  form.a_shape = Triangle::kUpper;
+  form.out = corner;
+  run(form, threads);
+  Product rest = multiply(corner, corner);
+  rest.symmetric = true;
+  rest.alpha = -1;
+  rest.beta_panels = 1;
+  rest.add_panels = rest.out = part(s, c2, n2, c2, n2);
+  run(rest, threads);
+  // Before the recursion takes the scratch: -W1 C, transposed.
+  Product left = multiply(w1t, corner);
+  left.a_shape = Triangle::kLower;
+  left.alpha = -1;
+  left.out_t = product_t;
+  run(left, threads);
+  if (!cholesky_inverse_part(s, w, wt, scratch1, scratch2, c2, n2, threads)) return false;
+  Product last = multiply(product_t, part(w, c2, n2, c2, n2));
+  last.b_shape = Triangle::kUpper;
+  last.out = part(w, c, n1, c2, n2);
+  last.out_t = part(wt, c2, n2, c, n1);
+  run(last, threads);
+  return true;
+}
+
+class Refresher {
+ public:
+  Refresher(const Matrix& q, const Matrix& a, int threads)
+      : kind_(a.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
+        u_(std::ldexp(1.0, kind_ == Kind::kF64 ? -53 : -24)),
+        n_(a.rows),
+        threads_(threads),
+        q_(q),
+        workspace_(kPanels * panel_bytes(n_, n_, kind_)) {
+    for (Panels& panels : pool_) panels = take_panels(workspace_, n_, n_, kind_);
+  }
+
+  Refresh run_on(const Matrix& a, bool sort, const Matrix& q_new) {
+    Refresh result;
+    result.order.resize(size_t(n_));
+    std::iota(result.order.begin(), result.order.end(), 0);
+    const double largest = max_abs(a, threads_);
+    if (largest == 0) {
+      result.values.assign(size_t(n_), 0.0);
+      if (q_new.data != q_.data) copy_scaled(q_, 0, q_new);
+      return result;
+    }
+    const int exponent = exponent_of(largest);
+    Panels p = pool_[0], pt = pool_[1];
+    const Panels sym = pool_[2], q = pool_[3];
+    pack_symmetric(a, -exponent, sym, pool_[4], pool_[5]);
+    Pack pack;
+    pack.x = q_;
+    pack.out = q;
+    run(pack, threads_);
+    Product first = multiply(sym, q);
+    first.out = p;
+    first.out_t = pt;
+    run(first, threads_);
+    result.values = column_sums(ColumnSum::kDot, q, p, threads_);
+    std::vector<int64_t>& order = result.order;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+      return result.values[size_t(i)] > result.values[size_t(j)];
+    });
+    if (!std::is_sorted(order.begin(), order.end())) {
+      permute_rows(pt, order, pool_[2]);
+      pt = pool_[2];
+      Combine transpose;
+      transpose.a = pt;
+      transpose.out_t = p;
+      run(transpose, threads_);
+    }
+    normalize_columns(p, pt, order);
+    for (double& value : result.values) value = std::ldexp(value, exponent);
+    std::vector<Panels> free;
+    for (const Panels& panels : pool_)
+      if (panels.data != p.data && panels.data != pt.data) free.push_back(panels);
+    const bool converged = orthonormalize(p, pt, free);
+    if (!converged && !accepted(p, free[0]) && !householder(a, exponent, order, p, pt, free[0])) {
+      if (q_new.data != q_.data) copy_scaled(q_, 0, q_new);
+      return result;
+    }
+    write(pt, sort, order, q_new, free[0]);
+    return result;
+  }
+
+ private:
+  static constexpr int kPanels = 7;
+
+  void pack_symmetric(const Matrix& a, int shift, const Panels& out, const Panels& t1, const Panels& t2) {
+    Pack pack;
+    pack.x = a;
+    pack.shift = shift;
+    pack.out = t1;
+    pack.out_t = t2;
+    run(pack, threads_);
+    Combine mean;
+    mean.a = t1;
+    mean.b = t2;
+    mean.alpha = mean.beta = 0.5;
+    mean.out = out;
+    run(mean, threads_);
+  }
+
+  void permute_rows(const Panels& from, const std::vector<int64_t>& order, const Panels& to) {
+    const int64_t P = kernels().panel[int(kind_)], row = P * (kind_ == Kind::kF64 ? 8 : 4);
+    parallel_jobs(ceil_div(n_, P), threads_, [&](int64_t j) {
+      for (int64_t i = 0; i < n_; i++)
+        std::copy_n(static_cast<const char*>(part(from, order[size_t(i)], 1, j * P, 1).data), row,
+                    static_cast<char*>(part(to, i, 1, j * P, 1).data));
+    });
+  }
+
+  // Unit columns, so that no square under- or overflows. A column that A maps to (nearly) zero keeps its
+  // old direction.
+  void normalize_columns(const Panels& p, const Panels& pt, const std::vector<int64_t>& order) {
+    const double tiny = kind_ == Kind::kF64 ? 1e-280 : 1e-30;
+    std::vector<double> inverse = column_sums(ColumnSum::kDot, p, p, threads_);
+    for (int64_t j = 0; j < n_; j++) {
+      double& value = inverse[size_t(j)];
+      value = std::sqrt(value) > tiny ? 1 / std::sqrt(value) : 0;
+      if (value > 0) continue;
+      for (int64_t i = 0; i < n_; i++) {
+        const double old = element(q_, i, order[size_t(j)]);
+        set_element(p, i, j, old);
+        set_element(pt, j, i, old);
+      }
+      value = 1;
+    }
+    Scale scale;
+    scale.x = scale.out = p;
+    scale.col = inverse.data();
+    run(scale, threads_);
+    scale.x = scale.out = pt;
+    scale.row = inverse.data();
+    scale.col = nullptr;
+    run(scale, threads_);
+  }
+
+  int64_t width() const { return kernels().panel[int(kind_)]; }
+  DType dtype() const { return kind_ == Kind::kF64 ? DType::kF64 : DType::kF32; }
+  // P <- P W until its columns are orthonormal. False if that failed; P is then of no use.
+  bool orthonormalize(Panels& p, Panels& pt, std::vector<Panels>& free) {
+    const bool wide = kind_ == Kind::kF64;
+    const double first_order = wide ? 1e-7 : 0.03, last = wide ? 1e-7 : 2e-3;
+    const double shift = 8 * u_ * std::sqrt(double(n_));
+    constexpr int kMostPasses = 6;
+    for (int pass = 0; pass < kMostPasses; pass++) {
+      const Panels c = free[0], w = free[1], wt = free[2], next = free[3], next_t = free[4];
+      Product gram = multiply(p, p);
+      gram.symmetric = true;
+      gram.out = c;
+      run(gram, threads_);
+      std::vector<double> inverse_norm(size_t(n_), 0.0), minus_one(size_t(n_), -1.0);
+      for (int64_t j = 0; j < n_; j++) inverse_norm[size_t(j)] = 1 / std::sqrt(element(c, j, j));
+      Scale unit;  // C - I
+      unit.x = unit.out = c;
+      unit.row = unit.col = inverse_norm.data();
+      unit.diagonal = minus_one.data();
+      run(unit, threads_);
+      const double error = std::sqrt(sum_of_squares(c, threads_));
+      if (!std::isfinite(error)) return false;
+      Scale factor;
+      factor.out = w;
+      if (error < first_order) {  // D (I - striu(C))
+        std::vector<double> minus_norm(inverse_norm);
+        for (double& value : minus_norm) value = -value;
+        factor.x = c;
+        factor.row = minus_norm.data();
+        factor.strict_upper = true;
+        factor.diagonal = inverse_norm.data();
+        run(factor, threads_);
+      } else {
+        if (!factorize(c, error < 0.5 ? 0 : shift, shift, w, wt, next, next_t)) return false;
+        factor.x = w;
+        factor.row = inverse_norm.data();
+        run(factor, threads_);
+      }
+      Product apply = multiply(pt, w);
+      apply.b_shape = Triangle::kUpper;
+      apply.out = next;
+      apply.out_t = next_t;
+      run(apply, threads_);
+      std::swap(p, free[3]);
+      std::swap(pt, free[4]);
+      if (error < last) return true;
+    }
+    return false;
+  }
+
+  // W = R⁻¹, Rᵀ R = C + s I, from C - I; a failed pivot raises s.
+  bool factorize(const Panels& c, double s, double shift, const Panels& w, const Panels& wt,
+                 const Panels& t1, const Panels& t2) {
+    Workspace workspace(panel_bytes(n_, n_, kind_));
+    const Panels shifted = take_panels(workspace, n_, n_, kind_);
+    for (;; s = std::max(8 * s, shift)) {
+      Combine add;
+      add.a = c;
+      add.gamma = 1 + s;
+      add.out = shifted;
+      run(add, threads_);
+      if (cholesky_inverse(shifted, w, wt, t1, t2, threads_)) return true;
+      if (s >= 1) return false;
+    }
+  }
+
+  // max |QᵀQ - I| within the bound.
+  bool accepted(const Panels& p, const Panels& scratch) {
+    const double limit = kind_ == Kind::kF64 ? 1e-13 * std::sqrt(double(n_)) : 5e-6;
+    Product gram = multiply(p, p);
+    gram.symmetric = true;
+    gram.gamma = -1;
+    gram.out = scratch;
+    run(gram, threads_);
+    const int64_t count = ceil_div(n_, width()) * width() * n_;
+    const double error = max_abs(Matrix{scratch.data, 1, count, count, 1, dtype()}, threads_);
+    return error <= limit;  // false for NaN
+  }
+
+  // Householder QR of the first P, in fp64.
+  bool householder(const Matrix& a, int exponent, const std::vector<int64_t>& order, Panels& p, Panels& pt,
+                   const Panels& scratch) {
+    const size_t n = size_t(n_);
+    std::vector<double> wide_a(n * n), wide_q(n * n), product(n * n), result(n * n);
+    copy_scaled(a, -exponent, Matrix{wide_a.data(), n_, n_, n_, 1, DType::kF64});
+    copy_scaled(q_, 0, Matrix{wide_q.data(), n_, n_, n_, 1, DType::kF64});
+    std::vector<double> column(n);
+    for (size_t k = 0; k < n; k++) {
+      const size_t j = size_t(order[k]);
+      double norm = 0;
+      for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (size_t l = 0; l < n; l++) sum += 0.5 * (wide_a[i * n + l] + wide_a[l * n + i]) * wide_q[l * n + j];
+        column[i] = sum;
+        norm += sum * sum;
+      }
+      for (size_t i = 0; i < n; i++) product[i * n + k] = norm > 0 ? column[i] : wide_q[i * n + j];
+    }
+    bool done = false;
+    lapack_jobs(1, [&](int64_t) { done = householder_q(n_, product.data(), result.data()); });
+    if (!done) return false;
+    Pack pack;
+    pack.x = Matrix{result.data(), n_, n_, n_, 1, DType::kF64};
+    pack.out = p;
+    pack.out_t = pt;
+    run(pack, threads_);
+    return accepted(p, scratch);
+  }
+
+  // Column k of the new basis goes where column order[k] of the old one was, unless sorted.
+  void write(const Panels& pt, bool sort, const std::vector<int64_t>& order, const Matrix& out,
+             const Panels& scratch) {
+    Panels rows = pt;
+    if (!sort && !std::is_sorted(order.begin(), order.end())) {
+      std::vector<int64_t> place(order.size());
+      for (size_t k = 0; k < order.size(); k++) place[size_t(order[k])] = int64_t(k);
+      permute_rows(pt, place, scratch);
+      rows = scratch;
+    }
+    Combine store;
+    store.a = rows;
+    store.store = out.transposed();
+    run(store, threads_);
+  }
+
+  template <class Work>
+  static void run(const Work& work, int threads) {
+    cpu::run(work, threads);
+  }
+
+  const Kind kind_;
+  const double u_;
+  const int64_t n_;
+  const int threads_;
+  const Matrix q_;
+  Workspace workspace_;
+  Panels pool_[kPanels];
+};
+
+}  // namespace
+
+bool cholesky_inverse(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
+                      const Panels& scratch2, int threads) {
+  return cholesky_inverse_part(s, w, wt, scratch1, scratch2, 0, s.cols, threads);
+}
+
+bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads) {
+  const size_t n = size_t(a.rows);
+  const double largest = max_abs(a, threads);
+  if (std::isnan(largest)) return false;
+  std::vector<double> full(n * n), mean(n * n), ascending(n), columns(n * n);
+  copy_scaled(a, 0, Matrix{full.data(), a.rows, a.rows, a.rows, 1, DType::kF64});
+  for (size_t i = 0; i < n; i++)
+    for (size_t j = 0; j < n; j++) mean[i * n + j] = 0.5 * full[i * n + j] + 0.5 * full[j * n + i];
+  bool converged = false;
+  lapack_jobs(1, [&](int64_t) { converged = eigh(a.rows, mean.data(), ascending.data(), columns.data()); });
+  if (!converged) return false;
+  std::vector<size_t> order(n);
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return ascending[i] > ascending[j]; });
+  values.resize(n);
+  for (size_t k = 0; k < n; k++) {
+    const size_t j = order[k];
+    values[k] = ascending[j];
+    size_t top = 0;
+    for (size_t i = 1; i < n; i++)
+      if (std::abs(columns[i * n + j]) > std::abs(columns[top * n + j])) top = i;
+    const double sign = columns[top * n + j] < 0 ? -1 : 1;
+    for (size_t i = 0; i < n; i++) full[i * n + k] = sign * columns[i * n + j];
+  }
+  copy_scaled(Matrix{full.data(), a.rows, a.rows, a.rows, 1, DType::kF64}, 0, vectors);
+  return true;
+}
+
+Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new, int threads) {
+  return Refresher(q, a, threads).run_on(a, sort, q_new);
+}
+
+double refresh_work(int64_t n) { return 5.0 * double(n) * double(n) * double(n); }
+
+namespace {
+
+void put(const at::Tensor& values, int64_t matrix, const std::vector<double>& from,
+         const std::vector<int64_t>& order) {
+  const int64_t n = values.size(-1);
+  for (int64_t k = 0; k < n; k++) {
+    const double value = from[size_t(order.empty() ? k : order[size_t(k)])];
+    if (values.scalar_type() == at::kDouble) values.data_ptr<double>()[matrix * n + k] = value;
+    else values.data_ptr<float>()[matrix * n + k] = float(value);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& a) {
+  const auto sizes = a.sizes();
+  return {at::empty(sizes.slice(0, sizes.size() - 1), a.options()),
+          at::empty(sizes, a.options().memory_format(at::MemoryFormat::Contiguous))};
+}
+
+std::tuple<at::Tensor, at::Tensor> eigenbasis_op(const at::Tensor& a) {
+  count_call("eigenbasis", "cpu");
+  check_full_precision(a, "a");
+  check_square(a, "a");
+  auto [values, vectors] = empty_results(a);
+  if (a.numel() == 0) return {values, vectors};
+  const MatrixBatch as(a), vs(vectors);
+  const std::vector<double> nan(size_t(a.size(-1)), kNaN);
+  parallel_matrices(std::vector<double>(size_t(as.count()), 10 * refresh_work(a.size(-1))),
+                    [&, &values = values](int64_t i, int threads) {
+                      std::vector<double> found;
+                      if (eigenbasis(as[i], found, vs[i], threads)) return put(values, i, found, {});
+                      put(values, i, nan, {});
+                      fill(vs[i], kNaN);
+                    });
+  return {values, vectors};
+}
+
+std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis_op(const at::Tensor& q, const at::Tensor& a, bool sort) {
+  count_call("refresh_eigenbasis", "cpu");
+  check_full_precision(q, "q");
+  check_full_precision(a, "a");
+  check_square(a, "a");
+  check_same_shape(q, "q", a, "a");
+  TORCH_CHECK_TYPE(q.scalar_type() == a.scalar_type(), "q is ", q.scalar_type(), " but a is ", a.scalar_type());
+  auto [values, vectors] = empty_results(a);
+  if (a.numel() == 0) return {values, vectors};
+  const MatrixBatch qs(q), as(a), vs(vectors);
+  const std::vector<double> nan(size_t(a.size(-1)), kNaN);
+  parallel_matrices(std::vector<double>(size_t(as.count()), refresh_work(a.size(-1))),
+                    [&, &values = values](int64_t i, int threads) {
+                      if (std::isnan(max_abs(qs[i], threads)) || std::isnan(max_abs(as[i], threads))) {
+                        put(values, i, nan, {});
+                        return fill(vs[i], kNaN);
+                      }
+                      const Refresh result = refresh_eigenbasis(qs[i], as[i], sort, vs[i], threads);
+                      put(values, i, result.values, sort ? result.order : std::vector<int64_t>{});
+                    });
+  return {values, vectors};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("eigenbasis", &eigenbasis_op);
+  m.impl("refresh_eigenbasis", &refresh_eigenbasis_op);
+}
+
+}  // namespace spectral_kernels::cpu
