@@ -183,7 +183,8 @@ def gram_restarts(
     """Steps before which the fp32 Gram iteration restarts, measured to keep its error low.
 
     Without restarts the Gram form in fp32 is 27 to 80 times less accurate than the standard form
-    on decaying spectra; with these it stays within 2.4 times.
+    on decaying spectra. With these its error is at most 2 times as large from 128 rows up; on 40
+    rows up to 3 times ("muon") and 4 times ("polar_express_8") have been seen.
 
     Returns:
         The restart steps, or None for rows without a measured set: use the standard form there.
