@@ -101,3 +101,29 @@ def learning_rate(lr: float | Tensor) -> Tensor:
             raise ValueError(f"lr must be one floating-point number, not {lr!r}")
         return lr if lr.dtype in FULL else lr.to(torch.float64)
     return torch.tensor(number("lr", lr), dtype=torch.float64)
+
+
+def factor_list(
+    name: str, factors: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor]:
+    """Factors of a list step: a size-0 tensor where a side is None."""
+    if len(factors) != len(params):
+        raise ValueError(f"{name} has {len(factors)} entries, params has {len(params)}")
+    return [
+        param.new_empty(0, dtype=state_dtype(param.dtype)) if factor is None else factor
+        for factor, param in zip(factors, params, strict=True)
+    ]
+
+
+def flags(name: str, value: bool | Sequence[bool | int], count: int) -> list[int]:
+    """One 0 or 1 an entry."""
+    if isinstance(value, (bool, int)):
+        return [int(bool(value))] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries, params has {count}")
+    return [int(bool(flag)) for flag in value]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the state of a parameter is kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
