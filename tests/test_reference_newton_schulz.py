@@ -20,8 +20,12 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seeded_on_one_thread():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small
+    yield
+    torch.set_num_threads(threads)
 
 
 def ns(x, rows=MUON, **options):

@@ -74,8 +74,9 @@ def inverse_root(
     All but "eigen" work in A's dtype, the products of "iteration" and "newton" mirrored from their
     lower triangles, and are checked: with Omega the fixed n x 8 sign matrix of `sign_matrix`,
         residual = ||(X^floor(p/2) B X^ceil(p/2) - I) Omega||_F / ||Omega||_F
-    must be at most 0.25 (float64: at most max(1e-6, 1e-12 / l0) too) and the diagonal of X be
-    positive. Otherwise "iteration" runs once more from l0 / 16, and then "eigen" takes over.
+    must be at most 0.25 (float64: at most max(1e-6, 1e-12 / l0) too, 1e-6 where the ridge is below
+    4u nu) and the diagonal of X be positive. Otherwise "iteration" runs once more from l0 / 16, and
+    then "eigen" takes over.
     For "eigen" the residual is taken in float64 on the range P of the eigenvalues of B above
     max(cut, 1e-12) of the largest, P (...) P in place of (...) and P X for X, with 1 / l0 the
     condition number there: rounding in B hides what lies below.
@@ -163,8 +164,9 @@ def _scaled_root(a: Tensor, delta: Tensor, p: int, method: str) -> tuple[Tensor,
         else:
             x, steps = _newton_db(m, p)
         residual = _residual(x, m, sign_matrix(x), p)
-        limit = _residual_limit(a.dtype, low)
-        if residual <= limit and bool((x.diagonal() > 0.0).all()):
+        if residual <= _residual_limit(a.dtype, low if ridged else 1.0) and bool(
+            (x.diagonal() > 0.0).all()
+        ):
             return nu ** (-1.0 / p) * x, CONVERGED, steps, residual
     root, status, residual = _eigen_root(a, float(delta), p)
     return root, FELL_BACK if status == CONVERGED else status, 0, residual

@@ -1,0 +1,757 @@
+"""The reference's Kronecker factors, inverse roots and Shampoo step."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from spectral_kernels.reference import (
+    inverse_root,
+    kron_factors_update_,
+    kron_precondition,
+    newton_schulz,
+    polar,
+    shampoo_step_,
+)
+from spectral_kernels.reference.inverse_root import sign_matrix
+
+F64 = torch.float64
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.json").read_text())
+ROOT = {"ridge": 0.0, "relative_ridge": 0.0, "method": "auto"}
+CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small
+    yield
+    torch.set_num_threads(threads)
+
+
+def relative(x, y):
+    return float((x.double() - y).norm() / y.norm())
+
+
+def with_spectrum(values):
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=F64))
+    a = (q * values) @ q.mT
+    return 0.5 * (a + a.mT)
+
+
+def graded(n, condition):
+    return with_spectrum(torch.logspace(0, -math.log10(condition), n, dtype=F64))
+
+
+def exact_root(a, p):
+    values, vectors = torch.linalg.eigh(a.double())
+    return (vectors * values ** (-1.0 / p)) @ vectors.mT
+
+
+def eye(n):
+    return torch.eye(n, dtype=F64)
+
+
+# Factors
+
+
+def counter():
+    return torch.zeros((), dtype=torch.int64)
+
+
+NONE = torch.empty(0)
+
+
+def update_factors(left, right, grad, *, beta=0.9, weight=0.1, left_root=NONE, right_root=NONE):
+    skipped = counter()
+    kron_factors_update_(
+        left,
+        right,
+        grad,
+        skipped,
+        beta=beta,
+        weight=weight,
+        left_root=left_root,
+        right_root=right_root,
+    )
+    return skipped.item()
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.0, 1.0])
+def test_factors(beta):
+    g = torch.randn(3, 4, 6, dtype=F64)
+    left, right = torch.randn(3, 4, 4, dtype=F64), torch.randn(3, 6, 6, dtype=F64)
+    left, right = left @ left.mT, right @ right.mT
+    expected = beta * left + 0.1 * g @ g.mT, beta * right + 0.1 * g.mT @ g
+    assert update_factors(left, right, g, beta=beta) == 0
+    assert relative(left, expected[0]) < 1e-14
+    assert relative(right, expected[1]) < 1e-14
+    assert torch.equal(left, left.mT)
+    assert torch.equal(right, right.mT)
+
+
+def test_kl_increments_use_the_other_sides_root():
+    g = torch.randn(4, 6, dtype=F64)
+    x_left, x_right = graded(4, 10.0), graded(6, 10.0)
+    left, right = torch.zeros(4, 4, dtype=F64), torch.zeros(6, 6, dtype=F64)
+    update_factors(left, right, g, left_root=x_left, right_root=x_right)
+    assert relative(left, 0.1 / 6 * g @ x_right @ x_right @ g.mT) < 1e-14
+    assert relative(right, 0.1 / 4 * g.mT @ x_left @ x_left @ g) < 1e-14
+
+
+def test_one_side_of_the_factors():
+    g = torch.randn(4, 6, dtype=F64)
+    left, right = torch.zeros(4, 4, dtype=F64), torch.zeros(6, 6, dtype=F64)
+    update_factors(left, NONE, g)
+    update_factors(NONE, right, g)
+    assert relative(left, 0.1 * g @ g.mT) < 1e-14
+    assert relative(right, 0.1 * g.mT @ g) < 1e-14
+    assert update_factors(NONE, NONE, g) == 0
+
+
+def test_factors_of_16_bit_integers_are_exact():
+    g = torch.randint(-8, 9, (5, 7))
+    left, right = torch.zeros(5, 5), torch.zeros(7, 7)
+    update_factors(left, right, g.bfloat16(), beta=1.0, weight=1.0)
+    assert torch.equal(left, (g @ g.mT).float())
+    assert torch.equal(right, (g.mT @ g).float())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_F04_bad_or_overflowing_gradients_leave_both_factors(bad):
+    g = torch.randn(3, 4, 6)
+    left, right = torch.eye(4).repeat(3, 1, 1), torch.eye(6).repeat(3, 1, 1)
+    clean = left.clone(), right.clone()
+    update_factors(*clean, g)
+    g[1, 2, 3] = bad
+    assert update_factors(left, right, g) == 1
+    assert torch.equal(left[1], torch.eye(4))
+    assert torch.equal(right[1], torch.eye(6))
+    assert torch.equal(left[::2], clean[0][::2])
+    assert torch.equal(right[::2], clean[1][::2])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"left": torch.zeros(5, 5)}, ValueError, "left must have shape \\(4, 4\\)"),
+        ({"left": torch.zeros(4, 4).bfloat16()}, TypeError, "bfloat16"),
+        ({"left": torch.zeros(4, 4, dtype=F64)}, TypeError, "float64"),
+        ({"right": torch.zeros(1, 6).expand(6, 6)}, ValueError, "strides"),
+        ({"right_root": torch.zeros(4, 4)}, ValueError, "right_root"),
+        ({"beta": -1.0}, ValueError, "beta"),
+        ({"weight": math.inf}, ValueError, "inf"),
+    ],
+)
+def test_factor_errors(change, error, words):
+    arguments = {"left": torch.zeros(4, 4), "right": torch.zeros(6, 6), **change}
+    with pytest.raises(error, match=words):
+        update_factors(grad=torch.ones(4, 6), **arguments)
+
+
+def test_precondition():
+    g = torch.randn(2, 4, 6, dtype=F64)
+    left, right = torch.randn(2, 3, 4, dtype=F64), torch.randn(2, 6, 5, dtype=F64)
+    assert relative(kron_precondition(g, left, right), left @ g @ right) < 1e-14
+    assert torch.equal(kron_precondition(g, left, NONE), left @ g)
+    assert torch.equal(kron_precondition(g, NONE, right), g @ right)
+    assert torch.equal(kron_precondition(g, NONE, NONE), g)
+    half = kron_precondition(g.bfloat16(), left.float(), right.float())
+    assert half.dtype == torch.bfloat16
+    assert relative(half, left @ g.bfloat16().double() @ right) < 2.0**-8
+    with pytest.raises(ValueError, match="right of shape \\(2, 5, 5\\)"):
+        kron_precondition(g, left, right[:, 1:])
+
+
+def test_precondition_with_a_nan_matrix():
+    g, left = torch.randn(3, 4, 6), torch.randn(3, 4, 4)
+    clean = kron_precondition(g, left, NONE)
+    left[1, 0, 0] = math.nan
+    out = kron_precondition(g, left, NONE)
+    assert out[1].isnan().all()
+    assert torch.equal(out[::2], clean[::2])
+
+
+# Inverse roots
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+@pytest.mark.parametrize("method", ["iteration", "newton", "newton_db", "eigen"])
+def test_root(p, method):
+    if method == "newton_db" and p not in (2, 4, 8):
+        with pytest.raises(ValueError, match=f"p must be 2, 4 or 8, not {p}"):
+            inverse_root(eye(3), p, **{**ROOT, "method": method})
+        return
+    for condition, bound in ((10.0, 1e-13), (1e4, 1e-11)):
+        a = graded(24, 1e12)
+        x, status, steps, residual, delta = inverse_root(
+            a, p, **{**ROOT, "relative_ridge": 1.0 / condition, "method": method}
+        )
+        assert delta == pytest.approx(float(a.abs().sum(-1).max()) / condition)
+        assert relative(x, exact_root(a + delta * eye(24), p)) < bound
+        assert status == CONVERGED
+        assert (steps > 0) == (method != "eigen")
+        assert 0.0 < residual < 1e-6
+        assert torch.equal(x, x.mT)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("method", ["iteration", "newton", "eigen"])
+def test_fp32_root_is_as_accurate_as_eigh_in_fp32(p, method):
+    a = graded(48, 1e12).float()
+    x, status, _, _, delta = inverse_root(
+        a, p, **{**ROOT, "relative_ridge": 1e-5, "method": method}
+    )
+    a = a.double() + delta.double() * eye(48)
+    values, vectors = torch.linalg.eigh(a.float())
+    theirs = (vectors * values.clamp(min=float(delta)) ** (-1.0 / p)) @ vectors.mT
+    assert status in (CONVERGED, FELL_BACK)
+    assert relative(x, exact_root(a, p)) < relative(theirs, exact_root(a, p))
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("condition", [1e6, 1e9, 1e12])
+def test_F09_fp64_against_a_known_root(condition, p):
+    q, _ = torch.linalg.qr(torch.randn(30, 30, dtype=F64))
+    values = torch.logspace(0, -math.log10(condition), 30, dtype=F64)
+    known = (q * values ** (-1.0 / p)) @ q.mT
+    for method in ("auto", "newton"):
+        x, status, *_ = inverse_root((q * values) @ q.mT, p, **{**ROOT, "method": method})
+        assert status in (CONVERGED, FELL_BACK)
+        assert relative(x, known) < 1e-15 * condition
+
+
+def test_auto_takes_the_iteration_only_where_the_ridge_bounds_the_spectrum():
+    a = graded(16, 1e3).float()
+    assert inverse_root(a, 4, **ROOT)[2] == 0
+    assert inverse_root(a, 4, **{**ROOT, "relative_ridge": 1e-8})[2] == 0
+    assert inverse_root(a, 4, **{**ROOT, "relative_ridge": 1e-5})[2] > 0
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("method", ["auto", "iteration", "newton", "newton_db", "eigen"])
+def test_F06_rank_deficient_gives_the_pseudo_inverse(dtype, method):
+    g = torch.randn(12, 3, dtype=F64).to(dtype)
+    a = g @ g.mT
+    x, status, steps, residual, delta = inverse_root(a, 4, **{**ROOT, "method": method})
+    u, s, _ = torch.linalg.svd(g.double(), full_matrices=False)
+    assert relative(x, (u * s**-0.5) @ u.mT) < (1e-5 if dtype == torch.float32 else 1e-12)
+    assert (status, steps, delta) == (RANK_DEFICIENT, 0, 0)
+    assert residual < 1e-6
+
+
+def test_F06_a_ridge_on_a_rank_deficient_factor():
+    g = torch.randn(64, 3)
+    a = g @ g.mT
+    for ridge in (1e-12, 1e-6, 1e-3):
+        for p in (1, 2, 4):
+            x, status, _, _, delta = inverse_root(a, p, **{**ROOT, "relative_ridge": ridge})
+            assert status in (CONVERGED, FELL_BACK)
+            assert float(torch.linalg.eigvalsh(x.double())[-1]) == pytest.approx(
+                float(delta) ** (-1.0 / p), rel=0.05
+            )
+
+
+def test_zero_matrix():
+    a = torch.zeros(3, 3)
+    x, status, *_ = inverse_root(a, 2, **ROOT)
+    assert torch.equal(x, a)
+    assert status == RANK_DEFICIENT
+    x, status, _, _, delta = inverse_root(a, 2, **{**ROOT, "ridge": 4.0})
+    assert torch.allclose(x, 0.5 * torch.eye(3))
+    assert (status, delta) == (CONVERGED, 4.0)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-12, 1e-6])
+def test_indefinite_is_said(ridge):
+    a = with_spectrum(torch.tensor([1.0, 0.5, 0.25, -1e-2], dtype=F64)).float()
+    x, status, *_ = inverse_root(a, 4, **{**ROOT, "relative_ridge": ridge})
+    assert status == STAGNATED
+    assert x.isfinite().all()
+    assert (torch.linalg.eigvalsh(x) > -1e-6).all()
+
+
+def test_asymmetry_is_averaged():
+    a = graded(8, 100.0)
+    noise = 1e-3 * torch.randn(8, 8, dtype=F64)
+    noise = noise - noise.mT
+    assert relative(inverse_root(a + noise, 2, **ROOT)[0], inverse_root(a, 2, **ROOT)[0]) < 1e-13
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_F04_a_bad_matrix_in_a_batch(bad):
+    a = torch.stack([graded(6, 10.0) for _ in range(3)]).float()
+    options = {**ROOT, "relative_ridge": 1e-4}
+    clean = inverse_root(a, 4, **options)
+    a[1, 2, 3] = bad
+    out = inverse_root(a, 4, **options)
+    assert out[1].tolist() == [0, NON_FINITE, 0]
+    assert out[0][1].isnan().all()
+    for new, old in zip(out, clean, strict=True):
+        assert torch.equal(new[::2], old[::2])
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 13), (F64, 60)])
+def test_F07_powers_of_two_scale_exactly(p, dtype, k):
+    a = graded(10, 1e3).to(dtype)
+    for ridge in (0.0, 1e-4):
+        options = {**ROOT, "relative_ridge": ridge}
+        x, status, steps, residual, delta = inverse_root(a, p, **options)
+        for exponent in (-k, k):
+            scaled = inverse_root(a * 2.0 ** (p * exponent), p, **options)
+            assert torch.equal(scaled[0], x * 2.0**-exponent)
+            assert torch.equal(scaled[4], delta * 2.0 ** (p * exponent))
+            assert [s.item() for s in scaled[1:4]] == [status.item(), steps.item(), residual.item()]
+
+
+def test_any_scale():
+    a = graded(10, 1e3)
+    for scale in (1e-300, 1e-37, 1e37, 1e300):
+        x = inverse_root(a * scale, 4, **{**ROOT, "relative_ridge": 1e-4})[0]
+        ours = inverse_root(a, 4, **{**ROOT, "relative_ridge": 1e-4})[0]
+        assert relative(x * scale**0.25, ours) < 1e-12
+
+
+def test_shapes_without_matrices_or_elements():
+    for shape in ((2, 0, 0), (0, 3, 3)):
+        x, status, *_ = inverse_root(torch.zeros(shape), 2, **ROOT)
+        assert x.shape == shape
+        assert status.shape == shape[:-2]
+
+
+def test_sign_matrix_comes_from_the_documented_generator():
+    omega = sign_matrix(eye(5))
+    assert omega.shape == (5, 8)
+    assert set(omega.flatten().tolist()) == {-1.0, 1.0}
+    state, first = 1, []
+    for _ in range(8):
+        state = (1664525 * state + 1013904223) & 0xFFFFFFFF
+        first.append(-1.0 if state & 0x80000000 else 1.0)
+    assert omega[0].tolist() == first
+    assert torch.equal(sign_matrix(eye(9))[:5], omega)
+
+
+def test_F08_a_failing_eigensolver_is_a_status(monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    x, status, _, residual, _ = inverse_root(graded(5, 10.0), 4, **ROOT)
+    assert status == STAGNATED
+    assert residual == math.inf
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("a", "p", "options", "error", "words"),
+    [
+        (torch.zeros(3, 4), 2, {}, ValueError, "square"),
+        (torch.zeros(3, 3).bfloat16(), 2, {}, TypeError, "bfloat16"),
+        (torch.zeros(3, 3), 0, {}, ValueError, "p must be in 1..8, not 0"),
+        (torch.zeros(3, 3), 2.0, {}, TypeError, "2.0"),
+        (torch.zeros(3, 3), True, {}, TypeError, "True"),
+        (torch.zeros(3, 3), 2, {"ridge": -1.0}, ValueError, "ridge"),
+        (torch.zeros(3, 3), 2, {"relative_ridge": math.nan}, ValueError, "nan"),
+        (torch.zeros(3, 3), 2, {"method": "schur"}, ValueError, "'schur'"),
+    ],
+)
+def test_root_errors(a, p, options, error, words):
+    with pytest.raises(error, match=words):
+        inverse_root(a, p, **{**ROOT, **options})
+
+
+# Shampoo
+
+SHAMPOO = {
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "graft_beta2": 0.9,
+    "root": 4,
+    "ridge": 0.0,
+    "relative_ridge": 1e-6,
+    "root_method": "auto",
+    "weight_decay": 0.0,
+    "graft": "none",
+    "graft_eps": 1e-8,
+    "graft_eps_mode": "relative",
+    "kl": False,
+    "kl_order": "sequential",
+    "debias": True,
+    "maximize": False,
+    "nonfinite": "skip",
+}
+
+
+class Shampoo:
+    """One parameter with its state, roots starting as the identity."""
+
+    def __init__(self, param, sides="lr", **options):
+        *batch, m, n = param.shape
+        dtype = F64 if param.dtype == F64 else torch.float32
+        self.param = param.clone()
+        self.momentum = torch.zeros(param.shape, dtype=dtype)
+        self.squares = torch.zeros(param.shape, dtype=dtype)
+        self.left, self.right = NONE, NONE
+        self.left_root, self.right_root = NONE, NONE
+        if "l" in sides:
+            self.left = torch.zeros(*batch, m, m, dtype=dtype)
+            self.left_root = torch.eye(m, dtype=dtype).expand(*batch, m, m).clone()
+        if "r" in sides:
+            self.right = torch.zeros(*batch, n, n, dtype=dtype)
+            self.right_root = torch.eye(n, dtype=dtype).expand(*batch, n, n).clone()
+        self.failures = torch.zeros(*batch, 2, dtype=torch.int64)
+        self.count = torch.zeros(batch)
+        self.skipped = counter()
+        self.options = {**SHAMPOO, **options}
+
+    @property
+    def state(self):
+        return (
+            self.param,
+            self.momentum,
+            self.squares,
+            self.left,
+            self.right,
+            self.left_root,
+            self.right_root,
+            self.failures,
+            self.count,
+        )
+
+    def step(self, grad, lr=1.0, refresh=1, **options):
+        before = self.param.clone()
+        shampoo_step_(
+            [self.param],
+            [grad],
+            [self.momentum],
+            [self.left],
+            [self.right],
+            [self.left_root],
+            [self.right_root],
+            [self.squares],
+            [self.failures],
+            [self.count],
+            self.skipped,
+            torch.tensor(lr, dtype=F64),
+            refresh=[refresh],
+            **{**self.options, **options},
+        )
+        return (before - self.param) / lr
+
+
+PUBLIC = {
+    "shampoo_none_4": {},
+    "shampoo_none_2": {"root": 2},
+    "shampoo_sgd_4": {"graft": "sgd"},
+    "shampoo_adagrad_4": {"graft": "adagrad", "beta2": 1.0},
+    "shampoo_rmsprop_2": {"graft": "rmsprop", "root": 2},
+    "shampoo_adam_4": {"graft": "adam"},
+    "shampoo_undebiased_4": {"debias": False},
+}
+
+
+@pytest.mark.parametrize("case", PUBLIC)
+@pytest.mark.parametrize("method", ["eigen", "iteration", "newton"])
+def test_follows_distributed_shampoo(case, method):
+    group = next(group for group in GOLDEN["groups"] if case in group["ends"])
+    start = torch.tensor(group["start"], dtype=F64)
+    opt = Shampoo(
+        start,
+        ridge=1e-6,
+        relative_ridge=0.0,
+        root_method=method,
+        weight_decay=GOLDEN["weight_decay"],
+        graft_eps_mode="absolute",
+        **PUBLIC[case],
+    )
+    for grad in group["grads"]:
+        opt.step(torch.tensor(grad, dtype=F64), lr=GOLDEN["lr"])
+    end = torch.tensor(group["ends"][case], dtype=F64)
+    assert float((opt.param - end).norm() / (end - start).norm()) < 1e-8
+
+
+def test_golden_cases_are_all_compared():
+    names = {name for group in GOLDEN["groups"] for name in group["ends"]}
+    assert {name for name in names if name.startswith("shampoo")} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4)])
+def test_decomposition(shape):
+    """L^-e M R^-e = [L^-e (M M^T)^1/4] polar(M) [(M^T M)^1/4 R^-e], for any factors and e."""
+    w, grads = torch.zeros(shape, dtype=F64), torch.randn(5, *shape, dtype=F64)
+    for root in (2, 4):
+        opt = Shampoo(w, root=root, relative_ridge=1e-3)
+        for g in grads:
+            update = opt.step(g)
+        m = opt.momentum / (1 - 0.9**5)
+        u, s, vh = torch.linalg.svd(m, full_matrices=False)
+        left = opt.left_root @ (u * s.sqrt()) @ u.mT
+        right = (vh.mT * s.sqrt()) @ vh @ opt.right_root
+        assert relative(update, left @ polar(m) @ right) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4)])
+def test_without_memory_shampoo_is_the_polar_factor(shape):
+    g = torch.randn(shape, dtype=F64)
+    opt = Shampoo(torch.zeros(shape, dtype=F64), beta1=0.0, beta2=0.0, relative_ridge=0.0)
+    update = opt.step(g)
+    assert relative(update, polar(g)) < 1e-12
+    rows = ((1.875, -1.25, 0.375),) * 30
+    same = newton_schulz(
+        g,
+        rows,
+        method="gram",
+        restarts=(),
+        compute_dtype=F64,
+        eps=0.0,
+        norm="frobenius",
+        norm_factor=1.0,
+    )
+    assert relative(update, same) < 1e-10
+
+
+KL = {"kl": True, "root": 2, "relative_ridge": 1e-12, "root_method": "eigen"}
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4)])
+def test_kl_in_sequence_reaches_its_fixed_point_in_one_round(shape):
+    g = torch.randn(shape, dtype=F64)
+    opt = Shampoo(torch.zeros(shape, dtype=F64), beta1=0.0, beta2=0.0, **KL)
+    for _ in range(3):
+        assert relative(opt.step(g), math.sqrt(min(shape)) * polar(g)) < 1e-8
+    assert opt.left.diagonal().mean() == pytest.approx(float(opt.right.diagonal().mean()))
+    assert opt.failures.tolist() == [0, 0]
+
+
+def test_simultaneous_kl_is_a_two_cycle():
+    g = torch.randn(4, 7, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 7, dtype=F64), beta1=0.0, beta2=0.0, kl_order="simultaneous", **KL)
+    updates = [opt.step(g) for _ in range(6)]
+    for first, second in ((2, 4), (3, 5)):
+        assert relative(updates[second], updates[first]) < 1e-6
+    assert relative(updates[5], updates[4]) > 0.5
+
+
+def test_kl_starts_from_the_rms_of_the_first_gradient():
+    g = torch.randn(4, 6, dtype=F64)
+    lam0 = float(g.norm()) / math.sqrt(24)
+    opt = Shampoo(torch.zeros(4, 6, dtype=F64), beta2=0.9, **KL)
+    opt.step(torch.zeros(4, 6, dtype=F64))
+    assert not opt.left.any()
+    opt.step(g, refresh=0)
+    assert relative(opt.left, 0.9 * lam0 * eye(4) + 0.1 / 6 * g @ g.mT / lam0) < 1e-11
+    assert relative(opt.right, 0.9 * lam0 * eye(6) + 0.1 / 4 * g.mT @ g / lam0) < 1e-11
+    assert relative(opt.left_root, lam0**-0.5 * eye(4)) < 1e-11
+
+
+def test_rebalancing_leaves_the_update_alone():
+    grads = torch.randn(6, 4, 6, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 6, dtype=F64), **{**KL, "relative_ridge": 1e-6})
+    other = Shampoo(torch.zeros(4, 6, dtype=F64), **{**KL, "relative_ridge": 1e-6})
+    for g in grads:
+        expected = other.step(g)
+        assert relative(opt.step(g), expected) < 1e-9
+        for factor, root, s in ((opt.left, opt.left_root, 7.0), (opt.right, opt.right_root, 1 / 7)):
+            factor.div_(s)
+            root.mul_(math.sqrt(s))
+    assert opt.left.diagonal().mean() == pytest.approx(float(opt.right.diagonal().mean()) / 49)
+
+
+GRAFTS = ("none", "adagrad", "rmsprop", "adam")
+
+
+@pytest.mark.parametrize("options", [*({"graft": g} for g in GRAFTS), {"kl": True, "root": 2}])
+def test_F07_power_of_two_gradient_scales_give_the_same_bits(options):
+    w, grads = torch.randn(6, 9), torch.randn(6, 6, 9)
+    grads = grads / grads.abs().max()
+    results = []
+    for scale in (1.0, 2.0**-40, 2.0**40):
+        opt = Shampoo(w, weight_decay=0.1, **options)
+        for g in grads:
+            opt.step(scale * g, lr=0.1)
+        results.append(opt.param)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}, {"nonfinite": "propagate"}])
+@pytest.mark.parametrize("exponent", [-51, 51])
+def test_gradients_out_of_range_are_skipped_and_counted(options, exponent):
+    opt = Shampoo(torch.randn(4, 5), weight_decay=0.1, **options)
+    opt.step(torch.randn(4, 5))
+    before = [x.clone() for x in opt.state]
+    opt.step(torch.full((4, 5), 2.0**exponent))
+    assert all(torch.equal(x, y) for x, y in zip(opt.state, before, strict=True))
+    assert opt.skipped == 1
+    opt.step(torch.full((4, 5), 2.0 ** (exponent - exponent // 51)))
+    assert opt.skipped == 1
+
+
+def test_an_absolute_ridge_has_no_range_but_skips_overflow():
+    opt = Shampoo(torch.randn(4, 5), ridge=1e-12, relative_ridge=0.0)
+    opt.step(torch.full((4, 5), 2.0**-55))
+    assert (opt.count.item(), opt.skipped.item()) == (1, 0)
+    before = [x.clone() for x in opt.state]
+    opt.step(torch.full((4, 5), 2.0**100))
+    assert all(torch.equal(x, y) for x, y in zip(opt.state, before, strict=True))
+    assert opt.skipped == 1
+
+
+def test_F04_a_nan_matrix_keeps_every_bit_and_its_mates_move_as_without_it():
+    w, grads = torch.randn(3, 4, 5), torch.randn(2, 3, 4, 5)
+    clean, opt = (Shampoo(w, graft="adam") for _ in range(2))
+    for o in (clean, opt):
+        o.step(grads[0])
+    before = [x.clone() for x in opt.state]
+    clean.step(grads[1])
+    bad = grads[1].clone()
+    bad[1, 0, 0] = math.nan
+    opt.step(bad)
+    for new, old, mate in zip(opt.state, before, clean.state, strict=True):
+        assert torch.equal(new[1], old[1])
+        assert torch.equal(new[::2], mate[::2])
+    assert opt.skipped == 1
+    assert opt.count.tolist() == [2, 1, 2]
+
+
+def test_nonfinite_raise_writes_nothing_and_propagate_writes():
+    g = torch.randn(4, 5)
+    g[1, 1] = math.inf
+    opt = Shampoo(torch.randn(4, 5))
+    before = [x.clone() for x in opt.state]
+    with pytest.raises(ValueError, match=r"grads\[0\]"):
+        opt.step(g, nonfinite="raise")
+    assert all(torch.equal(x, y) for x, y in zip(opt.state, before, strict=True))
+    opt.step(g, nonfinite="propagate")
+    assert not opt.param.isfinite().any()
+    assert opt.failures.tolist() == [1, 1]
+    assert torch.equal(opt.left_root, torch.eye(4))
+
+
+def test_F08_a_failing_root_keeps_the_old_one_and_is_counted(monkeypatch):
+    opt = Shampoo(torch.zeros(4, 5, dtype=F64), root_method="eigen")
+    opt.step(torch.randn(4, 5, dtype=F64))
+    roots = opt.left_root.clone(), opt.right_root.clone()
+
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fail)
+        opt.step(torch.randn(4, 5, dtype=F64))
+    assert torch.equal(opt.left_root, roots[0])
+    assert torch.equal(opt.right_root, roots[1])
+    assert opt.failures.tolist() == [1, 1]
+    assert opt.count == 2
+    opt.step(torch.randn(4, 5, dtype=F64))
+    assert opt.failures.tolist() == [1, 1]
+    assert not torch.equal(opt.left_root, roots[0])
+
+
+def test_roots_are_of_the_debiased_factors_and_wait_for_a_refresh():
+    grads = torch.randn(3, 4, 5, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 5, dtype=F64), relative_ridge=0.0, ridge=1e-3)
+    opt.step(grads[0])
+    root = opt.left_root.clone()
+    opt.step(grads[1], refresh=0)
+    assert torch.equal(opt.left_root, root)
+    opt.step(grads[2])
+    assert relative(opt.left_root, exact_root(opt.left / (1 - 0.95**3) + 1e-3 * eye(4), 4)) < 1e-12
+
+
+def test_zero_gradients_move_nothing_and_keep_the_roots():
+    w = torch.randn(4, 5)
+    for options in ({}, {"graft": "adam"}, {"kl": True, "root": 2}):
+        opt = Shampoo(w, weight_decay=0.5, **options)
+        opt.step(torch.zeros(4, 5), lr=0.5)
+        assert torch.equal(opt.param, 0.75 * w)
+        assert torch.equal(opt.left_root, torch.eye(4))
+        assert opt.failures.tolist() == [0, 0]
+        assert opt.count == 1
+        opt.step(torch.randn(4, 5))
+        assert opt.param.isfinite().all()
+
+
+@pytest.mark.parametrize("sides", ["l", "r", ""])
+def test_one_sided(sides):
+    g = torch.randn(4, 5, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 5, dtype=F64), sides, root=2, relative_ridge=0.0, ridge=1e-3)
+    update = opt.step(g)
+    if "l" in sides:
+        g = exact_root(g @ g.mT + 1e-3 * eye(4), 2) @ g
+    if "r" in sides:
+        g = g @ exact_root(g.mT @ g + 1e-3 * eye(5), 2)
+    assert relative(update, g) < 1e-10
+
+
+def test_one_sided_kl_divides_by_the_other_size():
+    g = torch.randn(4, 6, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 6, dtype=F64), "l", beta1=0.0, beta2=0.0, **KL)
+    opt.step(g)
+    assert relative(opt.left, g @ g.mT / 6) < 1e-12
+
+
+def test_relative_graft_eps():
+    g = torch.randn(4, 5, dtype=F64)
+    opt = Shampoo(torch.zeros(4, 5, dtype=F64), graft="adam", graft_eps=0.5)
+    update = opt.step(g)
+    direction = g / (g.abs() + 0.5 * g.norm() / math.sqrt(20))
+    assert float(update.norm()) == pytest.approx(float(direction.norm()), rel=1e-12)
+
+
+def test_order_of_decay_and_maximize():
+    w, g = torch.randn(4, 5, dtype=F64), torch.randn(4, 5, dtype=F64)
+    plain, other = Shampoo(w), Shampoo(w, weight_decay=0.5, maximize=True)
+    update = plain.step(g, lr=0.25)
+    other.step(g, lr=0.25)
+    assert relative(other.param, (1 - 0.125) * w + 0.25 * update) < 1e-14
+
+
+def test_16_bit_parameters_keep_float32_state():
+    w, g = torch.randn(4, 5), torch.randn(4, 5).bfloat16()
+    low, full = Shampoo(w.bfloat16(), graft="adam"), Shampoo(w.bfloat16().float(), graft="adam")
+    low.step(g, lr=0.1)
+    full.step(g.float(), lr=0.1)
+    assert torch.equal(low.momentum, full.momentum)
+    assert torch.equal(low.left_root, full.left_root)
+    assert torch.equal(low.param, full.param.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"beta1": 1.0}, "beta1"),
+        ({"beta2": 1.1}, "beta2 must be in \\[0.0, 1.0\\], not 1.1"),
+        ({"graft": "lion"}, "'lion'"),
+        ({"graft_eps_mode": "none"}, "'none'"),
+        ({"kl": True}, "root must be 2, not 4"),
+        ({"kl": True, "root": 2, "kl_order": "both"}, "'both'"),
+        ({"root": 9}, "9"),
+        ({"weight_decay": -1.0}, "-1.0"),
+        ({"graft_eps": math.nan}, "nan"),
+    ],
+)
+def test_F36_bad_options_raise_before_anything_is_written(change, words):
+    opt = Shampoo(torch.ones(4, 5))
+    with pytest.raises(ValueError, match=words):
+        opt.step(torch.ones(4, 5), **change)
+    assert torch.equal(opt.param, torch.ones(4, 5))
+    assert not opt.left.any()
+
+
+def test_mismatched_state_is_named():
+    opt = Shampoo(torch.ones(4, 5))
+    opt.left_root = NONE
+    with pytest.raises(ValueError, match=r"lefts\[0\] has shape \(4, 4\), left_roots\[0\] \(0,\)"):
+        opt.step(torch.ones(4, 5))
+    opt = Shampoo(torch.ones(4, 5), graft="adam")
+    opt.squares = NONE
+    with pytest.raises(ValueError, match=r"graft_squares\[0\]"):
+        opt.step(torch.ones(4, 5))
+    opt = Shampoo(torch.ones(4, 5))
+    opt.failures = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"root_failures\[0\]"):
+        opt.step(torch.ones(4, 5))
