@@ -362,7 +362,7 @@ def soap_step_(
                 new_m = beta1 * m + (1.0 - beta1) * rotated
                 new_v = beta2 * v + (1.0 - beta2) * rotated**2
                 divisor = new_v.sqrt() + eps
-                update = torch.where(divisor > 0.0, new_m / divisor, 0.0)
+                update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
                 update = rotate_back(update, new.left_basis, new.right_basis)
             if not first:
                 new = accumulated(new, g, shampoo_beta)

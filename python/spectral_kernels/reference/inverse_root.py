@@ -614,7 +614,7 @@ def _graft_direction(mhat: Tensor, squares: Tensor, t: float, step: _Shampoo) ->
     if step.graft_eps_mode == "relative":
         eps *= norm(root) / math.sqrt(root.numel())
     divisor = root + eps
-    return torch.where(divisor > 0.0, mhat / divisor, 0.0)
+    return torch.where(divisor == 0.0, 0.0, mhat / divisor)
 
 
 def _check_root_options(p: int, ridge: float, relative_ridge: float, method: str) -> None:
