@@ -577,7 +577,10 @@ def test_F07_power_of_two_gradient_scales_give_the_same_bits(options):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}, {"nonfinite": "propagate"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kl": True, "root": 2, "relative_ridge": 0.0}, {"nonfinite": "propagate"}],
+)
 @pytest.mark.parametrize("exponent", [-51, 51])
 def test_gradients_out_of_range_are_skipped_and_counted(options, exponent):
     opt = Shampoo(torch.randn(4, 5), weight_decay=0.1, **options)
