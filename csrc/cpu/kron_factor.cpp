@@ -23,23 +23,6 @@ Kind factor_kind(DType grad, DType factor) {
   return Kind::kF32;
 }
 
-namespace {
-
-// All of a packed matrix as one row.
-Matrix flat(const Panels& p) {
-  const int64_t P = kernels().panel[int(p.kind)];
-  const int64_t words = p.kind == Kind::kBF16 ? ceil_div(p.rows, 2) : p.rows;
-  const int64_t count = ceil_div(p.cols, P) * P * words;
-  switch (p.kind) {
-    case Kind::kF32: return {p.data, 1, count, count, 1, DType::kF32};
-    case Kind::kF64: return {p.data, 1, count, count, 1, DType::kF64};
-    case Kind::kBF16: return {p.data, 1, 2 * count, 2 * count, 1, DType::kBF16};
-  }
-  return {};
-}
-
-}  // namespace
-
 bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor) {
   if (std::isnan(largest)) return true;
   const double most = factor.dtype == DType::kF64 ? std::numeric_limits<double>::max()
@@ -48,8 +31,11 @@ bool overflows(const Panels& x, double largest, double beta, double weight, cons
   std::vector<double> diagonal(size_t(factor.rows), 0.0);
   double top = 0;
   if (beta != 0)
-    for (int64_t i = 0; i < factor.rows; i++)
-      top = std::max(top, diagonal[size_t(i)] = std::abs(beta * element(factor, i, i)));
+    for (int64_t i = 0; i < factor.rows; i++) {
+      diagonal[size_t(i)] = std::abs(beta * element(factor, i, i));
+      if (!(diagonal[size_t(i)] <= most)) return true;
+      top = std::max(top, diagonal[size_t(i)]);
+    }
   const double bound = weight * largest * largest * double(x.rows);
   if (top + bound <= most / 2) return false;
   // Rare: the sums themselves, in a range where they cannot overflow.

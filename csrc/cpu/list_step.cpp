@@ -1,6 +1,9 @@
 #include "list_step.h"
 
+#include <cmath>
 #include <unordered_set>
+
+#include "parallel.h"
 
 namespace spectral_kernels::cpu {
 namespace {
@@ -77,6 +80,15 @@ void check_factors(at::TensorList factors, const char* name, at::TensorList para
     TORCH_CHECK_VALUE(factors[i].sizes() == expected, name, "[", i, "] must have shape ",
                       at::IntArrayRef(expected), " or no element, got ", factors[i].sizes());
   }
+}
+
+void raise_nonfinite(const std::vector<Item>& items,
+                     std::initializer_list<std::pair<const char*, at::TensorList>> lists) {
+  for (const auto& [name, list] : lists)
+    for (const Item& item : items)
+      TORCH_CHECK_VALUE(
+          !std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index], available_threads())), name,
+          "[", item.entry, "] has a non-finite element (matrix ", item.index, ")");
 }
 
 void check_distinct(std::initializer_list<at::TensorList> lists) {

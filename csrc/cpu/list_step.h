@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -48,6 +50,9 @@ void check_step(at::TensorList params, at::TensorList grads, at::TensorList step
 void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
 void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
+// nonfinite="raise": before anything is written.
+void raise_nonfinite(const std::vector<Item>& items,
+                     std::initializer_list<std::pair<const char*, at::TensorList>> lists);
 // No tensor twice among all that are written.
 void check_distinct(std::initializer_list<at::TensorList> lists);
 

@@ -468,9 +468,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
     return std::isnan(g) || std::isnan(m) ? std::numeric_limits<double>::quiet_NaN() : std::max(g, m);
   };
   if (policy == NonFinite::kRaise)
-    for (const Item& item : items)
-      TORCH_CHECK_VALUE(!std::isnan(largest_of(item, available_threads())), "grads[", item.entry,
-                        "] or its momentum has a non-finite element (matrix ", item.index, ")");
+    raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
   Progress progress(step_counts, skipped);
   parallel_matrices(work, [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];

@@ -139,6 +139,56 @@ void run(const Scale& p, int threads) {
   parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
 }
 
+int64_t row_blocks(int64_t m, Kind kind) { return ceil_div(m, kernels().panel[int(kind)]); }
+
+namespace {
+
+// Block rows of an elementwise kernel side by side.
+template <class Work>
+void run_rows(void (*kernel)(const Work&, int64_t, int64_t), const Work& work, int64_t blocks,
+              double elements, int threads) {
+  if (elements < 2 * kPackGrain) threads = 1;
+  parallel_jobs(blocks, threads, [&](int64_t i) { kernel(work, i, i + 1); });
+}
+
+// The same for kernels that leave one sum a block row.
+template <class Work>
+double run_sums(void (*kernel)(const Work&, int64_t, int64_t), Work work, int64_t blocks, double elements,
+                int threads) {
+  std::vector<double> sums(size_t(blocks), 0.0);
+  work.sums = sums.data();
+  run_rows(kernel, work, blocks, elements, threads);
+  double sum = 0;
+  for (double value : sums) sum += value;
+  return sum;
+}
+
+double elements(const Matrix& m) { return double(m.rows) * double(m.cols); }
+int precision(const Matrix& m) { return m.dtype == DType::kF64 ? 1 : 0; }
+int64_t blocks_of(const Matrix& m) { return row_blocks(m.rows, m.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32); }
+
+}  // namespace
+
+double run(const SquareAverage& p, int threads) {
+  return run_sums(kernels().square_average[precision(p.v)], p, blocks_of(p.v), elements(p.v), threads);
+}
+double run(const AdaptedLength& p, int threads) {
+  return run_sums(kernels().adapted_length[precision(p.v)], p, blocks_of(p.v), elements(p.v), threads);
+}
+void run(const AdamMoments& p, int threads) {
+  run_rows(kernels().adam_moments[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
+}
+void run(const Momentum& p, int threads) {
+  run_rows(kernels().momentum[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
+}
+void run(const VarianceAdaptation& p, int threads) {
+  run_rows(kernels().variance_adaptation[p.o.kind == Kind::kF64 ? 1 : 0], p, row_blocks(p.o.rows, p.o.kind),
+           double(p.o.rows) * double(p.o.cols), threads);
+}
+double run(const SignAdaptation& p, int threads) {
+  return run_sums(kernels().sign_adaptation[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
+}
+
 Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
   const int64_t P = kernels().panel[int(p.kind)], size = p.kind == Kind::kF64 ? 8 : 4;
   char* data = static_cast<char*>(p.data) + (c0 / P * p.stride + r0 * P) * size;
@@ -170,6 +220,18 @@ double max_abs(const Matrix& m, int threads) {
 }
 
 int exponent_of(double x) { return x > 0 ? std::ilogb(x) : 0; }
+
+Matrix flat(const Panels& p) {
+  const int64_t P = kernels().panel[int(p.kind)];
+  const int64_t words = p.kind == Kind::kBF16 ? ceil_div(p.rows, 2) : p.rows;
+  const int64_t count = ceil_div(p.cols, P) * P * words;
+  switch (p.kind) {
+    case Kind::kF32: return {p.data, 1, count, count, 1, DType::kF32};
+    case Kind::kF64: return {p.data, 1, count, count, 1, DType::kF64};
+    case Kind::kBF16: return {p.data, 1, 2 * count, 2 * count, 1, DType::kBF16};
+  }
+  return {};
+}
 
 double element(const Panels& p, int64_t i, int64_t j) {
   const int64_t P = kernels().panel[int(p.kind)];

@@ -20,6 +20,14 @@ void run(const Product& product, int threads);
 void run(const Pack& pack, int threads);
 void run(const Combine& combine, int threads);
 void run(const Scale& scale, int threads);
+// Block rows of an m-row matrix of a kind: the slots of the sums below.
+int64_t row_blocks(int64_t m, Kind kind);
+double run(const SquareAverage& work, int threads);   // returns the sum of all slots
+double run(const AdaptedLength& work, int threads);   // likewise
+void run(const AdamMoments& work, int threads);
+void run(const Momentum& work, int threads);
+void run(const VarianceAdaptation& work, int threads);
+double run(const SignAdaptation& work, int threads);  // pass 0: the sum of the new V
 // Rows [r0, r0 + rows) and columns [c0, c0 + cols) of a packed F32 or F64 matrix; c0 is a multiple of P.
 Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
 
@@ -30,6 +38,8 @@ constexpr double kThreadGrain = 1 << 20;
 double max_abs(const Matrix& m, int threads);
 // e such that 2^e <= x < 2^(e+1); 0 for x = 0.
 int exponent_of(double x);
+// All of a packed matrix, zeros included, as one row of numbers.
+Matrix flat(const Panels& p);
 // Element (i, j).
 double element(const Panels& p, int64_t i, int64_t j);
 double element(const Matrix& m, int64_t i, int64_t j);

@@ -97,6 +97,72 @@ struct Scale {
 // Sums over the rows of every column, in fp64 and in the order of the rows.
 enum class ColumnSum : int { kAbs, kDot };  // |a|, a b
 
+// The elementwise parts of the fused steps. Each works on block rows [i0, i1) (units of P); sums go to one
+// slot a block row, `row_blocks` of them, and are added up in their order.
+
+// V <- beta V + weight G². sums[i]: of the new V.
+struct SquareAverage {
+  Matrix g, v;
+  double beta = 0, weight = 1;
+  double* sums = nullptr;
+};
+
+// sums[i]: of (m_scale M / (sqrt(v_scale V) + eps))², 0 where that divides 0 by 0.
+struct AdaptedLength {
+  Matrix m, v;
+  double m_scale = 1, v_scale = 1, eps = 0;
+  double* sums = nullptr;
+};
+
+// M <- beta1 M + (1 - beta1) G, V <- beta2 V + (1 - beta2) G², U = M / (sqrt(V) + eps), 0 for V = eps = 0.
+struct AdamMoments {
+  Panels g;
+  Matrix m, v;
+  double beta1 = 0, beta2 = 0, eps = 0;
+  Panels out, out_t;  // U
+};
+
+// M <- beta1 M + (1 - beta1) G, and N = beta1 M + (1 - beta1) G with `nesterov`, else M, or its sign.
+// Sums of squares of M and of G by row (length rows) and by column (row_blocks x cols), of V in all.
+struct Momentum {
+  Panels g;
+  Matrix m;
+  double beta1 = 0;
+  bool nesterov = false, sign = false;
+  Panels out;  // N; may be g
+  Matrix v;    // may be absent
+  double *m_rows = nullptr, *m_cols = nullptr, *g_rows = nullptr, *g_cols = nullptr, *v_sums = nullptr;
+};
+
+// How sqrt(energy / v) takes its eps: sqrt(energy / (v + eps)), or sqrt(energy) / (sqrt(v) + eps).
+// 0 / 0 is 1.
+enum class EpsPlace : int { kInside, kOutside };
+
+// V <- beta2 V + (1 - beta2) e with e_ij = seen_row_i seen_col_j, and
+// U = scale sqrt(t_ij / (v_scale V)) O with t_ij = row_i col_j. Without V, U = scale row_i col_j O.
+struct VarianceAdaptation {
+  Panels o;
+  Matrix v;
+  double beta2 = 0, v_scale = 1, eps = 0, scale = 1;
+  EpsPlace place = EpsPlace::kInside;
+  const double *seen_row = nullptr, *seen_col = nullptr, *row = nullptr, *col = nullptr;
+  Panels out, out_t;  // U
+};
+
+// The elementwise norm. Pass 0: V <- beta2 V + (1 - beta2) e, sums[i] of the new V. Pass 1:
+// M <- beta1 M + (1 - beta1) G and U = scale sqrt(t / (v_scale V)) sign(N). e and t are squares of
+// m_scale M (the new M) or of G.
+struct SignAdaptation {
+  int pass = 0;
+  Panels g;
+  Matrix m, v;
+  double beta1 = 0, beta2 = 0, m_scale = 1, v_scale = 1, eps = 0, scale = 1;
+  bool nesterov = false, seen_m = false, top_m = true;
+  EpsPlace place = EpsPlace::kInside;
+  double* sums = nullptr;
+  Panels out, out_t;
+};
+
 struct Kernels {
   const char* name;
   int panel[kKinds];        // P of each kind, 0 where the kind is not available
@@ -111,6 +177,13 @@ struct Kernels {
   // Block columns [j0, j1) of the sums over two F32 or F64 matrices (one for kAbs).
   void (*column_sums[2])(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
                          double* sums);
+  // Block rows [i0, i1) of the elementwise parts, in fp32 [0] or fp64 [1].
+  void (*square_average[2])(const SquareAverage&, int64_t i0, int64_t i1);
+  void (*adapted_length[2])(const AdaptedLength&, int64_t i0, int64_t i1);
+  void (*adam_moments[2])(const AdamMoments&, int64_t i0, int64_t i1);
+  void (*momentum[2])(const Momentum&, int64_t i0, int64_t i1);
+  void (*variance_adaptation[2])(const VarianceAdaptation&, int64_t i0, int64_t i1);
+  void (*sign_adaptation[2])(const SignAdaptation&, int64_t i0, int64_t i1);
   // Largest |x| of rows [r0, r1) as the bit pattern of an fp32 (fp64 for F64 input) number; a
   // pattern at or above that of infinity tells of a non-finite element.
   uint64_t (*max_abs_bits)(const Matrix&, int64_t r0, int64_t r1);

@@ -127,6 +127,7 @@ class Refresher {
     first.out_t = pt;
     run(first, threads_);
     result.values = column_sums(ColumnSum::kDot, q, p, threads_);
+    keep_null_directions(q, p, pt, result.values);
     std::vector<int64_t>& order = result.order;
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
       return result.values[size_t(i)] > result.values[size_t(j)];
@@ -139,13 +140,19 @@ class Refresher {
       transpose.out_t = p;
       run(transpose, threads_);
     }
-    normalize_columns(p, pt, order);
     for (double& value : result.values) value = std::ldexp(value, exponent);
     std::vector<Panels> free;
     for (const Panels& panels : pool_)
       if (panels.data != p.data && panels.data != pt.data) free.push_back(panels);
+    // Kept for the fallback, which is rare: a copy costs little beside a product.
+    Workspace spare(panel_bytes(n_, n_, kind_));
+    const Panels start_t = take_panels(spare, n_, n_, kind_);
+    Combine keep;
+    keep.a = pt;
+    keep.out = start_t;
+    run(keep, threads_);
     const bool converged = orthonormalize(p, pt, free);
-    if (!converged && !accepted(p, free[0]) && !householder(a, exponent, order, p, pt, free[0])) {
+    if (!converged && !accepted(p, free[0]) && !householder(start_t, p, pt, free[0])) {
       if (q_new.data != q_.data) copy_scaled(q_, 0, q_new);
       return result;
     }
@@ -180,21 +187,24 @@ class Refresher {
     });
   }
 
-  // Unit columns, so that no square under- or overflows. A column that A maps to (nearly) zero keeps its
-  // old direction.
-  void normalize_columns(const Panels& p, const Panels& pt, const std::vector<int64_t>& order) {
-    const double tiny = kind_ == Kind::kF64 ? 1e-280 : 1e-30;
+  // Unit columns, so that no square under- or overflows. A column that is rounding noise of A is
+  // replaced by its old direction, with the value 0.
+  void keep_null_directions(const Panels& q, const Panels& p, const Panels& pt,
+                            std::vector<double>& values) {
     std::vector<double> inverse = column_sums(ColumnSum::kDot, p, p, threads_);
+    const double longest = std::sqrt(*std::max_element(inverse.begin(), inverse.end()));
+    const double noise = u_ * std::sqrt(double(n_)) * longest;
     for (int64_t j = 0; j < n_; j++) {
       double& value = inverse[size_t(j)];
-      value = std::sqrt(value) > tiny ? 1 / std::sqrt(value) : 0;
+      value = std::sqrt(value) > noise ? 1 / std::sqrt(value) : 0;
       if (value > 0) continue;
+      values[size_t(j)] = 0;
+      value = 1;
       for (int64_t i = 0; i < n_; i++) {
-        const double old = element(q_, i, order[size_t(j)]);
+        const double old = element(q, i, j);
         set_element(p, i, j, old);
         set_element(pt, j, i, old);
       }
-      value = 1;
     }
     Scale scale;
     scale.x = scale.out = p;
@@ -287,26 +297,15 @@ class Refresher {
   }
 
   // Householder QR of the first P, in fp64.
-  bool householder(const Matrix& a, int exponent, const std::vector<int64_t>& order, Panels& p, Panels& pt,
-                   const Panels& scratch) {
+  bool householder(const Panels& start_t, Panels& p, Panels& pt, const Panels& scratch) {
     const size_t n = size_t(n_);
-    std::vector<double> wide_a(n * n), wide_q(n * n), product(n * n), result(n * n);
-    copy_scaled(a, -exponent, Matrix{wide_a.data(), n_, n_, n_, 1, DType::kF64});
-    copy_scaled(q_, 0, Matrix{wide_q.data(), n_, n_, n_, 1, DType::kF64});
-    std::vector<double> column(n);
-    for (size_t k = 0; k < n; k++) {
-      const size_t j = size_t(order[k]);
-      double norm = 0;
-      for (size_t i = 0; i < n; i++) {
-        double sum = 0;
-        for (size_t l = 0; l < n; l++) sum += 0.5 * (wide_a[i * n + l] + wide_a[l * n + i]) * wide_q[l * n + j];
-        column[i] = sum;
-        norm += sum * sum;
-      }
-      for (size_t i = 0; i < n; i++) product[i * n + k] = norm > 0 ? column[i] : wide_q[i * n + j];
-    }
+    std::vector<double> columns(n * n), result(n * n);
+    Combine unpack;
+    unpack.a = start_t;
+    unpack.store = Matrix{columns.data(), n_, n_, 1, n_, DType::kF64};
+    run(unpack, threads_);
     bool done = false;
-    lapack_jobs(1, [&](int64_t) { done = householder_q(n_, product.data(), result.data()); });
+    lapack_jobs(1, [&](int64_t) { done = householder_q(n_, columns.data(), result.data()); });
     if (!done) return false;
     Pack pack;
     pack.x = Matrix{result.data(), n_, n_, n_, 1, DType::kF64};

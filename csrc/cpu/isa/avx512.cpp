@@ -24,6 +24,9 @@ namespace spectral_kernels::cpu::avx512 {
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
 #include "tiles.inl"
+
+#include "elementwise.inl"
+#include "table.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512
 #if defined(__clang__)

@@ -24,6 +24,9 @@ namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
 #include "tiles.inl"
+
+#include "elementwise.inl"
+#include "table.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512bf16
 #if defined(__clang__)

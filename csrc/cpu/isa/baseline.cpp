@@ -1,4 +1,8 @@
 // What every processor of the platform has: SSE2 on x86-64, NEON on aarch64. 128-bit vectors.
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include <cstdint>
 #include <utility>
 
@@ -20,5 +24,8 @@ namespace spectral_kernels::cpu::baseline {
 #define SK_HAS_F16C 0
 #define SK_HAS_BF16_DOT 0
 #include "tiles.inl"
+
+#include "elementwise.inl"
+#include "table.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::baseline

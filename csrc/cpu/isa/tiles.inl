@@ -671,20 +671,3 @@ static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
   }
   return 0;
 }
-
-static const Kernels kTable = {
-    SK_NAME,
-    {Simd<float>::kPanel, Simd<double>::kPanel, SK_HAS_BF16_DOT ? Simd<float>::kPanel : 0},
-    {product_blocks<float, float>, product_blocks<double, double>,
-#if SK_HAS_BF16_DOT
-     product_blocks<float, uint32_t>
-#else
-     nullptr
-#endif
-    },
-    {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
-    {combine_blocks<float>, combine_blocks<double>},
-    {scale_blocks<float>, scale_blocks<double>},
-    {column_sums_of<float>, column_sums_of<double>},
-    max_abs_bits,
-};

@@ -67,10 +67,12 @@ def refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Ten
     the values (stably), made orthonormal from first to last as by QR with a positive diagonal of R,
     and put back in their places, so no state of the old basis has to be permuted. With `sort` they
     stay in that order: column k follows column order[k]. A is (A + A^T) / 2, scaled by a power of
-    two so that its largest element is in [1, 2).
+    two so that its largest element is in [1, 2). A column of P that is not longer than u sqrt(n)
+    times the longest is rounding noise of A: it is replaced by that of Q, with the value 0, so that
+    directions in a null space stay where they were.
 
     Columns are made orthonormal by adaptive CholeskyQR in q's dtype, unit roundoff u: at most 6
-    times, with zero columns of P replaced by those of Q before:
+    times:
         P <- P diag(column norms)^-1;  C = P^T P;  E = ||C - I||_F
         E < e1:    P <- P (I - striu(C)), done if E < e2 (no Cholesky)
         otherwise: P <- P R^-1, R^T R = C + s I, s = 0 if E < 1/2, else 8 u sqrt(n), and s is raised
@@ -134,7 +136,10 @@ def refresh_of(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Ten
     exponent = exponent_of(largest)
     a = scaled(a, -exponent)
     p = (0.5 * (a + a.mT)) @ q
-    values = (q * p).sum(0)
+    lengths = p.norm(dim=0)
+    null = lengths <= unit_roundoff(a.dtype) * math.sqrt(len(a)) * lengths.max()
+    values = torch.where(null, 0.0, (q * p).sum(0))
+    p = torch.where(null, q, p)
     order = values.argsort(descending=True, stable=True)
     new = _orthonormal(p[:, order], q[:, order])
     values = scaled(values, exponent)
@@ -146,15 +151,14 @@ def refresh_of(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def _orthonormal(p: Tensor, q: Tensor) -> Tensor:
-    """P's orthonormal factor; q is what it is taken from, and kept if nothing works."""
+    """P's orthonormal factor; q is kept if nothing works."""
     n, u = p.shape[-1], unit_roundoff(p.dtype)
     double = p.dtype == torch.float64
     first_order, last = (1e-7, 1e-7) if double else (0.03, 2e-3)
     limit = 1e-13 * math.sqrt(n) if double else 5e-6
     shift = 8.0 * u * math.sqrt(n)
     eye = identity_like(p)
-    start = torch.where(p.norm(dim=0) > 0.0, p, q)
-    p = start
+    start = p
     for _ in range(6):
         p = p / p.norm(dim=0)
         c = product(p.mT, p)

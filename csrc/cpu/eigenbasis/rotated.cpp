@@ -1,0 +1,261 @@
+#include "rotated.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "basis.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+bool is_zero(const Matrix& basis, int threads) {
+  // A row of an orthonormal basis has length 1, so the first one tells unless all are zero.
+  Matrix row = basis;
+  row.rows = 1;
+  return max_abs(row, 1) == 0 && max_abs(basis, threads) == 0;
+}
+
+std::vector<double> saved(const Matrix& m) {
+  std::vector<double> copy(size_t(m.rows * m.cols));
+  if (m) copy_scaled(m, 0, Matrix{copy.data(), m.rows, m.cols, m.cols, 1, DType::kF64});
+  return copy;
+}
+
+void restore(std::vector<double>& copy, const Matrix& m) {
+  if (m) copy_scaled(Matrix{copy.data(), m.rows, m.cols, m.cols, 1, DType::kF64}, 0, m);
+}
+
+}  // namespace
+
+RotatedStep::RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides,
+                         double beta, size_t extra, int threads)
+    : grad_(grad),
+      moment_(moment),
+      sides_(sides),
+      negate_(negate),
+      beta_(beta),
+      m_(grad.rows),
+      n_(grad.cols),
+      kind_(moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
+      factor_kind_(factor_kind(grad.dtype, (sides.left ? sides.left : sides.right).dtype)),
+      threads_(threads) {
+  largest_ = max_abs(grad, threads);
+  finite_ = !std::isnan(largest_) && !std::isnan(max_abs(moment, threads));
+  const size_t x = panel_bytes(m_, n_, kind_), x_t = panel_bytes(n_, m_, kind_);
+  const size_t of_factors = panel_bytes(m_, n_, factor_kind_) + panel_bytes(n_, m_, factor_kind_);
+  workspace_ = std::make_unique<Workspace>(3 * x + 2 * x_t + of_factors + extra);
+}
+
+bool RotatedStep::uninitialised() const {
+  const Matrix &l = sides_.left_basis, &r = sides_.right_basis;
+  return (l || r) && (!l || is_zero(l, threads_)) && (!r || is_zero(r, threads_));
+}
+
+Panels RotatedStep::packed(bool transposed, Kind kind) {
+  Pack pack;
+  pack.x = grad_;
+  pack.negate = negate_;
+  Panels& out = transposed ? pack.out_t : pack.out;
+  out = transposed ? take_panels(*workspace_, n_, m_, kind) : take_panels(*workspace_, m_, n_, kind);
+  const Panels result = out;
+  run(pack, threads_);
+  return result;
+}
+
+void RotatedStep::pack_gradient() {
+  const TwoSidedShape shape = this->shape();
+  const bool sides = shape.has_left || shape.has_right, native = factor_kind_ == kind_;
+  const bool needs_x = !sides || shape.needs_x(), needs_x_t = sides && shape.needs_x_t();
+  Pack pack;
+  pack.x = grad_;
+  pack.negate = negate_;
+  if (sides_.right || (native && needs_x)) pack.out = g_ = take_panels(*workspace_, m_, n_, factor_kind_);
+  if (sides_.left || (native && needs_x_t)) pack.out_t = g_t_ = take_panels(*workspace_, n_, m_, factor_kind_);
+  if (pack.out || pack.out_t) run(pack, threads_);
+  if (needs_x) x_ = native ? g_ : packed(false, kind_);
+  if (needs_x_t) x_t_ = native ? g_t_ : packed(true, kind_);
+}
+
+bool RotatedStep::factors_fit() const {
+  const double weight = 1 - beta_;
+  const auto fits = [&](const Matrix& factor, const Panels& x) {
+    return !factor || !overflows(x, largest_, beta_, weight, factor);
+  };
+  return fits(sides_.left, g_t_) && fits(sides_.right, g_);
+}
+
+bool RotatedStep::initialise(bool check) {
+  if (largest_ == 0) return true;
+  if (check && !factors_fit()) return false;
+  std::vector<double> left = saved(sides_.left), right = saved(sides_.right);
+  accumulate();
+  const auto basis_of = [&](const Matrix& factor, const Matrix& basis) {
+    std::vector<double> values;
+    return !factor || eigenbasis(factor, values, basis, threads_);
+  };
+  if (basis_of(sides_.left, sides_.left_basis) && basis_of(sides_.right, sides_.right_basis)) return true;
+  if (check) {
+    restore(left, sides_.left);
+    restore(right, sides_.right);
+    for (const Matrix& basis : {sides_.left_basis, sides_.right_basis})
+      if (basis) fill(basis, 0);
+    return false;
+  }
+  for (const Matrix& basis : {sides_.left_basis, sides_.right_basis})
+    if (basis) fill(basis, kNaN);
+  return true;
+}
+
+TwoSidedShape RotatedStep::shape() const {
+  return {m_, n_, m_, n_, bool(sides_.left_basis), bool(sides_.right_basis)};
+}
+
+bool RotatedStep::wants_transposed() const { return sides_.right_basis && shape().needs_x_t(); }
+
+void RotatedStep::two_sided(const Panels& x, const Panels& x_t, bool back, Product last) {
+  const TwoSidedShape shape = this->shape();
+  Workspace workspace(panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_) + shape.workspace_bytes(kind_));
+  TwoSided operands;
+  operands.x = x;
+  operands.x_t = x_t;
+  // Q_Lᵀ X Q_R takes the left operand transposed, which is Q_L; the way back Q_Lᵀ, and Q_Rᵀ on the right.
+  const auto pack_basis = [&](const Matrix& basis, int64_t size) {
+    const Panels out = take_panels(workspace, size, size, kind_);
+    Pack pack;
+    pack.x = back ? basis.transposed() : basis;
+    pack.out = out;
+    run(pack, threads_);
+    return out;
+  };
+  if (shape.has_left) operands.left_t = pack_basis(sides_.left_basis, m_);
+  if (shape.has_right) operands.right = pack_basis(sides_.right_basis, n_);
+  precondition(shape, operands, last, workspace, threads_);
+}
+
+Panels RotatedStep::rotated() {
+  if (!sides_.left_basis && !sides_.right_basis) return x_;
+  Product last;
+  last.out = take();
+  two_sided(x_, x_t_, false, last);
+  return last.out;
+}
+
+bool RotatedStep::squares_fit(const Panels& g) const {
+  const double largest = max_abs(flat(g), threads_);
+  const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
+                                          : double(std::numeric_limits<float>::max());
+  return largest <= std::sqrt(most);  // false for NaN
+}
+
+void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double decay, bool normalize) {
+  Combine direct;
+  direct.alpha = -rate;
+  direct.delta = decay;
+  direct.add = direct.store = param;
+  if (sides_.left_basis || sides_.right_basis) {
+    Product last;
+    if (!normalize) {
+      last.alpha = -rate;
+      last.beta = decay;
+      last.add = last.store = param;
+      return rotate_back(u, last);
+    }
+    direct.a = last.out = take();
+    rotate_back(u, last);
+  } else {
+    direct.a = u;
+  }
+  if (normalize)
+    direct.alpha /= std::sqrt(sum_of_squares(direct.a, threads_) / double(m_ * n_)) + 1e-30;
+  run(direct, threads_);
+}
+
+void RotatedStep::rotate_back(const Panels& u, Product last) {
+  two_sided(wants_transposed() ? Panels{} : u, wants_transposed() ? u : Panels{}, true, last);
+}
+
+void RotatedStep::accumulate() {
+  if (sides_.left) cpu::accumulate(g_t_, beta_, 1 - beta_, sides_.left, threads_);
+  if (sides_.right) cpu::accumulate(g_, beta_, 1 - beta_, sides_.right, threads_);
+}
+
+void RotatedStep::refresh(const Matrix& v, bool permute) {
+  const TwoSidedShape shape = this->shape();
+  if (!shape.has_left && !shape.has_right) return;
+  Workspace workspace(2 * (panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_)));
+  Pack pack;
+  pack.x = moment_;
+  const bool transposed = wants_transposed();
+  Panels& x = transposed ? pack.out_t : pack.out;
+  x = transposed ? take_panels(workspace, n_, m_, kind_) : take_panels(workspace, m_, n_, kind_);
+  run(pack, threads_);
+  Product back;
+  Panels& plain = transposed ? back.out_t : back.out;
+  plain = transposed ? take_panels(workspace, n_, m_, kind_) : take_panels(workspace, m_, n_, kind_);
+  two_sided(pack.out, pack.out_t, true, back);
+  const auto renew = [&](const Matrix& basis, const Matrix& factor, bool rows) {
+    if (!basis) return;
+    if (std::isnan(max_abs(basis, threads_)) || std::isnan(max_abs(factor, threads_))) return fill(basis, kNaN);
+    const Refresh result = refresh_eigenbasis(basis, factor, permute, basis, threads_);
+    if (!permute || !v) return;
+    std::vector<double> old = saved(v);
+    for (int64_t i = 0; i < m_; i++)
+      for (int64_t j = 0; j < n_; j++) {
+        const int64_t k = result.order[size_t(rows ? i : j)];
+        Matrix place = v;
+        place.data = static_cast<char*>(v.data) +
+                     (i * v.row_stride + j * v.col_stride) * int64_t(element_size(v.dtype));
+        place.rows = place.cols = 1;
+        fill(place, old[size_t(rows ? k * n_ + j : i * n_ + k)]);
+      }
+  };
+  renew(sides_.left_basis, sides_.left, true);
+  renew(sides_.right_basis, sides_.right, false);
+  Product forth;
+  forth.store = moment_;
+  two_sided(back.out, back.out_t, false, forth);
+}
+
+void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
+                   at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh) {
+  check_factors(lefts, "lefts", params, 0);
+  check_factors(rights, "rights", params, 1);
+  check_factors(left_bases, "left_bases", params, 0);
+  check_factors(right_bases, "right_bases", params, 1);
+  for (size_t i = 0; i < params.size(); i++) {
+    TORCH_CHECK_VALUE((lefts[i].numel() == 0) == (left_bases[i].numel() == 0), "lefts[", i, "] has shape ",
+                      lefts[i].sizes(), ", left_bases[", i, "] ", left_bases[i].sizes());
+    TORCH_CHECK_VALUE((rights[i].numel() == 0) == (right_bases[i].numel() == 0), "rights[", i,
+                      "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ", right_bases[i].sizes());
+  }
+  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
+                    " entries, params has ", params.size());
+}
+
+Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights, at::TensorList left_bases,
+               at::TensorList right_bases) {
+  const size_t e = size_t(item.entry);
+  return {optional_matrix(lefts[e], item.index), optional_matrix(rights[e], item.index),
+          optional_matrix(left_bases[e], item.index), optional_matrix(right_bases[e], item.index)};
+}
+
+std::vector<double> rotated_work(const std::vector<Item>& items, at::TensorList params,
+                                 at::TensorList lefts, at::TensorList rights, at::IntArrayRef refresh) {
+  std::vector<double> work;
+  for (const Item& item : items) {
+    const size_t e = size_t(item.entry);
+    const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
+    double sum = m * n;
+    if (lefts[e].numel() > 0)
+      sum += 2.5 * m * m * n + (refresh[e] != 0 ? refresh_work(int64_t(m)) + 2 * m * m * n : 0);
+    if (rights[e].numel() > 0)
+      sum += 2.5 * m * n * n + (refresh[e] != 0 ? refresh_work(int64_t(n)) + 2 * m * n * n : 0);
+    work.push_back(sum);
+  }
+  return work;
+}
+
+}  // namespace spectral_kernels::cpu
