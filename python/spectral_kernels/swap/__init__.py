@@ -1,0 +1,238 @@
+"""Puts the kernels under optimizers that people use already.
+
+The user's script stays as it is: `swap_in()` replaces the matrix work inside known optimizers, also
+in modules that are imported later. Its handle says what it replaced and takes it out again, at the
+end of a `with` block too. Before anything is replaced, names and parameters are compared with those
+of the version that the replacement was written for, and both run on small matrices. What differs is
+refused with a sentence and left alone. Inside `torch.compile` an optimizer keeps its own code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import threading
+from collections.abc import Mapping
+from types import ModuleType, TracebackType
+
+from torch.optim import Optimizer
+
+from .. import _dispatch
+from ._adapter import Adapter
+from ._imports import ImportHook
+from ._points import DEVICES, Calls, Options, Refused, Replacement, accelerated, put_in
+from .deva import Deva
+from .distributed_shampoo import DistributedShampoo
+from .soap import Soap
+from .torch_muon import TorchMuon
+
+__all__ = ["Swap", "swap_in"]
+
+ADAPTERS: tuple[type[Adapter], ...] = (TorchMuon, DistributedShampoo, Soap, Deva)
+
+Target = ModuleType | type[Optimizer] | Optimizer | str
+
+_log = logging.getLogger("spectral_kernels")
+_lock = threading.RLock()
+
+
+def swap_in(
+    target: Target | None = None,
+    *,
+    backend: str = "auto",
+    allow_ridge: bool = False,
+    report: bool = False,
+) -> Swap:
+    """Replaces the matrix work inside optimizers that are in use by this library's kernels.
+
+    Known are torch.optim.Muon, Meta's Distributed Shampoo, and the public SOAP and DeVA classes,
+    which are recognised by their methods wherever they were copied to. Parameters, state and
+    `state_dict` stay the optimizer's own, and updates agree with its own within the error of the
+    dtype that it computes in. A call that the kernels do not cover, such as a complex parameter or
+    a tensor on a device without kernels, runs the optimizer's own code.
+
+    Args:
+        target: what to swap: None for everything known, imported or not yet; a name out of
+            "torch.optim.Muon", "distributed_shampoo", "SOAP", "DeVA" (in any case), imported or not
+            yet; a module; an optimizer class, or an optimizer, which stands for its class.
+            Functions and methods are replaced for every user of a module or class.
+        backend: "auto", or one that has to run: "cpu", "cuda", "triton", "reference".
+        allow_ridge: let Distributed Shampoo's `EigenConfig` be computed as an iterative root with a
+            relative ridge of 1e-6 (1e-12 in float64). That is faster, and another function of
+            eigenvalues below that share of the largest.
+        report: print the handle to stderr when the program ends.
+
+    Returns:
+        A handle. `with swap_in():` takes everything out at the end of the block.
+
+    Raises:
+        TypeError, ValueError: a target that is of no kind above, or not known.
+        RuntimeError: a backend that was asked for cannot run.
+    """
+    options = Options(_usable(backend), bool(allow_ridge))
+    adapters, modules = _resolve(target)
+    swap = Swap(adapters, options, waits=modules is None)
+    for adapter in adapters:
+        for module in adapter.loaded() if modules is None else modules:
+            if adapter.holds(module):
+                swap._apply(adapter, module)
+    if report:
+        atexit.register(lambda: print(swap, file=sys.stderr))
+    return swap
+
+
+class Swap:
+    """What one call of `swap_in` did, and the way back."""
+
+    def __init__(self, adapters: list[type[Adapter]], options: Options, *, waits: bool) -> None:
+        self._adapters = adapters
+        self._options = options
+        self._replacements: list[Replacement] = []
+        self._refused: dict[str, str] = {}
+        self._found: set[type[Adapter]] = set()
+        self._hook = ImportHook(self._wants, self._imported) if waits else None
+        if self._hook is not None:
+            self._hook.install()
+
+    @property
+    def replaced(self) -> list[str]:
+        """Functions and methods that are replaced now."""
+        return [str(replacement.point) for replacement in self._replacements]
+
+    @property
+    def waiting(self) -> list[str]:
+        """Targets whose modules have not been imported yet."""
+        if self._hook is None:
+            return []
+        return [adapter.name for adapter in self._adapters if adapter not in self._found]
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """What was left alone, and why."""
+        return dict(self._refused)
+
+    @property
+    def calls(self) -> Mapping[str, Calls]:
+        """Calls of every replaced function, by its name in `replaced`."""
+        return {str(replacement.point): replacement.calls for replacement in self._replacements}
+
+    def undo(self) -> None:
+        """Puts everything back and stops waiting. A second call does nothing.
+
+        Raises:
+            RuntimeError: somebody has replaced a replacement since. Then nothing is put back: undo
+                that change first.
+        """
+        with _lock:
+            foreign = [place for one in self._replacements for place in one.foreign()]
+            if foreign:
+                raise RuntimeError(
+                    f"{', '.join(foreign)} changed after swap_in replaced it: undo that first"
+                )
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+            for replacement in reversed(self._replacements):
+                replacement.take_out()
+            self._replacements.clear()
+
+    def __enter__(self) -> Swap:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        lines = [f"  replaced  {name}: {calls}" for name, calls in self.calls.items()]
+        lines += [f"  waiting   {name}: not imported yet" for name in self.waiting]
+        lines += [f"  refused   {name}: {reason}" for name, reason in self._refused.items()]
+        return "\n".join(["swap_in:", *(lines or ["  nothing replaced"])])
+
+    def _wants(self, module_name: str) -> bool:
+        return any(adapter.wants(module_name) for adapter in self._adapters)
+
+    def _imported(self, module: ModuleType) -> None:
+        for adapter in self._adapters:
+            if not (adapter.wants(module.__name__) and adapter.holds(module)):
+                continue
+            # A reload has overwritten what was replaced in the module itself.
+            self._replacements = [
+                one for one in self._replacements if one.point.owner is not module
+            ]
+            self._apply(adapter, module)
+            reason = self._refused.get(module.__name__)
+            if reason is not None:
+                _log.warning("%s keeps its own code: %s", module.__name__, reason)
+
+    def _apply(self, adapter: type[Adapter], module: ModuleType) -> None:
+        with _lock:
+            self._found.add(adapter)
+            try:
+                if self._options.backend == "auto" and not any(map(accelerated, DEVICES)):
+                    raise Refused(f"{_dispatch.unavailable('cpu')}, and plain torch is no faster")
+                one = adapter(self._options)
+                points = one.points(module)
+                self._replacements += put_in(points, lambda: one.prove(points))
+            except Refused as refused:
+                self._refused[module.__name__] = str(refused)
+
+
+def _usable(backend: str) -> str:
+    if backend not in ("auto", *_dispatch.BACKENDS):
+        raise ValueError(
+            f"backend must be one of auto, {', '.join(_dispatch.BACKENDS)}, not {backend!r}"
+        )
+    reason = None if backend == "auto" else _dispatch.unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def _resolve(
+    target: Target | None,
+) -> tuple[list[type[Adapter]], list[ModuleType] | None]:
+    """The adapters, and the modules to apply them to or None for all, now and later."""
+    if target is None:
+        return list(ADAPTERS), None
+    if isinstance(target, str):
+        named = [adapter for adapter in ADAPTERS if adapter.name.lower() == target.lower()]
+        if not named:
+            names = ", ".join(adapter.name for adapter in ADAPTERS)
+            raise ValueError(f"unknown target {target!r}: expected one of {names}")
+        return named, None
+    if isinstance(target, Optimizer):
+        target = type(target)
+    if isinstance(target, ModuleType):
+        modules = _modules_behind(target)
+    elif isinstance(target, type) and issubclass(target, Optimizer):
+        modules = [
+            module
+            for base in target.__mro__
+            if (module := sys.modules.get(base.__module__)) is not None
+        ]
+    else:
+        raise TypeError(
+            f"target must be a module, an optimizer, its class, a name or None, not {target!r}"
+        )
+    adapters = [adapter for adapter in ADAPTERS if any(map(adapter.holds, modules))]
+    if not adapters:
+        names = ", ".join(adapter.name for adapter in ADAPTERS)
+        raise ValueError(f"{target!r} holds nothing that can be swapped: known are {names}")
+    return adapters, modules
+
+
+def _modules_behind(module: ModuleType) -> list[ModuleType]:
+    """A module and those that its classes and functions come from."""
+    names = {
+        value.__module__
+        for value in list(vars(module).values())
+        if isinstance(value, type) and issubclass(value, Optimizer)
+    }
+    names.discard(module.__name__)
+    return [module, *(sys.modules[name] for name in sorted(names) if name in sys.modules)]

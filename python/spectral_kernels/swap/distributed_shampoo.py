@@ -1,0 +1,536 @@
+"""Meta's Distributed Shampoo (facebookresearch/optimizers, as of August 2026) on fast kernels.
+
+Replaced in the modules that import them: `matrix_inverse_root` (coupled Newton and higher-order
+iterations), `matrix_eigendecomposition`, `matrix_orthogonalization` (Newton-Schulz); and in the
+lists of preconditioners the factor products, the preconditioning, and the loop over blocks, so that
+the roots of many blocks are computed together.
+
+An `EigenConfig` with epsilon = 1e-12 asks for eigenvalues down to rounding. It keeps the package's
+own decomposition, run on several factors at a time, one thread each. Only with allow_ridge=True it
+becomes an iterative root of A + delta I, delta = max(epsilon, 1e-6 |A|_inf) in float32. The
+iterative configurations are replaced where they converge, not where few iterations damp the root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..inverse_root import inverse_root
+from ..kron_factor import kron_precondition
+from ..newton_schulz import newton_schulz
+from ..symmetric_matmul import gram
+from ._adapter import Adapter
+from ._points import Options, Point, Refused, agree, require_parameters, trial_matrix, unfit
+
+_PACKAGE = "distributed_shampoo.preconditioner"
+_CONFIGS = (
+    "CoupledHigherOrderConfig",
+    "CoupledNewtonConfig",
+    "EigenConfig",
+    "EighEigendecompositionConfig",
+    "NewtonSchulzOrthogonalizationConfig",
+)
+# Fewer iterations than this floor the small eigenvalues, which is then part of the method.
+_CONVERGING_ITERATIONS = 30
+_CONVERGED_TOLERANCE = 1e-3
+_RELATIVE_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
+# Statuses of inverse_root: converged, and fell back to an eigendecomposition.
+_ACCEPTED = (0, 2)
+# Elements of the factors that are copied at a time: 64 MiB in float32.
+_BATCH_ELEMENTS = 1 << 24
+_BOUND = 1e-3
+
+
+@dataclass
+class _Computed:
+    """A result that was computed ahead, for the call with the same factor."""
+
+    factor: Tensor
+    result: Any
+
+
+class _Results:
+    """Results by factor: equal in every bit, since it is computed anew before the call."""
+
+    def __init__(self, results: Iterable[_Computed] = ()) -> None:
+        self._by_key: dict[Any, list[_Computed]] = {}
+        for computed in results:
+            self._by_key.setdefault(self._key(computed.factor), []).append(computed)
+
+    def find(self, factor: Tensor) -> _Computed | None:
+        """The result of this factor."""
+        if not self._by_key:
+            return None
+        for computed in self._by_key.get(self._key(factor), ()):
+            if torch.equal(computed.factor, factor):
+                return computed
+        return None
+
+    @staticmethod
+    def _key(factor: Tensor) -> Any:
+        return factor.shape, factor.dtype, factor.device, *factor.diagonal()[:4].tolist()
+
+
+class _Ahead(threading.local):
+    def __init__(self) -> None:
+        self.roots = _Results()
+        self.decompositions = _Results()
+
+
+class DistributedShampoo(Adapter):
+    """distributed_shampoo.DistributedShampoo."""
+
+    name = "distributed_shampoo"
+    modules = ("distributed_shampoo.distributed_shampoo",)
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._ahead = _Ahead()
+
+    def points(self, module: ModuleType) -> list[Point]:
+        """Six functions of two modules."""
+        lists = _module("shampoo_preconditioner_list")
+        spectral = _module("spectral_descent_preconditioner_list")
+        self._types = _module("matrix_functions_types")
+        for name in _CONFIGS:
+            if not hasattr(self._types, name):
+                raise Refused(f"{self._types.__name__} has no {name} any more")
+        base = getattr(lists, "BaseShampooPreconditionerList", None)
+        blocks = getattr(lists, "BaseShampooKroneckerFactorsUnwrapped", None)
+        if not isinstance(base, type) or not isinstance(blocks, type):
+            raise Refused(f"{lists.__name__} has not the classes of the version expected")
+        for name, parameters in (
+            ("amortized_computation", ("self", "bias_correction2")),
+            ("_unpack_matrix", ("self", "matrix")),
+        ):
+            if not hasattr(blocks, name):
+                raise Refused(f"{blocks.__name__} has no {name} any more")
+            require_parameters(f"{blocks.__name__}.{name}", getattr(blocks, name), parameters)
+        root = Point(lists, "matrix_inverse_root", self.root, self.root_declines)
+        eigendecomposition = Point(
+            lists,
+            "matrix_eigendecomposition",
+            self.eigendecomposition,
+            self.eigendecomposition_declines,
+        )
+        self._own_root, self._own_eigendecomposition = root.check(), eigendecomposition.check()
+        return [
+            root,
+            eigendecomposition,
+            Point(base, "update_preconditioners", self.update, self.update_declines),
+            Point(base, "_compute_outer_product_list", self.products, self.products_declines),
+            Point(base, "_precondition_grad", self.precondition, self.precondition_declines),
+            Point(
+                spectral,
+                "matrix_orthogonalization",
+                self.orthogonalize,
+                self.orthogonalize_declines,
+            ),
+        ]
+
+    # Inverse roots and eigendecompositions.
+
+    def root(
+        self,
+        own: Callable[..., Tensor],
+        A: Tensor,
+        root: Fraction,
+        root_inv_config: Any = None,
+        epsilon: float = 0.0,
+    ) -> Tensor:
+        """`matrix_inverse_root`: computed ahead, or by one call of `inverse_root`."""
+        computed = self._ahead.roots.find(A)
+        if computed is None:
+            computed = self._roots([A], root, *self._ridge(root_inv_config, epsilon, A.dtype))[0]
+        if computed is None:
+            result = own(A=A, root=root, root_inv_config=root_inv_config, epsilon=epsilon)
+            return result
+        result = computed.result
+        return result
+
+    def root_declines(
+        self, A: Tensor, root: Fraction, root_inv_config: Any = None, epsilon: float = 0.0
+    ) -> str | None:
+        """Configurations whose result is not that of a converged iteration."""
+        if self._ahead.roots.find(A) is not None:
+            return None
+        reason = unfit(A, self.options, dtypes=_checks.FULL)
+        return reason or self._root_declines(root, root_inv_config, epsilon)
+
+    def eigendecomposition(
+        self,
+        own: Callable[..., tuple[Tensor, Tensor]],
+        A: Tensor,
+        epsilon: float = 0.0,
+        eigendecomposition_config: Any = None,
+        eigenvectors_estimate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`matrix_eigendecomposition`, computed ahead."""
+        computed = self._ahead.decompositions.find(A)
+        assert computed is not None
+        values, vectors = computed.result
+        return values, vectors
+
+    def eigendecomposition_declines(
+        self,
+        A: Tensor,
+        epsilon: float = 0.0,
+        eigendecomposition_config: Any = None,
+        eigenvectors_estimate: Tensor | None = None,
+    ) -> str | None:
+        """What was not computed ahead."""
+        if self._ahead.decompositions.find(A) is None:
+            return "eigendecomposition of one factor"
+        return None
+
+    def update(
+        self,
+        own: Callable[..., None],
+        them: Any,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool,
+    ) -> None:
+        """`update_preconditioners`, with the roots of many blocks computed together."""
+        own(
+            them,
+            masked_grad_list=masked_grad_list,
+            step=step,
+            perform_amortized_computation=False,
+        )
+        for blocks in _batches(them._masked_kronecker_factors_unwrapped):
+            with self._computed_ahead(blocks, them._bias_correction2):
+                for block in blocks:
+                    block.amortized_computation(bias_correction2=them._bias_correction2)
+
+    def update_declines(
+        self,
+        them: Any,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool,
+    ) -> str | None:
+        """Steps without new roots."""
+        return None if perform_amortized_computation else "no new roots due"
+
+    @contextlib.contextmanager
+    def _computed_ahead(self, blocks: Sequence[Any], bias_correction2: Any) -> Iterator[None]:
+        """Inside, the functions above find what these blocks will ask for."""
+        groups: dict[Any, list[Tensor]] = {}
+        eigen: list[tuple[Tensor, Callable[[], Any]]] = []
+        decompositions: list[tuple[Tensor, Callable[[], Any]]] = []
+        for block in blocks:
+            if block.use_trace_scaling:
+                continue
+            config, epsilon = block.amortized_computation_config, block.epsilon
+            rooted = hasattr(block, "inv_factor_matrices")
+            for index, stored in enumerate(block.factor_matrices):
+                factor = block._unpack_matrix(stored / bias_correction2)
+                if unfit(factor, self.options, dtypes=_checks.FULL) is not None:
+                    continue
+                root = Fraction(block.roots[index]) if rooted else Fraction(1)
+                if rooted and self._root_declines(root, config, epsilon) is None:
+                    ridge = self._ridge(config, epsilon, factor.dtype)
+                    key = (root, ridge, factor.shape, factor.dtype, factor.device)
+                    groups.setdefault(key, []).append(factor)
+                elif self._plain_eigh(config) and factor.device.type == "cpu":
+                    if rooted:
+                        eigen.append(
+                            (factor, partial(self._own_root, factor, root, config, epsilon))
+                        )
+                    else:
+                        decompositions.append(
+                            (factor, partial(self._own_eigendecomposition, factor, epsilon, config))
+                        )
+        roots: list[_Computed] = []
+        for (root, ridge, *_), factors in groups.items():
+            roots += [x for x in self._roots(factors, root, *ridge) if x is not None]
+        self._ahead.roots = _Results(roots + _in_parallel(eigen))
+        self._ahead.decompositions = _Results(_in_parallel(decompositions))
+        try:
+            yield
+        finally:
+            self._ahead.roots = self._ahead.decompositions = _Results()
+
+    def _roots(
+        self, factors: list[Tensor], root: Fraction, ridge: float, relative_ridge: float
+    ) -> list[_Computed | None]:
+        """(A + delta I)^(-1/root) of factors of one shape; None where it did not converge."""
+        results, info = inverse_root(
+            torch.stack(factors),
+            root.numerator,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
+            method="iteration",
+            return_info=True,
+            backend=self.options.argument,
+        )
+        if root.denominator > 1:
+            results = torch.linalg.matrix_power(results, root.denominator)
+        return [
+            _Computed(factor, result) if status in _ACCEPTED else None
+            for factor, result, status in zip(factors, results, info.status.tolist(), strict=True)
+        ]
+
+    def _ridge(self, config: Any, epsilon: float, dtype: torch.dtype) -> tuple[float, float]:
+        if isinstance(config, self._types.CoupledHigherOrderConfig):
+            return float(config.abs_epsilon), float(config.rel_epsilon)
+        if isinstance(config, self._types.EigenConfig):
+            return float(epsilon), _RELATIVE_RIDGE[dtype]
+        return float(epsilon), 0.0
+
+    def _root_declines(self, root: Fraction, config: Any, epsilon: float) -> str | None:
+        if not (1 <= root.numerator <= 8 and root.denominator <= 8):
+            return f"root {root}"
+        if isinstance(config, self._types.EigenConfig):
+            if not self.options.allow_ridge:
+                return "EigenConfig without allow_ridge"
+            if not self._plain_eigh(config) or epsilon < 0.0:
+                return "EigenConfig with a pseudo-inverse or on another device"
+            return None
+        iterative = (self._types.CoupledNewtonConfig, self._types.CoupledHigherOrderConfig)
+        if not isinstance(config, iterative):
+            return type(config).__name__
+        if isinstance(config, self._types.CoupledNewtonConfig) and root.denominator != 1:
+            return f"root {root}"
+        if min(self._ridge(config, epsilon, torch.float32)) < 0.0:
+            return "a negative epsilon"
+        if (
+            config.max_iterations < _CONVERGING_ITERATIONS
+            or config.tolerance > _CONVERGED_TOLERANCE
+        ):
+            return f"{config.max_iterations} iterations, tolerance {config.tolerance}"
+        return None
+
+    def _plain_eigh(self, config: Any) -> bool:
+        """Whether a configuration is an eigendecomposition of the factor and nothing else."""
+        return (
+            isinstance(config, self._types.EighEigendecompositionConfig)
+            and config.tolerance == 0.0
+            and not config.eigendecomposition_offload_device
+            and isinstance(config.rank_deficient_stability_config, self._types.PerturbationConfig)
+        )
+
+    # Products.
+
+    def products(
+        self,
+        own: Callable[..., tuple[Tensor, ...]],
+        them: Any,
+        grad: Tensor,
+        order: int,
+        preconditioned_dims_selector: tuple[bool, ...],
+        kronecker_factors: Any,
+    ) -> tuple[Tensor, ...]:
+        """`_compute_outer_product_list`: G G^T and G^T G."""
+        return tuple(
+            gram(x, backend=self.options.argument)
+            for x, selected in zip((grad, grad.mT), preconditioned_dims_selector, strict=True)
+            if selected
+        )
+
+    def products_declines(
+        self,
+        them: Any,
+        grad: Tensor,
+        order: int,
+        preconditioned_dims_selector: tuple[bool, ...],
+        kronecker_factors: Any,
+    ) -> str | None:
+        """Anything but a matrix."""
+        return unfit(grad, self.options)
+
+    def precondition(
+        self,
+        own: Callable[..., Tensor],
+        grad: Tensor,
+        preconditioned_dims_selector: tuple[bool, ...],
+        preconditioner_list: tuple[Tensor, ...],
+        dims: tuple[list[int], list[int]] = ([0], [0]),
+    ) -> Tensor:
+        """`_precondition_grad`: X^T G Y, or X G Y^T where dims contracts the second index."""
+        remaining = iter(preconditioner_list)
+        left, right = (
+            next(remaining) if selected else None for selected in preconditioned_dims_selector
+        )
+        if dims[1] == [0]:
+            left = None if left is None else left.mT
+        else:
+            right = None if right is None else right.mT
+        return kron_precondition(
+            grad.to(preconditioner_list[0].dtype), left, right, backend=self.options.argument
+        ).to(grad.dtype)
+
+    def precondition_declines(
+        self,
+        grad: Tensor,
+        preconditioned_dims_selector: tuple[bool, ...],
+        preconditioner_list: tuple[Tensor, ...],
+        dims: tuple[list[int], list[int]] = ([0], [0]),
+    ) -> str | None:
+        """Anything but a matrix and preconditioners of one dtype, as many as selected."""
+        if dims not in (([0], [0]), ([0], [1])):
+            return f"dims={dims}"
+        if not preconditioner_list:
+            return "no preconditioned dimension"
+        if (
+            sum(preconditioned_dims_selector) != len(preconditioner_list)
+            or len({x.dtype for x in preconditioner_list}) > 1
+        ):
+            return "preconditioners that do not fit"
+        for x in (grad, *preconditioner_list):
+            reason = unfit(x, self.options)
+            if reason is not None:
+                return reason
+        return None
+
+    def orthogonalize(
+        self, own: Callable[..., Tensor], A: Tensor, orthogonalization_config: Any = None
+    ) -> Tensor:
+        """`matrix_orthogonalization` by Newton-Schulz, in the dtype of A."""
+        config = orthogonalization_config
+        return newton_schulz(
+            A,
+            coefficients=config.coefficients,
+            steps=config.num_iterations,
+            eps=1e-8,
+            backend=self.options.argument,
+        ).mul_(config.scale_by_dims_fn(A.shape[1], A.shape[0]))
+
+    def orthogonalize_declines(self, A: Tensor, orthogonalization_config: Any = None) -> str | None:
+        """A singular value decomposition, and anything but a plain matrix."""
+        config = orthogonalization_config
+        if not isinstance(config, self._types.NewtonSchulzOrthogonalizationConfig):
+            return type(config).__name__
+        if config.num_iterations < 1:
+            return f"{config.num_iterations} iterations"
+        return unfit(A, self.options)
+
+    # Trial.
+
+    def prove(self, points: list[Point]) -> None:
+        """Each function on matrices of order 4, both of the package's and its replacement."""
+        own = {point.name: point.check() for point in points}
+        x = trial_matrix(4, 6)
+        spd = x @ x.mT + torch.eye(4, device="cpu")
+        for config in (
+            self._types.CoupledNewtonConfig(),
+            self._types.CoupledHigherOrderConfig(rel_epsilon=1e-4, abs_epsilon=0.0),
+        ):
+            arguments = {"A": spd, "root": Fraction(4), "root_inv_config": config, "epsilon": 1e-3}
+            original = own["matrix_inverse_root"]
+            what = f"matrix_inverse_root by {type(config).__name__}"
+            agree(what, self.root(original, **arguments), original(**arguments), _BOUND)
+        config = self._types.NewtonSchulzOrthogonalizationConfig()
+        original = own["matrix_orthogonalization"]
+        agree(
+            "matrix_orthogonalization",
+            self.orthogonalize(original, x, config),
+            original(x, orthogonalization_config=config),
+            _BOUND,
+        )
+        original = own["_compute_outer_product_list"]
+        mine, theirs = (
+            product(SimpleNamespace(), x, 2, (True, True), None)
+            for product in (lambda *args: self.products(original, *args), original)
+        )
+        for side in range(2):
+            agree("_compute_outer_product_list", mine[side], theirs[side], _BOUND)
+        original = own["_precondition_grad"]
+        right = trial_matrix(6, 6, 1.3)
+        for dims in (([0], [0]), ([0], [1])):
+            for selector, sides in (((True, True), (spd, right)), ((False, True), (right,))):
+                agree(
+                    "_precondition_grad",
+                    self.precondition(original, x, selector, sides, dims),
+                    original(x, selector, sides, dims),
+                    _BOUND,
+                )
+        self._prove_update(own["update_preconditioners"])
+
+    def _prove_update(self, original: Callable[..., None]) -> None:
+        """That a step with roots is one without, and then every block's `amortized_computation`."""
+        asked: list[float] = []
+        block = SimpleNamespace(
+            use_trace_scaling=True,
+            factor_matrices=(),
+            amortized_computation=lambda bias_correction2: asked.append(bias_correction2),
+        )
+        them = SimpleNamespace(
+            _update_factor_matrices=lambda masked_grad_list: asked.append(len(masked_grad_list)),
+            _use_bias_correction=False,
+            _bias_correction2=0.5,
+            _beta2=1.0,
+            _masked_kronecker_factors_unwrapped=(block, block),
+        )
+        for update in (original, lambda *args: self.update(original, *args)):
+            asked.clear()
+            update(them, (), torch.tensor(1.0, device="cpu"), True)
+            if asked != [0, 0.5, 0.5]:
+                raise Refused("update_preconditioners does not do what the version expected does")
+
+
+def _module(name: str) -> ModuleType:
+    module = sys.modules.get(f"{_PACKAGE}.{name}")
+    if module is None:
+        raise Refused(f"{_PACKAGE} has no module {name} any more")
+    return module
+
+
+def _batches(blocks: Sequence[Any]) -> Iterator[list[Any]]:
+    """The blocks in order, as many at a time as have `_BATCH_ELEMENTS`, one at least."""
+    batch: list[Any] = []
+    elements = 0
+    for block in blocks:
+        size = sum(factor.numel() for factor in block.factor_matrices)
+        if batch and elements + size > _BATCH_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(block)
+        elements += size
+    if batch:
+        yield batch
+
+
+def _in_parallel(jobs: list[tuple[Tensor, Callable[[], Any]]]) -> list[_Computed]:
+    """The results of jobs on one factor each, one a thread, without those that fail.
+
+    LAPACK gains little from several threads within a decomposition.
+    """
+    total = torch.get_num_threads()
+    workers = min(total, len(jobs))
+    if workers < 2:
+        return []
+
+    def start() -> None:
+        torch.set_num_threads(total // workers)
+
+    def attempt(job: tuple[Tensor, Callable[[], Any]]) -> _Computed | None:
+        factor, compute = job
+        try:
+            with torch.no_grad():
+                return _Computed(factor, compute())
+        except Exception:
+            # The package calls the function again itself, and handles what it raises.
+            return None
+
+    jobs = sorted(jobs, key=lambda job: -job[0].numel())
+    try:
+        with ThreadPoolExecutor(workers, initializer=start) as pool:
+            return [computed for computed in pool.map(attempt, jobs) if computed is not None]
+    finally:
+        # set_num_threads is meant for a thread, but threads that start later take its last value.
+        torch.set_num_threads(total)
