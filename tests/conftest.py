@@ -1,0 +1,121 @@
+"""Backends and instruction sets as a fixture, poisoned workspaces, and a count of what ran."""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from spectral_kernels import _dispatch, _extension
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("support")
+
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+BACKENDS = (*(f"cpu-{isa}" for isa in ISAS), "reference")
+
+# One example of a list step takes a few milliseconds; a slow machine is no failure.
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=200,
+    derandomize="CI" in os.environ,
+    database=None if "CI" in os.environ else settings.default.database,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend by the name that `use_backend` takes, and its instruction set if it is fixed."""
+
+    name: str
+    isa: str | None
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Everything in the test runs on one backend, the CPU kernels with one instruction set.
+
+    On one thread: the matrices are small, and test_threads.py shows that the bits are the same.
+    """
+    request.node.user_properties.append(("backend", request.param))
+    name, _, isa = request.param.partition("-")
+    if name == "cpu" and _extension.MODULE is None:
+        pytest.skip(_extension.REASON)
+    if isa:
+        module = _extension.MODULE
+        if isa not in module.supported_isas():
+            pytest.skip(f"this processor has no {isa}")
+        module.set_isa_cap(isa)
+        assert module.current_isa() == isa
+    torch.set_num_threads(1)
+    _dispatch.call_counts(reset=True)
+    try:
+        with _dispatch.use_backend(name):
+            yield Backend(name, isa or None)
+        ran = {key.partition("/")[2] for key, count in _dispatch.call_counts().items() if count}
+        assert ran <= {name}, f"asked for {name}, but {ran} ran"
+    finally:
+        if isa:
+            _extension.MODULE.set_isa_cap("")
+
+
+@pytest.fixture
+def native() -> None:
+    """Needs the compiled part."""
+    if _extension.MODULE is None:
+        pytest.skip(_extension.REASON)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_workspace() -> Iterator[None]:
+    """Scratch memory is NaN when it is lent, so that a read of something unwritten shows."""
+    if _extension.MODULE is None:
+        yield
+        return
+    _extension.MODULE.poison_workspace(True)
+    yield
+    _extension.MODULE.poison_workspace(False)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that changes the number of threads does not change the next one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves `long` tests to runs that ask for them with -m."""
+    if config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tests per backend and instruction set: a backend of which all were skipped must be seen."""
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "backend":
+                    counts[value][outcome] += 1
+    if not counts:
+        return
+    terminalreporter.section("tests per backend")
+    for name in [*BACKENDS, *sorted(set(counts) - set(BACKENDS))]:
+        if name in counts:
+            figures = ", ".join(f"{count} {outcome}" for outcome, count in counts[name].items())
+            terminalreporter.write_line(f"{name:15} {figures}")

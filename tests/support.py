@@ -1,0 +1,745 @@
+"""What the operator tests share: cases of every operator, layouts, oracles and the error rule."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spectral_kernels import _dispatch, _extension, reference
+from spectral_kernels.coefficients import resolve
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FULL = (torch.float64, torch.float32)
+
+MUON = resolve("muon").rows
+
+# Powers of two and their neighbours (tile edges), primes, single rows and columns, long strips.
+SHAPES = (
+    *((n, n) for n in (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33)),
+    *(
+        (m, n)
+        for m, n in ((1, 9), (9, 1), (2, 31), (31, 2), (4, 257), (257, 4), (5, 123), (123, 5))
+    ),
+    *((47, 48), (49, 47), (63, 65), (97, 13), (127, 130), (129, 128), (19, 255), (256, 37)),
+)
+# The shapes that other projects' kernels fell over: reliability.md F12 and F26.
+AWKWARD_SHAPES = ((18, 2304), (512, 1408))
+
+
+# Inputs.
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def integers(
+    *shape: int, most: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    """Integers in -most .. most."""
+    return torch.randint(-most, most + 1, shape, generator=generator(seed)).to(dtype)
+
+
+def orthogonal(n: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(gaussian(n, n, dtype=torch.float64, seed=seed))[0]
+
+
+def with_singular_values(m: int, n: int, values: Tensor, seed: int = 0) -> Tensor:
+    """A float64 m x n matrix of random singular vectors."""
+    s = min(m, n)
+    return orthogonal(m, seed)[:, :s] * values.double() @ orthogonal(n, seed + 1)[:, :s].mT
+
+
+def decaying(count: int, condition: float) -> Tensor:
+    """1 .. 1 / condition, equally spaced in the logarithm."""
+    return torch.logspace(0.0, -math.log10(condition), count, dtype=torch.float64)
+
+
+def semidefinite(n: int, condition: float, seed: int = 0) -> Tensor:
+    """A float64 symmetric matrix of random eigenvectors with the eigenvalues 1 .. 1 / condition."""
+    return with_eigenvalues(decaying(n, condition), seed)
+
+
+def with_eigenvalues(values: Tensor, seed: int = 0) -> Tensor:
+    q = orthogonal(len(values), seed)
+    a = (q * values.double()) @ q.mT
+    return 0.5 * (a + a.mT)
+
+
+# Generated inputs.
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """The CPU kernels run with this set."""
+    _extension.MODULE.set_isa_cap(name)
+    try:
+        yield
+    finally:
+        _extension.MODULE.set_isa_cap("")
+
+
+def fuzzed(strategy: st.SearchStrategy[Any], *, long: int = 5000) -> Callable[[Any], Any]:
+    """A check of one generated input becomes a test of 200 inputs, and of `long` in the long run.
+
+    The instruction set belongs to the input, so the examples are spread over all of them.
+    """
+
+    def decorate(check: Callable[[Any], None]) -> Any:
+        @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+        @pytest.mark.parametrize("examples", [200, pytest.param(long, marks=pytest.mark.long)])
+        def test(backend: object, examples: int) -> None:
+            def example(isa: str, drawn: Any) -> None:
+                with instruction_set(isa):
+                    check(drawn)
+
+            # The name goes into hypothesis' database and into its seed in CI.
+            example.__name__ = example.__qualname__ = check.__name__
+            isas = st.sampled_from(_extension.MODULE.supported_isas())
+            settings(max_examples=examples)(given(isa=isas, drawn=strategy)(example))()
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+# Layouts. Every tensor lies in a buffer of its own with margins around it.
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "last", "batch_last")
+
+
+class Placed:
+    """A copy of `x` in a given layout, in a buffer whose other elements are NaN and must stay."""
+
+    margin = 64
+
+    def __init__(self, x: Tensor, layout: str) -> None:
+        strides = self._strides(x.shape, layout)
+        start = self.margin + (layout == "offset")
+        span = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+        size = start + max(span, 0) + self.margin
+        self.buffer = torch.full((size,), math.nan, dtype=x.dtype)
+        self.tensor = self.buffer.as_strided(x.shape, strides, start)
+        self.tensor.copy_(x)
+        self._inside = torch.zeros(size, dtype=torch.bool)
+        self._inside.as_strided(x.shape, strides, start).fill_(True)
+        self._before = bits(self.buffer)
+
+    @staticmethod
+    def _strides(shape: Sequence[int], layout: str) -> tuple[int, ...]:
+        order = list(range(len(shape)))
+        if layout == "transposed":
+            order[-2:] = order[:-3:-1]
+        elif layout == "batch_last":
+            order = order[-2:] + order[:-2]
+        gap = 2 if layout in ("sliced", "last") else 1
+        strides, stride = [0] * len(shape), gap
+        for axis in reversed(order):
+            strides[axis] = stride
+            stride *= max(shape[axis], 1) * (gap if layout == "sliced" else 1)
+        return tuple(strides)
+
+    def assert_untouched_around(self) -> None:
+        changed = (bits(self.buffer) != self._before) & ~self._inside
+        assert not changed.any(), (
+            f"wrote outside the tensor at {changed.nonzero().flatten().tolist()}"
+        )
+
+
+# Comparison.
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bit patterns, in which NaN equals NaN and 0 differs from -0."""
+    return x.clone().view(_BITS[x.element_size()]) if x.is_floating_point() else x.clone()
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two nests of tensors agree in every bit, shape and dtype."""
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(
+        x.dtype == y.dtype and x.shape == y.shape and torch.equal(bits(x), bits(y))
+        for x, y in pairs
+        if isinstance(x, Tensor)
+    )
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2.0
+
+
+def exact(x: Tensor) -> np.ndarray:
+    """x in the format that its errors are measured in: float64, and long double for float64."""
+    return x.double().numpy().astype(np.longdouble if x.dtype == torch.float64 else np.float64)
+
+
+def error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
+    """The largest relative Frobenius error among the matrices of a batch."""
+    if isinstance(expected, Tensor):
+        expected = exact(expected)
+    difference = actual.double().numpy().astype(expected.dtype) - expected
+    distance = np.sqrt((difference**2).sum((-2, -1)))
+    norm = np.sqrt((expected**2).sum((-2, -1)))
+    relative = np.where(
+        norm > 0, distance / np.where(norm > 0, norm, 1), np.where(distance > 0, np.inf, 0)
+    )
+    return float(relative.max(initial=0.0))
+
+
+def assert_rule(
+    actual: Tensor,
+    plain: Tensor | Sequence[Tensor],
+    expected: np.ndarray | Tensor,
+    *,
+    roundings: float = 2.0,
+    noise: float = 0.0,
+) -> None:
+    """The accuracy rule: at most twice the error of plain torch in the same storage dtype.
+
+    `plain` may hold several computations of one thing, such as that of multiples of the input where
+    scale does not matter: the largest error counts, since any one of them may be lucky. Therefore,
+    too, `roundings` units of roundoff are added, as plain torch is exact on many a 1 x 1 matrix,
+    and `noise`, what an error of that size in the input makes of the result.
+    """
+    plain = [plain] if isinstance(plain, Tensor) else plain
+    ours, theirs = error(actual, expected), max(error(x, expected) for x in plain)
+    allowed = 2.0 * theirs + roundings * unit_roundoff(actual.dtype) + noise
+    assert ours <= allowed, f"error {ours:.3g} against {theirs:.3g} of plain torch"
+
+
+# Oracles: the formulas once more, in numpy and in the precision of `exact`.
+
+
+def exact_newton_schulz(
+    x: Tensor, rows: Sequence[Sequence[float]], norm_factor: float = 1.0
+) -> np.ndarray:
+    y = exact(x)
+    tall = y.shape[-2] > y.shape[-1]
+    if tall:
+        y = y.swapaxes(-1, -2)
+    norm = norm_factor * np.sqrt((y**2).sum((-2, -1), keepdims=True))
+    y = y / np.where(norm > 0, norm, 1)
+    for a, b, c in rows:
+        r = y @ y.swapaxes(-1, -2)
+        y = a * y + (b * r + c * (r @ r)) @ y
+    return y.swapaxes(-1, -2) if tall else y
+
+
+def jacobi(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of one symmetric matrix in its own precision, unsorted."""
+    a = (a + a.T) / 2
+    n = len(a)
+    v = np.eye(n, dtype=a.dtype)
+    for _ in range(30):
+        off = np.sqrt((np.tril(a, -1) ** 2).sum())
+        if off <= np.finfo(a.dtype).tiny + 1e-3 * np.finfo(a.dtype).eps * np.abs(np.diag(a)).max():
+            break
+        for p in range(n - 1):
+            for q in range(p + 1, n):
+                if a[p, q] == 0:
+                    continue
+                theta = (a[q, q] - a[p, p]) / (2 * a[p, q])
+                t = (1 if theta >= 0 else -1) / (abs(theta) + np.sqrt(theta * theta + 1))
+                c = 1 / np.sqrt(t * t + 1)
+                g = np.array([[c, t * c], [-t * c, c]], dtype=a.dtype)
+                a[:, [p, q]] = a[:, [p, q]] @ g
+                a[[p, q], :] = g.T @ a[[p, q], :]
+                v[:, [p, q]] = v[:, [p, q]] @ g
+    return np.diag(a).copy(), v
+
+
+def exact_inverse_root(a: Tensor, p: int, delta: float) -> np.ndarray:
+    """(A + delta I)^(-1/p) of one definite matrix."""
+    if a.dtype == torch.float64:
+        values, vectors = jacobi(exact(a))
+    else:
+        values, vectors = (x.numpy() for x in torch.linalg.eigh(a.double()))
+    return (vectors * (values + delta) ** (-1 / values.dtype.type(p))) @ vectors.T
+
+
+# Plain torch in the storage dtype: what the error rule compares with.
+
+
+def plain_newton_schulz(
+    x: Tensor, rows: Sequence[Sequence[float]], dtype: torch.dtype | None = None
+) -> Tensor:
+    """The standard iteration as torch.optim.Muon does it, in one dtype throughout."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for index in np.ndindex(*x.shape[:-2]):
+        y = x[index].mT if x.shape[-2] > x.shape[-1] else x[index]
+        y = y.to(dtype or x.dtype)
+        y = y / y.norm().clamp(min=torch.finfo(y.dtype).tiny)
+        for a, b, c in rows:
+            r = y @ y.mT
+            y = torch.addmm(y, torch.addmm(r, r, r, beta=b, alpha=c), y, beta=a)
+        out[index] = y.mT if x.shape[-2] > x.shape[-1] else y
+    return out
+
+
+def plain_newton_root(a: Tensor, p: int, delta: float) -> Tensor:
+    """Coupled Newton on full products, as in Distributed Shampoo, of one matrix in its dtype."""
+    eye = torch.eye(len(a), dtype=a.dtype)
+    b = a + delta * eye
+    z = (p + 1) / (2.0 * float(torch.linalg.matrix_norm(b.double())))
+    x, m = z ** (1.0 / p) * eye, z * b
+    best = math.inf
+    for _ in range(100):
+        gap = float((m - eye).abs().max())
+        if gap >= best and best < 0.5:
+            break
+        best = min(best, gap)
+        n = (1.0 + 1.0 / p) * eye - m / p
+        x, m = x @ n, torch.linalg.matrix_power(n, p) @ m
+    return x
+
+
+# Cases: one call of an operator, with the reference's signature.
+
+
+@dataclass
+class Case:
+    """One call, `op(*args, **options)`; rows of coefficients are triples."""
+
+    op: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    # What the case was made from, if that is all there is to it.
+    recipe: str | None = None
+
+    def clone(self) -> Case:
+        """Copies of all tensors in their own layouts."""
+        return replace(
+            self, args=tree_map(_copied, self.args), options=tree_map(_copied, self.options)
+        )
+
+    def to(self, dtype: torch.dtype) -> Case:
+        def converted(x: Any) -> Any:
+            return (
+                x.to(dtype, copy=True)
+                if isinstance(x, Tensor) and x.is_floating_point()
+                else _copied(x)
+            )
+
+        return replace(
+            self, args=tree_map(converted, self.args), options=tree_map(converted, self.options)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        return [x for x in tree_leaves((self.args, self.options)) if isinstance(x, Tensor)]
+
+    def written(self) -> list[Tensor]:
+        """Those that the schema says are written."""
+        return [x for name in self.names(write=True) for x in tree_leaves(self[name])]
+
+    def read(self) -> list[Tensor]:
+        """Those that must not change."""
+        written = {id(x) for x in self.written()}
+        return [x for x in self.tensors() if id(x) not in written]
+
+    def names(self, *, write: bool) -> list[str]:
+        """Positional arguments by whether they are written."""
+        arguments = self.overload()._schema.arguments[: len(self.args)]
+        return [a.name for a in arguments if bool(a.alias_info and a.alias_info.is_write) == write]
+
+    def __getitem__(self, name: str) -> Any:
+        names = [argument.name for argument in self.overload()._schema.arguments]
+        return self.args[names.index(name)]
+
+    def with_(self, **changed: Any) -> Case:
+        """The same call with some positional arguments or options replaced."""
+        names = [argument.name for argument in self.overload()._schema.arguments[: len(self.args)]]
+        args = tuple(changed.pop(name, value) for name, value in zip(names, self.args, strict=True))
+        assert not set(changed) - set(self.options), f"{self.op} has no {set(changed)}"
+        return replace(self, args=args, options={**self.options, **changed}, recipe=None)
+
+    def overload(self) -> Any:
+        return getattr(torch.ops.spectral_kernels, self.op).default
+
+    def flat(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the overload itself, whose rows are flat."""
+
+        def flattened(rows: Any) -> list[float]:
+            return [value for row in rows for value in row]
+
+        args, options = list(self.args), dict(self.options)
+        if self.op == "newton_schulz":
+            args[1] = flattened(args[1])
+        if "rows" in options:
+            options["rows"] = flattened(options["rows"])
+        return tuple(args), options
+
+    def run(self, backend: str | None = None) -> list[Tensor]:
+        """Calls the operator on a backend; what it returned, then what it wrote."""
+        tensors = [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
+        result = _dispatch.run(self.op, tensors, backend, *self.args, **self.options)
+        return [x for x in tree_leaves(result) if isinstance(x, Tensor)] + self.written()
+
+    def run_reference(self) -> Case:
+        """Calls the specification on copies, which are returned as the case they became."""
+        copied = self.clone()
+        getattr(reference, self.op)(*copied.args, **copied.options)
+        return copied
+
+
+def _copied(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return copy.copy(x)
+    if any(stride == 0 and n > 1 for n, stride in zip(x.shape, x.stride(), strict=True)):
+        return x  # expanded: never written
+    same = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return same.copy_(x)
+
+
+# List steps.
+
+_STATES = {
+    "muon_step_": ("momentum_buffers",),
+    "shampoo_step_": (
+        *("momentum_buffers", "lefts", "rights", "left_roots", "right_roots"),
+        *("graft_squares", "root_failures"),
+    ),
+    "soap_step_": ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases"),
+    "deva_step_": ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases"),
+}
+
+STEPS = tuple(_STATES)
+
+_STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "muon_step_": {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.1,
+        "rows": MUON,
+        "method": "auto",
+        "restarts": [3],
+        "compute_dtype": torch.float32,
+        "eps": 0.0,
+        "norm": "frobenius",
+        "norm_factor": 1.0,
+    },
+    "shampoo_step_": {
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "graft_beta2": 0.95,
+        "root": 4,
+        "ridge": 0.0,
+        "relative_ridge": 1e-4,
+        "root_method": "auto",
+        "weight_decay": 0.1,
+        "graft": "adam",
+        "graft_eps": 1e-8,
+        "graft_eps_mode": "relative",
+        "kl": False,
+        "kl_order": "sequential",
+        "debias": True,
+    },
+    "soap_step_": {
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "shampoo_beta": 0.9,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "correct_bias": True,
+        "normalize_grads": False,
+        "skip_first": True,
+        "permute_squares": False,
+    },
+    "deva_step_": {
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "shampoo_beta": 0.9,
+        "eps": 1e-8,
+        "eps_mode": "relative",
+        "weight_decay": 0.1,
+        "norm": "schatten",
+        "variance": "momentum",
+        "nesterov": True,
+        "sign": False,
+        "correct_bias": True,
+        "normalize_grads": False,
+        "rows": MUON,
+        "compute_dtype": torch.float32,
+        "reference": False,
+    },
+}
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_step(
+    op: str,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.float32,
+    *,
+    seed: int = 0,
+    lr: float = 0.1,
+    sides: Sequence[str] = ("left", "right"),
+    per_matrix_counts: bool = False,
+    **options: Any,
+) -> Case:
+    """The first step of a list of matrices: Gaussian params and gradients, fresh state."""
+    dtypes = [dtype] * len(shapes) if isinstance(dtype, torch.dtype) else list(dtype)
+    merged: dict[str, Any] = {**_STEP_OPTIONS[op], "maximize": False, "nonfinite": "skip"}
+    assert not set(options) - {*merged, "refresh", "scales"}, (
+        f"{op} has no {set(options) - {*merged}}"
+    )
+    if op in ("muon_step_", "deva_step_"):
+        merged["scales"] = [1.0 + 0.25 * i for i in range(len(shapes))]
+    if op != "muon_step_":
+        merged["refresh"] = [1] * len(shapes)
+    merged.update(options)
+    params = [
+        gaussian(*s, dtype=d, seed=seed + i)
+        for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    states = [
+        [
+            _fresh(name, s, state_dtype(d), merged, sides)
+            for s, d in zip(shapes, dtypes, strict=True)
+        ]
+        for name in _STATES[op]
+    ]
+    counts = [torch.zeros(s[:-2] if per_matrix_counts else ()) for s in shapes]
+    skipped = torch.zeros((), dtype=torch.int64)
+    rate = torch.tensor(lr, dtype=torch.float64)
+    case = Case(op, (params, _gradients(params, seed), *states, counts, skipped, rate), merged)
+    return case
+
+
+def next_step(case: Case, seed: int) -> Case:
+    """The same lists with new gradients."""
+    return case.with_(grads=_gradients(case["params"], seed))
+
+
+def later_step(op: str, *args: Any, taken: int = 3, seed: int = 0, **options: Any) -> Case:
+    """A step in the middle of a run: the specification has taken `taken` steps before it."""
+    recipe = repr((op, args, taken, seed, options))
+    if recipe not in _later:
+        case = new_step(op, *args, seed=seed, **options)
+        for t in range(taken):
+            case = next_step(case.run_reference(), seed + 1000 * (t + 1))
+        _later[recipe] = replace(case, recipe=recipe)
+    return _later[recipe].clone()
+
+
+_later: dict[str, Case] = {}
+_outcomes: dict[str | None, tuple[Case, Case]] = {}
+
+
+def _outcome(case: Case) -> tuple[Case, Case]:
+    """What the specification makes of it in float64 and in the dtypes of the case."""
+    if case.recipe is None:
+        return case.to(torch.float64).run_reference(), case.run_reference()
+    if case.recipe not in _outcomes:
+        _outcomes[case.recipe] = case.to(torch.float64).run_reference(), case.run_reference()
+    return _outcomes[case.recipe]
+
+
+def _gradients(params: Sequence[Tensor], seed: int) -> list[Tensor]:
+    return [gaussian(*p.shape, dtype=p.dtype, seed=seed + 100 + i) for i, p in enumerate(params)]
+
+
+def _fresh(
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    sides: Sequence[str],
+) -> Tensor:
+    *batch, m, n = shape
+    if name == "root_failures":
+        return torch.zeros(*batch, 2, dtype=torch.int64)
+    if name == "graft_squares" and options["graft"] in ("none", "sgd"):
+        return torch.empty(0, dtype=dtype)
+    if name == "exp_avg_sqs" and options.get("variance") == "low_memory":
+        return torch.zeros(*batch, m + n, dtype=dtype)
+    side = next((side for side in ("left", "right") if name.startswith(side)), None)
+    if side is None:
+        return torch.zeros(*shape, dtype=dtype)
+    if side not in sides:
+        return torch.empty(0, dtype=dtype)
+    size = m if side == "left" else n
+    if name.endswith("roots"):
+        return torch.eye(size, dtype=dtype).repeat(*batch, 1, 1)
+    return torch.zeros(*batch, size, size, dtype=dtype)
+
+
+def assert_step_rule(
+    case: Case, backend: str, *, roundings: float = 4.0, except_: Sequence[str] = ()
+) -> None:
+    """One step obeys the error rule in everything that it writes.
+
+    Plain torch is the specification in the dtypes of the case, the truth the one in float64.
+    """
+    expected, baseline = _outcome(case)
+    ours = case.clone()
+    ours.run(backend)
+    for name in case.names(write=True):
+        if name in except_:
+            continue
+        triples = zip(*(tree_leaves(x[name]) for x in (ours, baseline, expected)), strict=True)
+        for i, (x, plain, truth) in enumerate(triples):
+            if x.is_floating_point() and x.ndim >= 2 and x.numel():
+                try:
+                    assert_rule(x, plain, truth.double(), roundings=roundings)
+                except AssertionError as failure:
+                    raise AssertionError(f"{name}[{i}]: {failure}") from None
+            else:
+                assert torch.equal(x.double(), truth.double()), f"{name}[{i}] is {x}, not {truth}"
+
+
+# A case or two of every operator, for what all of them promise.
+
+
+def _newton_schulz(x: Tensor, **options: Any) -> Case:
+    merged = {
+        "method": "auto",
+        "restarts": [3] if x.dtype in FULL else [],
+        "compute_dtype": x.dtype,
+        "eps": 0.0,
+        "norm": "frobenius",
+        "norm_factor": 1.0,
+    }
+    return Case("newton_schulz", (x, MUON), {**merged, **options})
+
+
+def _inverse_root(a: Tensor, p: int = 4, **options: Any) -> Case:
+    return Case(
+        "inverse_root", (a, p), {"ridge": 0.0, "relative_ridge": 1e-5, "method": "auto", **options}
+    )
+
+
+def _factors(dtype: torch.dtype, batch: Sequence[int] = (), **sides: bool) -> Case:
+    m, n, full = 6, 9, state_dtype(dtype)
+    absent = torch.empty(0, dtype=full)
+
+    def factor(name: str, size: int, seed: int) -> Tensor:
+        if not sides.get(name, name in ("left", "right")):
+            return absent.clone()
+        return (
+            torch.stack([semidefinite(size, 10.0, seed)] * math.prod(batch))
+            .reshape(*batch, size, size)
+            .to(full)
+        )
+
+    args = (
+        factor("left", m, 1),
+        factor("right", n, 2),
+        gaussian(*batch, m, n, dtype=dtype, seed=3),
+    )
+    options = {
+        "beta": 0.9,
+        "weight": 0.1,
+        "left_root": factor("left_root", m, 4),
+        "right_root": factor("right_root", n, 5),
+    }
+    return Case("kron_factors_update_", (*args, torch.zeros((), dtype=torch.int64)), options)
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Case]]:
+    """Label and case, for every operator that takes tensors of this dtype."""
+    full = dtype in FULL
+    # Wide enough that the Gram form is chosen, tall, batched, and odd.
+    yield "gram", Case("gram", (gaussian(2, 5, 37, dtype=dtype),), {})
+    yield "newton_schulz", _newton_schulz(gaussian(2, 9, 37, dtype=dtype))
+    yield (
+        "newton_schulz-square-schatten8",
+        _newton_schulz(gaussian(11, 11, dtype=dtype), norm="schatten8"),
+    )
+    yield "polar", Case("polar", (gaussian(2, 7, 5, dtype=dtype),), {})
+    yield "kron_factors_update_", _factors(dtype)
+    yield "kron_factors_update_-batch-kl", _factors(dtype, (2,), left_root=True, right_root=True)
+    yield "kron_factors_update_-left", _factors(dtype, right=False)
+    yield (
+        "kron_precondition",
+        Case(
+            "kron_precondition",
+            tuple(gaussian(2, m, n, dtype=dtype) for m, n in ((5, 8), (4, 5), (8, 9))),
+            {},
+        ),
+    )
+    yield (
+        "kron_precondition-right",
+        Case(
+            "kron_precondition",
+            (gaussian(5, 8, dtype=dtype), torch.empty(0), gaussian(8, 8, dtype=dtype)),
+            {},
+        ),
+    )
+    if full:
+        a = torch.stack([semidefinite(12, 1e3, seed) for seed in (1, 2)]).to(dtype)
+        q = torch.stack([orthogonal(12, seed) for seed in (3, 4)]).to(dtype)
+        yield "inverse_root", _inverse_root(a)
+        yield "inverse_root-eigen", _inverse_root(a[0], 3, method="eigen", relative_ridge=0.0)
+        yield "eigenbasis", Case("eigenbasis", (a,), {})
+        yield "refresh_eigenbasis", Case("refresh_eigenbasis", (q, a), {"sort": False})
+        yield "refresh_eigenbasis-sort", Case("refresh_eigenbasis", (q[0], a[0]), {"sort": True})
+    shapes = ((5, 8), (2, 7, 3), (0, 4), (11, 11), (3, 40))
+    for op in STEPS:
+        yield op, later_step(op, shapes, dtype, taken=2)
+    one = ((6, 9), (2, 4, 4))
+    yield "muon_step_-first-counts", new_step("muon_step_", one, dtype, per_matrix_counts=True)
+    yield (
+        "shampoo_step_-kl",
+        later_step("shampoo_step_", one, dtype, taken=1, kl=True, root=2, graft="none"),
+    )
+    yield (
+        "shampoo_step_-left",
+        later_step("shampoo_step_", one, dtype, taken=1, sides=("left",), graft="sgd"),
+    )
+    yield "soap_step_-first", new_step("soap_step_", one, dtype, skip_first=False)
+    yield "deva_step_-first", new_step("deva_step_", one, dtype)
+    yield (
+        "deva_step_-low-memory",
+        later_step("deva_step_", one, dtype, taken=1, variance="low_memory"),
+    )
+    yield "deva_step_-linf", later_step("deva_step_", one, dtype, taken=1, norm="linf", sides=())
+
+
+def case(label: str, dtype: torch.dtype = torch.float32) -> Case:
+    """A fresh copy of one of `cases`."""
+    return _cached_cases(dtype)[label].clone()
+
+
+_cache: dict[torch.dtype, dict[str, Case]] = {}
+
+
+def _cached_cases(dtype: torch.dtype) -> dict[str, Case]:
+    if dtype not in _cache:
+        _cache[dtype] = dict(cases(dtype))
+    return _cache[dtype]
+
+
+def labels(dtype: torch.dtype = torch.float32) -> list[str]:
+    return list(_cached_cases(dtype))
+
+
+def every_case(keep: Callable[[str], bool] = lambda label: True) -> list[tuple[str, torch.dtype]]:
+    """(label, dtype) of every case in every dtype."""
+    return [(label, dtype) for dtype in FLOATS for label in labels(dtype) if keep(label)]
+
+
+def named(pair: Any) -> str | None:
+    """pytest ids of dtypes."""
+    return str(pair).removeprefix("torch.") if isinstance(pair, torch.dtype) else None

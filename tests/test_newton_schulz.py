@@ -1,0 +1,627 @@
+"""newton_schulz, polar and muon_step_ on every backend and instruction set."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import spectral_kernels as sk
+import torch
+from hypothesis import strategies as st
+from spectral_kernels.coefficients import names, resolve
+from support import (
+    AWKWARD_SHAPES,
+    FLOATS,
+    FULL,
+    LAYOUTS,
+    MUON,
+    Placed,
+    assert_rule,
+    assert_step_rule,
+    decaying,
+    error,
+    exact,
+    exact_newton_schulz,
+    fuzzed,
+    gaussian,
+    generator,
+    jacobi,
+    later_step,
+    named,
+    new_step,
+    plain_newton_schulz,
+    same_bits,
+    semidefinite,
+    unit_roundoff,
+    with_singular_values,
+)
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+SMALL_SHAPES = ((1, 7), (3, 2), (33, 20), (24, 96), (40, 40))
+
+# Multiples that have the same polar factor and other roundings.
+MULTIPLES = (1.0, 1.07, 1.23, 1.41, 1.73, 1.91)
+
+
+def plain_runs(x, rows, dtype=None):
+    return [plain_newton_schulz((x.double() * c).to(x.dtype), rows, dtype) for c in MULTIPLES]
+
+
+def spectrum_of(name, count):
+    """The kinds of spectra of reliability.md 2.4."""
+    if name == "linear":
+        return torch.linspace(1.0, 0.05, count, dtype=torch.float64)
+    if name == "two-clusters":
+        values = torch.full((count,), 1e-3, dtype=torch.float64)
+        values[: (count + 1) // 2] = 1.0
+        return values
+    return decaying(count, float(name))
+
+
+@functools.cache
+def problem(coefficients, shape, spectrum, dtype):
+    """Two matrices and what `assert_rule` asks for; shared by all backends."""
+    if spectrum == "gaussian":
+        x = gaussian(2, *shape, dtype=dtype)
+    else:
+        values = spectrum_of(spectrum, min(shape))
+        x = torch.stack([with_singular_values(*shape, values, seed) for seed in (0, 5)]).to(dtype)
+    rows = resolve(coefficients).rows
+    return x, {
+        "plain": plain_runs(x, rows),
+        "expected": exact_newton_schulz(x, rows),
+        "roundings": 2.0 * len(rows),
+        "noise": noise_of(x, rows),
+    }
+
+
+def noise_of(x, rows):
+    """The effect of two roundings in the norm: large where a set diverges just above 1, as CANS."""
+    nudged = exact_newton_schulz(x, rows, 1.0 + 4.0 * unit_roundoff(x.dtype))
+    return error(torch.from_numpy(nudged.astype(float)), exact_newton_schulz(x, rows).astype(float))
+
+
+# The rows of CANS diverge just above 1, where bfloat16 rounds to: plain torch errs by 0.04 on one
+# multiple of a matrix and by 1.7 on another, so there is nothing to compare with.
+SETS_IN_DTYPES = [
+    (coefficients, dtype)
+    for coefficients in names()
+    for dtype in FLOATS
+    if (coefficients, dtype) != ("cans", torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("method", ["auto", "standard"])
+@pytest.mark.parametrize("spectrum", ["gaussian", "1e2", "1e4"])
+@pytest.mark.parametrize(("coefficients", "dtype"), SETS_IN_DTYPES, ids=named)
+def test_error_is_at_most_twice_torchs(coefficients, spectrum, method, dtype):
+    for shape in SMALL_SHAPES:
+        x, rule = problem(coefficients, shape, spectrum, dtype)
+        assert_rule(sk.newton_schulz(x, coefficients=coefficients, method=method), **rule)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("spectrum", ["linear", "two-clusters", "1e6", "1e10"])
+def test_error_on_the_stress_spectra(spectrum, dtype):
+    for shape in ((24, 96), (40, 40)):
+        x, rule = problem("muon", shape, spectrum, dtype)
+        assert_rule(sk.newton_schulz(x), **rule)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=named)
+@pytest.mark.parametrize("shape", AWKWARD_SHAPES, ids=str)
+def test_awkward_shapes(shape, dtype):
+    x = gaussian(*shape, dtype=dtype)
+    result = sk.newton_schulz(x)
+    assert_rule(result, plain_newton_schulz(x, MUON), exact_newton_schulz(x, MUON), roundings=10.0)
+
+
+@functools.cache
+def sparse_signs(m, n):
+    """Integers -1, 0, 1 whose Frobenius norm is a power of two."""
+    count = 4 ** min(int(math.log(m * n, 4)), 5)
+    x = torch.zeros(m * n, dtype=torch.float64)
+    chosen = torch.randperm(m * n, generator=generator(m + n))[:count]
+    x[chosen] = torch.randint(0, 2, (count,), generator=generator(m * n)).double() * 2.0 - 1.0
+    return x.reshape(m, n)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+@pytest.mark.parametrize(
+    "shape",
+    [*((n, n) for n in (1, 2, 7, 16, 33)), *((m, 60 - m) for m in range(1, 60, 4)), (130, 127)],
+    ids=str,
+)
+def test_dyadic_numbers_give_the_exact_result(shape, dtype, method):
+    # All intermediate numbers of one step with these rows fit into fp32: no rounding may happen.
+    x = sparse_signs(*shape)
+    row = (2.0, -3.0, 1.0)
+    result = sk.newton_schulz(x.to(dtype), coefficients=[row], method=method)
+    assert torch.equal(result.double(), exact_step(x, row))
+
+
+def exact_step(x, row):
+    a, b, c = row
+    y = x / float((x * x).sum().sqrt())
+    r = y @ y.mT
+    return a * y + (b * r + c * r @ r) @ y
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_float64_methods_agree(method):
+    for shape in ((13, 40), (40, 13), (21, 21)):
+        x = gaussian(*shape, dtype=torch.float64)
+        result = sk.newton_schulz(x, coefficients="quintic", method=method)
+        assert error(result, exact_newton_schulz(x, resolve("quintic").rows)) < 1e-11
+
+
+@pytest.mark.parametrize("restarts", [(), (1,), (2,), (1, 2, 3, 4)], ids=str)
+def test_restarts_change_rounding_only(restarts):
+    x = gaussian(12, 50, dtype=torch.float64)
+    result = sk.newton_schulz(x, method="gram", restarts=restarts)
+    assert error(result, exact_newton_schulz(x, MUON)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, dtype):
+    x = gaussian(2, 20, 33, dtype=dtype)
+    for matrix in (x, x.mT):
+        result = sk.newton_schulz(Placed(matrix, layout).tensor)
+        plain = plain_runs(matrix, MUON)
+        assert_rule(result, plain, exact_newton_schulz(matrix, MUON), roundings=10.0)
+
+
+@pytest.mark.parametrize("batch", [(1,), (5,), (2, 3)], ids=str)
+def test_batch_is_as_one_by_one(batch):
+    x = gaussian(*batch, 9, 31)
+    each = torch.stack([sk.newton_schulz(matrix) for matrix in x.flatten(0, -3)])
+    assert same_bits(sk.newton_schulz(x), each.reshape(x.shape))
+
+
+@pytest.mark.parametrize("function", [sk.newton_schulz, sk.polar])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (0, 3, 4), (2, 0, 4)], ids=str)
+def test_empty(shape, function):
+    assert function(torch.empty(shape)).shape == shape
+
+
+@pytest.mark.parametrize("function", [sk.newton_schulz, sk.polar])
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_zero_in_zero_out(dtype, function):
+    x = gaussian(3, 6, 9, dtype=dtype)
+    clean = function(x)
+    x[1] = 0.0
+    result = function(x)
+    assert torch.equal(result[1], torch.zeros(6, 9, dtype=dtype))
+    assert same_bits(result[::2], clean[::2])
+
+
+@pytest.mark.parametrize("function", [sk.newton_schulz, sk.polar])
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_matrix_is_nan_and_spares_its_mates(value, dtype, function):
+    x = gaussian(5, 7, 18, dtype=dtype)
+    clean = function(x)
+    for i, corner in enumerate([(0, 0), (0, -1), (-1, 0), (-1, -1)]):
+        x[i][corner] = value
+    result = function(x)
+    assert result[:4].isnan().all()
+    assert same_bits(result[4], clean[4])
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [
+        (torch.float32, (-140, -126, -60, -1, 1, 64, 120)),
+        (torch.float64, (-1070, -1022, -500, 500, 1015)),
+        (torch.bfloat16, (-130, -60, 60, 120)),
+        (torch.float16, (-20, -14, 12)),
+    ],
+    ids=named,
+)
+def test_power_of_two_scales_do_not_change_a_bit(dtype, exponents, method):
+    # Few bits, so that even the subnormal multiples are exact.
+    x = torch.randint(-15, 16, (2, 7, 19), generator=generator(0)).to(dtype)
+    plain = sk.newton_schulz(x, method=method)
+    for k in exponents:
+        scaled = x.double() * 2.0 ** (k // 2) * 2.0 ** (k - k // 2)
+        assert same_bits(sk.newton_schulz(scaled.to(dtype), method=method), plain), k
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_largest_and_smallest_numbers(dtype):
+    limits = torch.finfo(dtype)
+    signs = torch.randint(0, 2, (3, 5), generator=generator(1)).to(dtype) * 2.0 - 1.0
+    unit = sk.newton_schulz(signs)
+    assert same_bits(sk.newton_schulz(signs * limits.tiny), unit)
+    assert same_bits(sk.newton_schulz(signs * (limits.smallest_normal * limits.eps)), unit)
+    assert error(sk.newton_schulz(signs * limits.max), unit) <= 64.0 * unit_roundoff(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_rank_one_keeps_its_sign(dtype):
+    u, v = gaussian(9, 1, dtype=torch.float64), gaussian(1, 30, dtype=torch.float64, seed=1)
+    x = (u @ v).to(dtype)
+    result = sk.newton_schulz(x).double()
+    aligned = float((result * (u @ v)).sum() / (u.norm() * v.norm()))
+    assert 0.6 < aligned < 1.3
+
+
+@pytest.mark.parametrize("method", ["auto", "standard"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("kind", ["rank 3", "duplicated rows", "zero rows"])
+def test_rank_deficient_is_right_on_its_range(kind, dtype, method):
+    x = gaussian(18, 40, dtype=torch.float64)
+    if kind == "rank 3":
+        x = gaussian(18, 3, dtype=torch.float64) @ x[:3]
+    elif kind == "duplicated rows":
+        x[9:] = x[:9]
+    else:
+        x[9:] = 0.0
+    x = x.to(dtype)
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    kept = s > 1e-3 * s[0]
+
+    def on_range(y):
+        return u[:, kept].mT @ y.double() @ vh[kept].mT
+
+    expected = torch.from_numpy(exact_newton_schulz(x.float(), MUON))
+    result = sk.newton_schulz(x, method=method)
+    plain = [on_range(y) for y in plain_runs(x, MUON)]
+    ours = error(on_range(result), on_range(expected))
+    theirs = max(error(y, on_range(expected)) for y in plain)
+    assert ours <= 2.0 * theirs + 10.0 * unit_roundoff(dtype)
+    # Off the range there is rounding noise, amplified at most by the product of the slopes at 0.
+    assert torch.linalg.matrix_norm(result.double(), 2) < 1.3
+
+
+# The range of the composite polynomials on [1e-2, 1], from algorithms.md A2.
+BANDS = {
+    "muon": (0.682, 1.134),
+    "quintic": (0.978, 1.032),
+    "polar_express": (0.846, 1.124),
+    "polar_express_8": (1.0, 1.0),
+    "cans": (0.884, 1.120),
+    "aol": (0.941, 1.050),
+    "deepseekv4": (1.0, 1.001),
+    "cubic": (0.774, 1.300),
+    "convergent": (0.68, 1.0),
+}
+
+
+@pytest.mark.parametrize("coefficients", names())
+def test_singular_values_come_into_the_band(coefficients):
+    # The norm of a matrix with these singular values is about 4, so the smallest starts near 1e-2.
+    values = torch.linspace(1.0, 0.05, 45)
+    x = with_singular_values(45, 60, values).float()
+    result = torch.linalg.svdvals(sk.newton_schulz(x, coefficients=coefficients).double())
+    low, high = BANDS[coefficients]
+    assert low - 0.002 <= result.min() and result.max() <= high + 0.002
+
+
+def test_every_named_set_has_a_band():
+    assert set(names()) == set(BANDS)
+
+
+def test_steps_rows_and_single_rows_mean_the_same():
+    x = gaussian(8, 20)
+    row = MUON[0]
+    five = sk.newton_schulz(x, method="standard")
+    assert same_bits(sk.newton_schulz(x, coefficients=row, method="standard"), five)
+    assert same_bits(sk.newton_schulz(x, coefficients=[row] * 5, method="standard"), five)
+    seven = sk.newton_schulz(x, steps=7, method="standard")
+    assert same_bits(sk.newton_schulz(x, coefficients=[row] * 7, method="standard"), seven)
+
+
+@pytest.mark.parametrize("compute_dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_compute_dtype(dtype, compute_dtype):
+    x = gaussian(2, 14, 35, dtype=dtype)
+    expected = exact_newton_schulz(x, MUON)
+    plain = plain_runs(x, MUON, compute_dtype)
+    result = sk.newton_schulz(x, compute_dtype=compute_dtype)
+    assert result.dtype == dtype
+    coarse = max(unit_roundoff(dtype), unit_roundoff(compute_dtype))
+    allowed = 2.0 * max(error(y, expected) for y in plain) + 10.0 * coarse
+    assert error(result, expected) <= allowed
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_schatten_8_norm(dtype, method):
+    x = gaussian(12, 31, dtype=dtype)
+    values = torch.linalg.svdvals(x.double())
+    factor = float((values**8).sum() ** 0.125 / (values**2).sum().sqrt())
+    result = sk.newton_schulz(x, norm="schatten8", method=method)
+    expected = exact_newton_schulz(x, MUON, norm_factor=factor)
+    assert error(result, expected) <= 200.0 * unit_roundoff(dtype)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("norm", ["frobenius", "schatten8"])
+def test_eps_is_a_floor_of_the_norm(norm, method):
+    x = gaussian(6, 11)
+    options = {"norm": norm, "method": method}
+    free = sk.newton_schulz(x * 2.0**-20, **options)
+    assert same_bits(sk.newton_schulz(x * 2.0**-20, eps=2.0**-30, **options), free)
+    # Where the floor acts, x / eps is iterated on.
+    row = (1.0, 0.0, 0.0)
+    result = sk.newton_schulz(x * 2.0**-20, coefficients=[row], eps=2.0**-4, **options)
+    assert error(result, x.double() * 2.0**-16) < 1e-6
+    assert not sk.newton_schulz(torch.zeros(3, 4), eps=1e-7, **options).any()
+
+
+@st.composite
+def matrices(draw):
+    dtype = draw(st.sampled_from(FLOATS))
+    m, n = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 2**31))
+    if draw(st.booleans()):
+        x = gaussian(m, n, dtype=torch.float64, seed=seed)
+    else:
+        condition = 10.0 ** draw(st.floats(0.0, 8.0))
+        x = with_singular_values(m, n, decaying(min(m, n), condition), seed)
+    scale = 2.0 ** (draw(st.integers(-60, 60)) if dtype != torch.float16 else 0)
+    return Placed((x * scale).to(dtype), draw(st.sampled_from(LAYOUTS))).tensor
+
+
+def assert_newton_schulz(x):
+    # The scale matters to plain torch only.
+    largest = float(x.abs().max())
+    unit = (x.double() * 2.0 ** -math.frexp(largest)[1]).to(x.dtype) if largest else x
+    expected = exact_newton_schulz(unit, MUON)
+    plain = plain_runs(unit, MUON)
+    assert_rule(sk.newton_schulz(x), plain, expected, roundings=10.0, noise=noise_of(unit, MUON))
+
+
+@fuzzed(matrices())
+def test_any_matrix(x):
+    assert_newton_schulz(x)
+
+
+# polar
+
+
+def exact_polar(x):
+    if x.dtype == torch.float64:
+        y = exact(x)
+        values, v = jacobi(y.T @ y)
+        return y @ (v / np.sqrt(values)) @ v.T
+    u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    return (u @ vh).numpy()
+
+
+def plain_polar(x):
+    u, _, vh = torch.linalg.svd(x if x.dtype in FULL else x.float(), full_matrices=False)
+    return (u @ vh).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (9, 4), (17, 16), (30, 12)], ids=str)
+def test_polar_factor(shape, dtype):
+    x = gaussian(*shape, dtype=dtype)
+    tall = x if shape[0] >= shape[1] else x.mT
+    expected = exact_polar(tall)
+    expected = expected if tall is x else expected.T
+    assert_rule(sk.polar(x), plain_polar(x), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_polar_factor_is_a_partial_isometry(rank, dtype):
+    x = (gaussian(12, rank) @ gaussian(rank, 9, seed=1)).to(dtype)
+    kept = torch.linalg.matrix_rank(
+        x.double(), rtol=12 * 2.0**-23 if dtype != torch.float64 else None
+    )
+    o = sk.polar(x).double()
+    assert error(o @ o.mT @ o, o) <= 30.0 * unit_roundoff(dtype)
+    assert round(float((o * o).sum())) == kept
+
+
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_polar_of_a_polar_factor_is_itself(dtype):
+    once = sk.polar(gaussian(3, 8, 11, dtype=dtype))
+    assert error(sk.polar(once), once.double()) <= 32.0 * unit_roundoff(dtype)
+
+
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_polar_at_any_scale(dtype):
+    x = torch.randint(-15, 16, (5, 8), generator=generator(0)).to(dtype)
+    for k in (-140, -60, 100) if dtype == torch.float32 else (-1060, 1000):
+        assert same_bits(sk.polar(x * 2.0 ** (k // 2) * 2.0 ** (k - k // 2)), sk.polar(x)), k
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_polar_of_any_layout(layout):
+    x = gaussian(2, 6, 10)
+    assert same_bits(sk.polar(Placed(x, layout).tensor), sk.polar(x))
+    assert same_bits(sk.polar(Placed(x.mT, layout).tensor.mT), sk.polar(x))
+
+
+@st.composite
+def full_rank(draw):
+    m, n = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    values = decaying(min(m, n), 10.0 ** draw(st.floats(0.0, 3.0)))
+    x = with_singular_values(m, n, values, draw(st.integers(0, 2**31)))
+    return x.to(draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))))
+
+
+def assert_polar(x):
+    # Rounding to 16 bits leaves singular values that plain torch's fp32 cannot tell from 0.
+    assert_rule(sk.polar(x), plain_polar(x), exact_polar(x), roundings=4.0)
+
+
+@fuzzed(full_rank())
+def test_polar_of_any_matrix(x):
+    assert_polar(x)
+
+
+# muon_step_
+
+LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (12, 40))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_muon_step(dtype, nesterov, compute_dtype, backend):
+    case = later_step("muon_step_", LIST, dtype, nesterov=nesterov, compute_dtype=compute_dtype)
+    coarse = max(
+        unit_roundoff(compute_dtype) if dtype != torch.float64 else 0.0, unit_roundoff(dtype)
+    )
+    assert_step_rule(case, backend.name, roundings=10.0 * coarse / unit_roundoff(dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"maximize": True},
+        {"momentum": 0.0},
+        {"weight_decay": 0.0, "momentum": 0.5},
+        {"norm": "schatten8"},
+        {"method": "gram", "restarts": [2, 4]},
+        {"method": "standard", "rows": resolve("quintic").rows},
+        {"eps": 100.0},
+        {"norm_factor": 1.5},
+        {"scales": [0.0, 0.5, 1.0, 2.0, 4.0]},
+    ],
+    ids=str,
+)
+def test_muon_step_options(options, backend):
+    assert_step_rule(later_step("muon_step_", LIST, **options), backend.name, roundings=10.0)
+
+
+def test_first_muon_step_of_zero_momentum(backend):
+    assert_step_rule(new_step("muon_step_", LIST), backend.name, roundings=10.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_muon_step_in_any_layout_writes_nothing_around(layout, backend):
+    case = later_step("muon_step_", ((2, 6, 10), (7, 5)))
+    lists = {}
+    placed = []
+    for name in ("params", "grads", "momentum_buffers"):
+        placed += (of_name := [Placed(x, layout) for x in case[name]])
+        lists[name] = [x.tensor for x in of_name]
+    moved = case.with_(**lists)
+    expected = case.to(torch.float64).run_reference()
+    moved.run(backend.name)
+    for x in placed:
+        x.assert_untouched_around()
+    for name in ("params", "momentum_buffers"):
+        for ours, truth in zip(moved[name], expected[name], strict=True):
+            assert error(ours, truth) < 1e-5
+
+
+def test_muon_step_with_an_expanded_gradient(backend):
+    case = new_step("muon_step_", ((4, 6), (3, 4, 6)))
+    wide = [gaussian(1, 6).expand(4, 6), gaussian(4, 6).expand(3, 4, 6)]
+    narrow = [grad.contiguous() for grad in wide]
+    assert same_bits(
+        case.clone().with_(grads=wide).run(backend.name),
+        case.clone().with_(grads=narrow).run(backend.name),
+    )
+
+
+def test_muon_step_of_mixed_dtypes(backend):
+    shapes = ((5, 8), (8, 5), (6, 6), (2, 4, 9))
+    case = later_step("muon_step_", shapes, FLOATS)
+    together = case.clone()
+    together.run(backend.name)
+    for i, shape in enumerate(shapes):
+        alone = later_step("muon_step_", shapes, FLOATS)
+        one = alone.with_(
+            **{
+                name: alone[name][i : i + 1]
+                for name in alone.names(write=True)[:2] + ["grads", "step_counts"]
+            },
+            scales=alone.options["scales"][i : i + 1],
+        )
+        one.run(backend.name)
+        assert same_bits(one["params"][0], together["params"][i]), shape
+        assert same_bits(one["momentum_buffers"][0], together["momentum_buffers"][i]), shape
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize("empty", [(0, 5), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4)], ids=str)
+def test_empty_entries_of_a_muon_step(empty, position, backend):
+    shapes = [(3, 4), (4, 3), (5, 5), (2, 7)]
+    case = later_step("muon_step_", shapes)
+    alone = case.clone().run(backend.name)
+    with_empty = case.clone()
+    for name in ("params", "grads", "momentum_buffers", "step_counts"):
+        nothing = torch.zeros(()) if name == "step_counts" else torch.zeros(empty)
+        with_empty[name].insert(position, nothing)
+    with_empty.options["scales"].insert(position, 1.0)
+    with_empty.run(backend.name)
+    for name in ("params", "grads", "momentum_buffers", "step_counts"):
+        del with_empty[name][position]
+    assert same_bits(with_empty.written(), alone)
+
+
+def test_empty_list(backend):
+    new_step("muon_step_", ()).run(backend.name)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_zero_gradient_decays_only(dtype, backend):
+    case = new_step("muon_step_", ((4, 6),), dtype, lr=0.5, weight_decay=0.5)
+    case = case.with_(grads=[torch.zeros(4, 6, dtype=dtype)])
+    before = case["params"][0].clone()
+    case.run(backend.name)
+    assert torch.equal(case["params"][0], before * 0.75)
+    assert not case["momentum_buffers"][0].any()
+    assert case["step_counts"][0] == 1.0
+
+
+def test_muon_step_at_any_scale(backend):
+    case = new_step("muon_step_", ((4, 9), (9, 4)))
+    grads = [
+        torch.randint(-15, 16, p.shape, generator=generator(1)).float() for p in case["params"]
+    ]
+    unit = case.clone().with_(grads=grads)
+    unit.run(backend.name)
+    for k in (-118, -60, 60, 118):
+        scaled = case.clone().with_(
+            grads=[g * 2.0 ** (k // 2) * 2.0 ** (k - k // 2) for g in grads]
+        )
+        scaled.run(backend.name)
+        assert same_bits(scaled["params"], unit["params"]), k
+
+
+@st.composite
+def muon_steps(draw):
+    sizes = st.integers(1, 12)
+    shapes = draw(
+        st.lists(
+            st.one_of(st.tuples(sizes, sizes), st.tuples(st.just(2), sizes, sizes)), max_size=4
+        )
+    )
+    dtypes = [draw(st.sampled_from(FLOATS)) for _ in shapes]
+    return later_step(
+        "muon_step_",
+        shapes,
+        dtypes,
+        taken=draw(st.integers(0, 2)),
+        seed=draw(st.integers(0, 2**31)),
+        lr=draw(st.floats(0.0, 0.5)),
+        momentum=draw(st.sampled_from([0.0, 0.5, 0.95])),
+        nesterov=draw(st.booleans()),
+        weight_decay=draw(st.sampled_from([0.0, 0.3])),
+        maximize=draw(st.booleans()),
+    )
+
+
+@fuzzed(muon_steps(), long=3000)
+def test_any_muon_step(case):
+    assert_step_rule(case, "cpu", roundings=20.0)
+
+
+def test_semidefinite_input_has_the_identity_for_polar_factor():
+    a = semidefinite(10, 30.0)
+    assert error(sk.polar(a), torch.eye(10, dtype=torch.float64)) < 1e-13
