@@ -331,11 +331,6 @@ class Refresher {
     run(store, threads_);
   }
 
-  template <class Work>
-  static void run(const Work& work, int threads) {
-    cpu::run(work, threads);
-  }
-
   const Kind kind_;
   const double u_;
   const int64_t n_;

@@ -207,7 +207,7 @@ class RootProblem {
         x = n;
       } else {
         const Panels next = acquire();
-        symmetric(x, n, 1, next);
+        symmetric(n, x, 1, next);  // in this order the residual is about half of the other's
         release(x);
         release(n);
         x = next;

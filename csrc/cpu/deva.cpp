@@ -1,0 +1,379 @@
+// The fused DeVA step: rotation into the factors' eigenbases, momentum, Newton–Schulz, variance
+// adaptation, rotation back. reference/deva.py is the specification.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "../counters.h"
+#include "eigenbasis/rotated.h"
+#include "list_step.h"
+#include "newton_schulz.h"
+#include "parallel.h"
+#include "views.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+enum class Variance { kMomentum, kGradient, kInstant, kLowMemory, kNone };
+
+struct DevaStep {
+  double lr, beta1, beta2, shampoo_beta, eps, weight_decay;
+  std::string eps_mode;
+  bool schatten;
+  Variance variance;
+  bool nesterov, sign, correct_bias, normalize_grads, reference, maximize, check;
+
+  bool relative() const { return eps_mode == "relative"; }
+  EpsPlace place() const { return eps_mode == "outside" ? EpsPlace::kOutside : EpsPlace::kInside; }
+  bool public_schatten() const { return reference && schatten; }
+  // The public classes do not debias their moments.
+  bool debias() const { return correct_bias && !reference; }
+};
+
+std::vector<double> square_roots(std::vector<double> x, double scale) {
+  for (double& value : x) value = std::sqrt(value * scale);
+  return x;
+}
+
+double sum(const std::vector<double>& x) {
+  double total = 0;
+  for (double value : x) total += value;
+  return total;
+}
+
+// Adds up what every block row left, column by column.
+std::vector<double> added(const std::vector<double>& partial, int64_t blocks, int64_t n) {
+  std::vector<double> total(size_t(n), 0.0);
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t j = 0; j < n; j++) total[size_t(j)] += partial[size_t(b * n + j)];
+  return total;
+}
+
+// sqrt(energy / v) of two numbers, with its eps.
+double ratio(double energy, double v, double eps, EpsPlace place) {
+  const double top = std::sqrt(energy);
+  const double below = place == EpsPlace::kOutside ? std::sqrt(v) + eps : std::sqrt(v + eps);
+  return below == 0 && top == 0 ? 1 : top / below;
+}
+
+class DevaMatrix {
+ public:
+  DevaMatrix(const DevaStep& step, const NewtonSchulz& ns, const Matrix& param, const Matrix& grad,
+             const Matrix& moment, const Matrix& squares, const Sides& sides, double scale, double t, int threads)
+      : step_(step),
+        ns_(ns),
+        param_(param),
+        moment_(moment),
+        squares_(squares),
+        m_(grad.rows),
+        n_(grad.cols),
+        scale_(scale),
+        t_(t),
+        threads_(threads),
+        kind_(moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
+        rotated_(grad, step.maximize, moment, sides, step.shampoo_beta,
+                 panel_bytes(m_, n_, kind_) + 2 * panel_bytes(n_, m_, kind_), threads) {}
+
+  enum class Outcome { kSkipped, kIdle, kUpdated };
+
+  Outcome run_step(bool bounded, bool refresh) {
+    const double largest = rotated_.largest_gradient();
+    const bool outside = largest != 0 && (largest < 0x1p-50 || largest > 0x1p50);  // false for NaN
+    if (bounded && outside) return Outcome::kSkipped;
+    if (step_.check && !rotated_.finite_input()) return Outcome::kSkipped;
+    const bool first = rotated_.uninitialised();
+    rotated_.pack_gradient();
+    if (first && !rotated_.initialise(step_.check)) return Outcome::kSkipped;
+    if (first && step_.public_schatten()) return Outcome::kIdle;
+    Panels g = rotated_.rotated();
+    if (step_.check && !(rotated_.squares_fit(g) && (first || rotated_.factors_fit())))
+      return Outcome::kSkipped;
+    const Panels u = step_.schatten ? schatten(g) : sign_step(g);
+    if (!u) return Outcome::kSkipped;
+    const double decay = 1 - step_.lr * step_.weight_decay;
+    double rate = step_.lr;
+    if (step_.public_schatten()) {
+      rate *= decay;
+      if (step_.correct_bias)
+        rate *= std::sqrt(1 - std::pow(step_.beta2, t_)) / (1 - std::pow(step_.beta1, t_));
+    }
+    rotated_.move(u, param_, rate, decay, step_.normalize_grads);
+    if (!first) {
+      rotated_.accumulate();
+      if (refresh) rotated_.refresh(has_squares() ? squares_ : Matrix{}, step_.public_schatten());
+    }
+    return Outcome::kUpdated;
+  }
+
+ private:
+  bool has_squares() const { return step_.variance != Variance::kLowMemory && step_.variance != Variance::kNone; }
+  double m_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta1, t_)) : 1; }
+  double v_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta2, t_)) : 1; }
+
+  Panels out_of(VarianceAdaptation& work, const Panels& plain) {
+    if (!rotated_.wants_transposed()) return work.out = plain;
+    return work.out_t = rotated_.take_transposed();
+  }
+
+  Panels schatten(const Panels& g) {
+    const int64_t blocks = row_blocks(m_, kind_);
+    std::vector<double> m_rows(size_t(m_), 0.0), g_rows(size_t(m_), 0.0), v_sums(size_t(blocks), 0.0);
+    std::vector<double> m_cols(size_t(blocks * n_), 0.0), g_cols(size_t(blocks * n_), 0.0);
+    const Panels mix = rotated_.take();
+    Momentum momentum;
+    momentum.g = g;
+    momentum.m = moment_;
+    momentum.beta1 = step_.beta1;
+    momentum.nesterov = step_.nesterov;
+    momentum.sign = step_.sign;
+    momentum.out = mix;
+    if (step_.variance != Variance::kNone) {
+      momentum.m_rows = m_rows.data();
+      momentum.m_cols = m_cols.data();
+      momentum.g_rows = g_rows.data();
+      momentum.g_cols = g_cols.data();
+    }
+    if (has_squares() && step_.relative()) {
+      momentum.v = squares_;
+      momentum.v_sums = v_sums.data();
+    }
+    run(momentum, threads_);
+
+    const Panels o = orthogonalized(mix, g);
+    VarianceAdaptation adapt;
+    adapt.o = o;
+    adapt.scale = scale_;
+    const std::vector<double> ones_m(size_t(m_), 1.0), ones_n(size_t(n_), 1.0);
+    adapt.row = ones_m.data();
+    adapt.col = ones_n.data();
+    const double mhat = m_scale() * m_scale();
+    const std::vector<double> m_total = added(m_cols, blocks, n_), g_total = added(g_cols, blocks, n_);
+    std::vector<double> seen_row, seen_col, row, col;
+    if (step_.variance == Variance::kLowMemory) {
+      low_memory(m_rows, m_total, g_rows, g_total, row, col);
+    } else if (has_squares()) {
+      const bool seen_m = step_.variance == Variance::kMomentum, top_m = step_.variance != Variance::kInstant;
+      seen_row = square_roots(seen_m ? m_rows : g_rows, seen_m ? mhat : 1);
+      seen_col = square_roots(seen_m ? m_total : g_total, seen_m ? mhat : 1);
+      row = square_roots(top_m ? m_rows : g_rows, top_m ? mhat : 1);
+      col = square_roots(top_m ? m_total : g_total, top_m ? mhat : 1);
+      adapt.v = squares_;
+      adapt.beta2 = step_.beta2;
+      adapt.v_scale = v_scale();
+      adapt.place = step_.place();
+      adapt.seen_row = seen_row.data();
+      adapt.seen_col = seen_col.data();
+      adapt.eps = step_.eps;
+      if (step_.relative()) {
+        const double mean = (step_.beta2 * sum(v_sums) + (1 - step_.beta2) * sum(seen_row) * sum(seen_col)) /
+                            double(m_ * n_);
+        adapt.eps *= mean * adapt.v_scale;
+      }
+    }
+    if (!row.empty()) {
+      adapt.row = row.data();
+      adapt.col = col.data();
+    }
+    const Panels u = out_of(adapt, o);
+    run(adapt, threads_);
+    return u;
+  }
+
+  // v_r and v_c, packed in this order; Gamma_ij = row_i col_j.
+  void low_memory(const std::vector<double>& m_rows, const std::vector<double>& m_cols,
+                  const std::vector<double>& g_rows, const std::vector<double>& g_cols,
+                  std::vector<double>& row, std::vector<double>& col) {
+    const double mhat = m_scale() * m_scale();
+    const auto side = [&](const std::vector<double>& seen, const std::vector<double>& top, int64_t offset) {
+      const int64_t count = int64_t(seen.size());
+      Matrix state = squares_;  // 1 x (m + n)
+      state.data = static_cast<char*>(squares_.data) +
+                   offset * squares_.col_stride * int64_t(element_size(squares_.dtype));
+      state.cols = count;
+      std::vector<double> v(seen.size());
+      copy_scaled(state, 0, Matrix{v.data(), 1, count, count, 1, DType::kF64});
+      for (size_t i = 0; i < v.size(); i++) v[i] = step_.beta2 * v[i] + (1 - step_.beta2) * seen[i];
+      copy_scaled(Matrix{v.data(), 1, count, count, 1, DType::kF64}, 0, state);
+      double eps = step_.eps;
+      if (step_.relative()) eps *= sum(v) * v_scale() / double(count);
+      std::vector<double> gamma(v.size());
+      for (size_t i = 0; i < v.size(); i++)
+        gamma[i] = std::sqrt(ratio(top[i] * mhat, v[i] * v_scale(), eps, step_.place()));
+      return gamma;
+    };
+    row = side(g_rows, m_rows, 0);
+    col = side(g_cols, m_cols, m_);
+  }
+
+  // The matrix sign of N as panels of N's shape, into `out`.
+  Panels orthogonalized(const Panels& mix, const Panels& out) {
+    const double largest = max_abs(flat(mix), threads_);
+    if (largest == 0 || std::isnan(largest)) {
+      Combine constant;
+      constant.a = mix;
+      constant.out = out;  // zeros, or the NaN that the caller asked to propagate
+      run(constant, threads_);
+      return out;
+    }
+    const bool wide = m_ <= n_;
+    const int64_t s = std::min(m_, n_), l = std::max(m_, n_);
+    Workspace workspace(ns_.workspace_bytes(s, l));
+    const NewtonSchulz::Input input = ns_.take_input(workspace, s, l);
+    const int shift = -exponent_of(largest);
+    Combine scale;  // exact: a power of two, in two factors that are in range
+    scale.a = mix;
+    scale.alpha = std::ldexp(1.0, shift);
+    scale.out = wide ? input.x : input.xt;
+    scale.out_t = wide ? input.xt : input.x;
+    run(scale, threads_);
+    Product last;
+    (wide ? last.out : last.out_t) = out;
+    ns_.iterate(input, shift, last, workspace, threads_);
+    return out;
+  }
+
+  Panels sign_step(const Panels& g) {
+    SignAdaptation work;
+    work.g = g;
+    work.m = moment_;
+    work.beta1 = step_.beta1;
+    work.beta2 = step_.beta2;
+    work.m_scale = m_scale();
+    work.v_scale = v_scale();
+    work.scale = scale_;
+    work.nesterov = step_.nesterov;
+    work.seen_m = step_.variance == Variance::kMomentum;
+    work.top_m = step_.variance != Variance::kInstant;
+    work.place = step_.place();
+    work.eps = step_.eps;
+    if (has_squares()) {
+      work.v = squares_;
+      const double total = run(work, threads_);
+      if (step_.relative()) work.eps *= total * work.v_scale / double(m_ * n_);
+    }
+    work.pass = 1;
+    const Panels u = rotated_.wants_transposed() ? work.out_t = rotated_.take_transposed() : work.out = g;
+    run(work, threads_);
+    return u;
+  }
+
+  const DevaStep& step_;
+  const NewtonSchulz& ns_;
+  const Matrix param_, moment_, squares_;
+  const int64_t m_, n_;
+  const double scale_, t_;
+  const int threads_;
+  const Kind kind_;
+  RotatedStep rotated_;
+};
+
+// State of the variance, of the parameter's shape; for "low_memory" one row of m + n numbers a matrix.
+Matrix squares_of(const at::Tensor& state, const Item& item, Variance variance) {
+  if (state.numel() == 0 || variance == Variance::kNone) return {};
+  if (variance != Variance::kLowMemory) return MatrixBatch(state)[item.index];
+  const at::Tensor rows = state.unsqueeze(-2);
+  return MatrixBatch(rows)[item.index];
+}
+
+void check_squares(at::TensorList squares, at::TensorList params, Variance variance) {
+  if (variance == Variance::kNone) return check_list(squares, "exp_avg_sqs", params.size());
+  if (variance != Variance::kLowMemory) return check_state(squares, "exp_avg_sqs", params, false);
+  check_list(squares, "exp_avg_sqs", params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    auto expected = params[i].sizes().vec();
+    expected.pop_back();
+    expected.back() = params[i].size(-2) + params[i].size(-1);
+    TORCH_CHECK_VALUE(squares[i].sizes() == expected, "exp_avg_sqs[", i, "] must have shape ",
+                      at::IntArrayRef(expected), " for low_memory, got ", squares[i].sizes());
+    TORCH_CHECK_TYPE(squares[i].scalar_type() == at::kFloat || squares[i].scalar_type() == at::kDouble,
+                     "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
+    check_writable(squares[i], "exp_avg_sqs");
+  }
+}
+
+Variance variance_of(const std::string& name) {
+  check_one_of(name, "variance", {"momentum", "gradient", "instant", "low_memory", "none"});
+  if (name == "momentum") return Variance::kMomentum;
+  if (name == "gradient") return Variance::kGradient;
+  if (name == "instant") return Variance::kInstant;
+  return name == "low_memory" ? Variance::kLowMemory : Variance::kNone;
+}
+
+void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
+                at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
+                double shampoo_beta, double eps, c10::string_view eps_mode, double weight_decay,
+                c10::string_view norm, c10::string_view variance, bool nesterov, bool sign,
+                bool correct_bias, bool normalize_grads, at::ArrayRef<double> rows,
+                at::ArrayRef<double> scales, at::ScalarType compute_dtype, bool reference, bool maximize,
+                c10::string_view nonfinite, at::IntArrayRef refresh) {
+  count_call("deva_step_", "cpu");
+  check_step(params, grads, step_counts, skipped, lr);
+  check_state(exp_avgs, "exp_avgs", params, false);
+  check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
+  check_one_of(std::string(eps_mode), "eps_mode", {"relative", "outside", "inside"});
+  check_one_of(std::string(norm), "norm", {"schatten", "linf"});
+  const Variance kind = variance_of(std::string(variance));
+  check_squares(exp_avg_sqs, params, kind);
+  if (kind != Variance::kNone) check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
+  else check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases});
+  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(), " entries, params has ",
+                    params.size());
+  TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
+                    "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
+  TORCH_CHECK_VALUE(!reference || eps_mode == "inside",
+                    "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
+  TORCH_CHECK_VALUE(!reference || kind == Variance::kMomentum || (kind == Variance::kInstant && norm == "schatten"),
+                    "reference=True with norm='", norm, "' does not have variance='", variance, "'");
+  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
+  const DevaStep step{scalar(lr), beta1,    beta2,    shampoo_beta, eps,          weight_decay,
+                      std::string(eps_mode), norm == "schatten", kind, nesterov, sign, correct_bias,
+                      normalize_grads, reference, maximize, policy != NonFinite::kPropagate};
+  // Rows are not used by the elementwise norm, and may be empty there.
+  const double identity[] = {1, 0, 0};
+  const auto make = [&](at::ScalarType type) {
+    return NewtonSchulz(rows.empty() && !step.schatten ? at::ArrayRef<double>(identity) : rows, "auto", {}, type,
+                        0, "schatten8", 1);
+  };
+  const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
+  const std::vector<Item> items = items_of(params);
+  if (policy == NonFinite::kRaise) raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
+  std::vector<double> work = rotated_work(items, params, lefts, rights, refresh);
+  const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
+    return params[e].scalar_type() == at::kDouble ? ns64 : ns;
+  };
+  if (step.schatten)
+    for (size_t i = 0; i < items.size(); i++) {
+      const size_t e = size_t(items[i].entry);
+      const int64_t m = params[e].size(-2), n = params[e].size(-1);
+      work[i] += newton_schulz_of(e).work(std::min(m, n), std::max(m, n));
+    }
+  Progress progress(step_counts, skipped);
+  parallel_matrices(work, [&](int64_t i, int threads) {
+    const Item& item = items[size_t(i)];
+    const size_t e = size_t(item.entry);
+    DevaMatrix matrix(step, newton_schulz_of(e), MatrixBatch(params[e])[item.index],
+                      MatrixBatch(grads[e])[item.index], MatrixBatch(exp_avgs[e])[item.index],
+                      squares_of(exp_avg_sqs[e], item, kind),
+                      sides_of(item, lefts, rights, left_bases, right_bases), scales[e],
+                      progress.step(item) + 1, threads);
+    const bool factors = lefts[e].numel() > 0 || rights[e].numel() > 0;
+    const bool bounded = !reference && step.relative() && (kind != Variance::kNone || factors);
+    const auto outcome = matrix.run_step(bounded, refresh[e] != 0);
+    if (outcome == DevaMatrix::Outcome::kSkipped) progress.skip();
+    else if (outcome == DevaMatrix::Outcome::kUpdated) progress.updated(item);
+  });
+  progress.finish();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("deva_step_", &deva_step_); }
+
+}  // namespace spectral_kernels::cpu
