@@ -1,0 +1,437 @@
+// The fused Shampoo and KL-Shampoo step. reference/inverse_root.py is the specification.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../../check.h"
+#include "../../counters.h"
+#include "../kron_factor.h"
+#include "../list_step.h"
+#include "../parallel.h"
+#include "../views.h"
+#include "root.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+enum class Graft { kNone, kSgd, kAdagrad, kRmsprop, kAdam };
+
+struct ShampooStep {
+  double lr, beta1, beta2, graft_beta2;
+  RootOptions root;
+  double weight_decay;
+  Graft graft;
+  double graft_eps;
+  bool relative_eps, kl, sequential, debias, maximize, check;
+
+  double weight() const { return beta2 < 1 ? 1 - beta2 : 1; }
+};
+
+struct ShampooState {
+  Matrix momentum, left, right, left_root, right_root, squares;
+  int64_t* failures;  // left, right
+};
+
+// A copy of what a failure has to put back.
+class Saved {
+ public:
+  void keep(std::initializer_list<Matrix> matrices) {
+    for (const Matrix& m : matrices) {
+      if (!m) continue;
+      copies_.push_back({m, std::vector<double>(size_t(m.rows * m.cols))});
+      copy_scaled(m, 0, view(copies_.back()));
+    }
+  }
+  void restore() {
+    for (Copy& copy : copies_) copy_scaled(view(copy), 0, copy.matrix);
+  }
+
+ private:
+  struct Copy {
+    Matrix matrix;
+    std::vector<double> values;
+  };
+  static Matrix view(Copy& copy) {
+    return {copy.values.data(), copy.matrix.rows, copy.matrix.cols, copy.matrix.cols, 1, DType::kF64};
+  }
+  std::vector<Copy> copies_;
+};
+
+double trace(const Matrix& m) {
+  double sum = 0;
+  for (int64_t i = 0; i < m.rows; i++) sum += element(m, i, i);
+  return sum;
+}
+
+void set_identity(const Matrix& m, double value) {
+  fill(m, 0);
+  Matrix diagonal = m;
+  diagonal.cols = 1;
+  diagonal.row_stride += diagonal.col_stride;
+  fill(diagonal, value);
+}
+
+class ShampooMatrix {
+ public:
+  ShampooMatrix(const ShampooStep& step, const Matrix& param, const Matrix& grad, const ShampooState& state,
+                double t, int threads)
+      : step_(step),
+        param_(param),
+        grad_(grad),
+        state_(state),
+        t_(t),
+        threads_(threads),
+        m_(grad.rows),
+        n_(grad.cols),
+        kind_(state.momentum.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32) {}
+
+  // False if the matrix is skipped, with nothing written.
+  bool run_step(bool refresh) {
+    largest_ = max_abs(grad_, threads_);
+    const bool outside = largest_ != 0 && (largest_ < 0x1p-50 || largest_ > 0x1p50);  // false for NaN
+    if ((step_.root.relative_ridge > 0 || step_.kl) && outside) return false;
+    if (step_.check && (std::isnan(largest_) || std::isnan(max_abs(state_.momentum, threads_)) || !squares_fit()))
+      return false;
+    if (!(step_.kl ? update_kl(refresh) : update_factors(refresh))) return false;
+    apply();
+    return true;
+  }
+
+ private:
+  bool squares_fit() const {
+    if (step_.graft == Graft::kNone || step_.graft == Graft::kSgd) return true;
+    const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
+                                            : double(std::numeric_limits<float>::max());
+    return largest_ * largest_ + max_abs(state_.squares, threads_) <= most;  // false for NaN
+  }
+
+  bool update_factors(bool refresh) {
+    const Matrix &left = state_.left, &right = state_.right;
+    if (left || right) {
+      const Kind kind = factor_kind(grad_.dtype, (left ? left : right).dtype);
+      Workspace workspace(panel_bytes(m_, n_, kind) + panel_bytes(n_, m_, kind));
+      Pack pack;
+      pack.x = grad_;
+      if (right) pack.out = take_panels(workspace, m_, n_, kind);
+      if (left) pack.out_t = take_panels(workspace, n_, m_, kind);
+      run(pack, threads_);
+      if (step_.check && ((left && overflows(pack.out_t, largest_, step_.beta2, step_.weight(), left)) ||
+                          (right && overflows(pack.out, largest_, step_.beta2, step_.weight(), right))))
+        return false;
+      if (left) accumulate(pack.out_t, step_.beta2, step_.weight(), left, threads_);
+      if (right) accumulate(pack.out, step_.beta2, step_.weight(), right, threads_);
+    }
+    if (!refresh) return true;
+    const double bias = step_.debias && step_.beta2 < 1 ? 1 - std::pow(step_.beta2, t_) : 1;
+    take_root(left, state_.left_root, bias, 0);
+    take_root(right, state_.right_root, bias, 1);
+    return true;
+  }
+
+  void take_root(const Matrix& factor, const Matrix& root, double bias, int side) {
+    if (!factor || max_abs(factor, threads_) == 0) return;
+    const RootResult result = inverse_root(factor, bias, step_.root, root, false, threads_);
+    if (result.status == RootStatus::kStagnated || result.status == RootStatus::kNonFinite)
+      state_.failures[side]++;
+  }
+
+  bool update_kl(bool refresh) {
+    const Matrix &left = state_.left, &right = state_.right;
+    // Without a refresh nothing is written before everything is known to fit, but for the start.
+    Saved saved;
+    if (refresh || unstarted()) saved.keep({left, right, state_.left_root, state_.right_root});
+    const int64_t failures[] = {state_.failures[0], state_.failures[1]};
+    start_kl();
+    const bool shorter_left = m_ <= n_, roots_between = refresh && step_.sequential;
+    bool fits = true;
+    if (roots_between) {
+      for (const bool left_side : {shorter_left, !shorter_left}) {
+        fits = fits && kl_increment(left_side, !left_side);
+        if (fits) take_root(left_side ? left : right, left_side ? state_.left_root : state_.right_root, 1, left_side ? 0 : 1);
+      }
+    } else {
+      fits = kl_increment(true, true);
+      if (fits && refresh) {
+        take_root(left, state_.left_root, 1, 0);
+        take_root(right, state_.right_root, 1, 1);
+      }
+    }
+    if (!fits) {
+      saved.restore();
+      std::copy_n(failures, 2, state_.failures);
+      return false;
+    }
+    if (refresh) rebalance();
+    return true;
+  }
+
+  bool unstarted() const {
+    for (const Matrix& factor : {state_.left, state_.right})
+      if (factor && max_abs(factor, threads_) != 0) return false;
+    return true;
+  }
+
+  // Both factors lam0 I at the first gradient that is not zero.
+  void start_kl() {
+    if (!unstarted() || !(largest_ > 0)) return;
+    std::vector<double> values(size_t(m_ * n_));
+    copy_scaled(grad_, -exponent_of(largest_), Matrix{values.data(), m_, n_, n_, 1, DType::kF64});
+    double sum = 0;
+    for (double value : values) sum += value * value;
+    const double lam0 = std::ldexp(std::sqrt(sum / double(m_ * n_)), exponent_of(largest_));
+    const double delta = std::max(step_.root.ridge, step_.root.relative_ridge * lam0);
+    for (const Matrix& factor : {state_.left, state_.right})
+      if (factor) set_identity(factor, lam0);
+    for (const Matrix& root : {state_.left_root, state_.right_root})
+      if (root) set_identity(root, 1 / std::sqrt(lam0 + delta));
+  }
+
+  // L <- beta2 L + w / n (G X_R)(G X_R)ᵀ and R likewise, as asked for, from the roots as they are. False,
+  // with nothing written by this call, if one does not fit.
+  bool kl_increment(bool of_left, bool of_right) {
+    const Matrix &left = state_.left, &right = state_.right;
+    of_left = of_left && left;
+    of_right = of_right && right;
+    Workspace workspace(2 * (panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_)) +
+                        panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_));
+    Pack pack;
+    pack.x = grad_;
+    const Panels g = pack.out = take_panels(workspace, m_, n_, kind_);
+    const Panels g_t = pack.out_t = take_panels(workspace, n_, m_, kind_);
+    run(pack, threads_);
+    const auto packed_root = [&](const Matrix& root, int64_t size) {
+      Pack of_root;
+      of_root.x = root;
+      of_root.out = take_panels(workspace, size, size, kind_);
+      run(of_root, threads_);
+      return of_root.out;
+    };
+    Panels x_t = g_t, x = g;  // (G X_R)ᵀ and X_L G
+    if (of_left && state_.right_root) {
+      Product product;
+      product.a = g_t;
+      product.b = packed_root(state_.right_root, n_);
+      product.out_t = x_t = take_panels(workspace, n_, m_, kind_);
+      run(product, threads_);
+    }
+    if (of_right && state_.left_root) {
+      Product product;
+      product.a = packed_root(state_.left_root, m_);
+      product.b = g;
+      product.out = x = take_panels(workspace, m_, n_, kind_);
+      run(product, threads_);
+    }
+    const double left_weight = step_.weight() / double(n_), right_weight = step_.weight() / double(m_);
+    const auto fits = [&](const Panels& panels, double weight, const Matrix& factor) {
+      return !step_.check || !overflows(panels, max_abs(flat(panels), threads_), step_.beta2, weight, factor);
+    };
+    if (of_left && !fits(x_t, left_weight, left)) return false;
+    if (of_right && !fits(x, right_weight, right)) return false;
+    if (of_left) accumulate(x_t, step_.beta2, left_weight, left, threads_);
+    if (of_right) accumulate(x, step_.beta2, right_weight, right, threads_);
+    return true;
+  }
+
+  void rebalance() {
+    const Matrix &left = state_.left, &right = state_.right;
+    if (!left || !right) return;
+    const double left_mean = trace(left) / double(m_), right_mean = trace(right) / double(n_);
+    const auto usable = [](double mean) { return mean > 0 && std::isfinite(mean); };
+    if (!usable(left_mean) || !usable(right_mean)) return;
+    const double s = std::sqrt(left_mean / right_mean);
+    scale_in_place(left, 1 / s);
+    scale_in_place(right, s);
+    scale_in_place(state_.left_root, std::sqrt(s));
+    scale_in_place(state_.right_root, 1 / std::sqrt(s));
+  }
+
+  // Momentum, preconditioning, grafting, decay and update.
+  void apply() {
+    const TwoSidedShape shape{m_, n_, m_, n_, bool(state_.left_root), bool(state_.right_root)};
+    const bool sides = shape.has_left || shape.has_right;
+    Workspace workspace(2 * panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_) + panel_bytes(m_, m_, kind_) +
+                        panel_bytes(n_, n_, kind_) + shape.workspace_bytes(kind_));
+    const double mhat = step_.debias ? 1 / (1 - std::pow(step_.beta1, t_)) : 1;
+    TwoSided operands;
+    Pack moment;
+    moment.x = grad_;
+    moment.momentum = state_.momentum;
+    moment.beta = step_.beta1;
+    moment.negate = step_.maximize;
+    if (!sides || shape.needs_x()) moment.out = operands.x = take_panels(workspace, m_, n_, kind_);
+    else moment.out_t = operands.x_t = take_panels(workspace, n_, m_, kind_);
+    run(moment, threads_);
+    const auto packed = [&](const Matrix& root, int64_t size) {
+      Pack pack;
+      pack.x = root;
+      pack.out = take_panels(workspace, size, size, kind_);
+      run(pack, threads_);
+      return pack.out;
+    };
+    // The roots are symmetric, so they are their own transposes.
+    if (shape.has_left) operands.left_t = packed(state_.left_root, m_);
+    if (shape.has_right) operands.right = packed(state_.right_root, n_);
+    const double decay = 1 - step_.lr * step_.weight_decay;
+    if (step_.graft == Graft::kNone && sides) {
+      Product last;
+      last.alpha = -step_.lr * mhat;
+      last.beta = decay;
+      last.add = last.store = param_;
+      return precondition(shape, operands, last, workspace, threads_);
+    }
+    Panels p = operands.x;
+    if (sides) {
+      Product last;
+      p = last.out = take_panels(workspace, m_, n_, kind_);
+      precondition(shape, operands, last, workspace, threads_);
+    }
+    double scale = mhat;
+    if (step_.graft != Graft::kNone) {
+      const double length = std::sqrt(sum_of_squares(p, threads_));
+      const double graft = graft_length(mhat);
+      scale = length > 0 ? graft / length : (length == 0 ? 0 : length);
+    }
+    Combine move;
+    move.a = p;
+    move.alpha = -step_.lr * scale;
+    move.delta = decay;
+    move.add = move.store = param_;
+    run(move, threads_);
+  }
+
+  // The length of the grafted method's update; its state takes this gradient.
+  double graft_length(double mhat) {
+    const double elements = double(m_ * n_);
+    AdaptedLength length;
+    length.m = state_.momentum;
+    length.m_scale = mhat;
+    if (step_.graft == Graft::kSgd) {
+      Workspace workspace(panel_bytes(m_, n_, kind_));
+      Pack pack;
+      pack.x = state_.momentum;
+      pack.out = take_panels(workspace, m_, n_, kind_);
+      run(pack, threads_);
+      return mhat * std::sqrt(sum_of_squares(pack.out, threads_));
+    }
+    SquareAverage average;
+    average.g = grad_;
+    average.v = state_.squares;
+    const bool sum = step_.graft == Graft::kAdagrad;
+    average.beta = sum ? 1 : step_.graft_beta2;
+    average.weight = sum ? 1 : 1 - step_.graft_beta2;
+    const double total = run(average, threads_);
+    length.v = state_.squares;
+    length.v_scale = step_.graft == Graft::kAdam ? 1 / (1 - std::pow(step_.graft_beta2, t_)) : 1;
+    length.eps = step_.graft_eps;
+    if (step_.relative_eps) length.eps *= std::sqrt(total * length.v_scale / elements);
+    return std::sqrt(run(length, threads_));
+  }
+
+  const ShampooStep& step_;
+  const Matrix param_, grad_;
+  const ShampooState state_;
+  const double t_;
+  const int threads_;
+  const int64_t m_, n_;
+  const Kind kind_;
+  double largest_ = 0;
+};
+
+Graft graft_of(const std::string& name) {
+  check_one_of(name, "graft", {"none", "sgd", "adagrad", "rmsprop", "adam"});
+  if (name == "none") return Graft::kNone;
+  if (name == "sgd") return Graft::kSgd;
+  if (name == "adagrad") return Graft::kAdagrad;
+  return name == "rmsprop" ? Graft::kRmsprop : Graft::kAdam;
+}
+
+void check_roots(at::TensorList factors, at::TensorList roots, const char* name) {
+  for (size_t i = 0; i < factors.size(); i++)
+    TORCH_CHECK_VALUE((factors[i].numel() == 0) == (roots[i].numel() == 0), name, "_roots[", i, "] has shape ",
+                      roots[i].sizes(), ", ", name, "s[", i, "] ", factors[i].sizes());
+}
+
+void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                   at::TensorList lefts, at::TensorList rights, at::TensorList left_roots,
+                   at::TensorList right_roots, at::TensorList graft_squares, at::TensorList root_failures,
+                   at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr, double beta1,
+                   double beta2, double graft_beta2, int64_t root, double ridge, double relative_ridge,
+                   c10::string_view root_method, double weight_decay, c10::string_view graft, double graft_eps,
+                   c10::string_view graft_eps_mode, bool kl, c10::string_view kl_order, bool debias,
+                   bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
+  count_call("shampoo_step_", "cpu");
+  check_step(params, grads, step_counts, skipped, lr);
+  check_state(momentum_buffers, "momentum_buffers", params, false);
+  check_factors(lefts, "lefts", params, 0);
+  check_factors(rights, "rights", params, 1);
+  check_factors(left_roots, "left_roots", params, 0);
+  check_factors(right_roots, "right_roots", params, 1);
+  check_roots(lefts, left_roots, "left");
+  check_roots(rights, right_roots, "right");
+  const Graft kind = graft_of(std::string(graft));
+  check_state(graft_squares, "graft_squares", params, kind == Graft::kNone || kind == Graft::kSgd);
+  check_list(root_failures, "root_failures", params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    auto expected = params[i].sizes().vec();
+    expected.pop_back();
+    expected.back() = 2;
+    TORCH_CHECK_TYPE(root_failures[i].scalar_type() == at::kLong, "root_failures must be int64, got ",
+                     root_failures[i].scalar_type());
+    TORCH_CHECK_VALUE(root_failures[i].sizes() == expected && root_failures[i].is_contiguous(), "root_failures[", i,
+                      "] must be contiguous, of shape ", at::IntArrayRef(expected), ", got ",
+                      root_failures[i].sizes());
+  }
+  check_distinct({params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares});
+  check_one_of(std::string(graft_eps_mode), "graft_eps_mode", {"relative", "absolute"});
+  check_one_of(std::string(kl_order), "kl_order", {"sequential", "simultaneous"});
+  TORCH_CHECK_VALUE(!kl || root == 2, "kl weights its factors by inverse square roots: root must be 2, not ", root);
+  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(), " entries, params has ",
+                    params.size());
+  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
+  const RootOptions options{int(root), ridge, relative_ridge, std::string(root_method)};
+  check_root_options(options);
+  const ShampooStep step{scalar(lr),   beta1,   beta2,
+                         graft_beta2,  options, weight_decay,
+                         kind,         graft_eps, graft_eps_mode == "relative",
+                         kl,           kl_order == "sequential", debias,
+                         maximize,     policy != NonFinite::kPropagate};
+  const std::vector<Item> items = items_of(params);
+  if (policy == NonFinite::kRaise)
+    raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
+  std::vector<double> work;
+  for (const Item& item : items) {
+    const size_t e = size_t(item.entry);
+    const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
+    double sum = m * n;
+    if (lefts[e].numel() > 0) sum += (kl ? 2.5 : 1.5) * m * m * n + (refresh[e] != 0 ? root_work(int64_t(m), int(root)) : 0);
+    if (rights[e].numel() > 0) sum += (kl ? 2.5 : 1.5) * m * n * n + (refresh[e] != 0 ? root_work(int64_t(n), int(root)) : 0);
+    work.push_back(sum);
+  }
+  Progress progress(step_counts, skipped);
+  parallel_matrices(work, [&](int64_t i, int threads) {
+    const Item& item = items[size_t(i)];
+    const size_t e = size_t(item.entry);
+    const ShampooState state{MatrixBatch(momentum_buffers[e])[item.index],
+                             optional_matrix(lefts[e], item.index),
+                             optional_matrix(rights[e], item.index),
+                             optional_matrix(left_roots[e], item.index),
+                             optional_matrix(right_roots[e], item.index),
+                             optional_matrix(graft_squares[e], item.index),
+                             root_failures[e].data_ptr<int64_t>() + 2 * item.index};
+    ShampooMatrix matrix(step, MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index], state,
+                         progress.step(item) + 1, threads);
+    if (matrix.run_step(refresh[e] != 0)) progress.updated(item);
+    else progress.skip();
+  });
+  progress.finish();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("shampoo_step_", &shampoo_step_); }
+
+}  // namespace spectral_kernels::cpu
