@@ -1,0 +1,78 @@
+"""The command `spectral-kernels bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import growth, peers, plots, report, run, sweep
+from .case import Case
+
+
+def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Runs the command; see `spectral_kernels.cli` for the options and the exit status."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    try:
+        peers.point(options.peers or (["none"] if options.quick else []))
+        threads = run.thread_counts(options.threads)
+        cases = sweep.cases(options.sweep) if options.sweep else run.select(options)
+        older = run.read(options.compare)["rows"] if options.compare else None
+        if options.isa:
+            run.cap_instruction_set(options.isa, argv)
+    except (ValueError, OSError) as error:
+        print(f"spectral-kernels bench: {error}", file=sys.stderr)
+        return 2
+    if options.list:
+        for case in cases:
+            console.print(case.key, highlight=False)
+        return 0
+    facts = run.machine()
+    for line in report.machine_lines(facts):
+        console.print(line, highlight=False, style="dim")
+    if options.growth:
+        return growth.main(options, facts, console)
+    kind = "acceptance" if options.acceptance else "sweep" if options.sweep else "bench"
+    rows = measure(cases, threads, console, run.QUICK_BUDGET if options.quick else run.BUDGET)
+    report.show(console, rows)
+    if older is not None:
+        console.print(report.comparison(older, rows))
+    for line in report.summary(rows):
+        console.print(line, highlight=False)
+    path = run.result_path(options.json, kind)
+    run.write(path, kind, facts, rows)
+    picture = path.with_suffix(".png")
+    plots.speedups(rows, picture, f"{facts['cpu']}, {facts['isa']}, torch {facts['torch']}")
+    console.print(f"written: {path}" + (f", {picture}" if picture.exists() else ""))
+    return 1 if any(row["failure"] for row in rows) else 0
+
+
+def measure(
+    cases: Sequence[Case],
+    threads: Sequence[int],
+    console: Console,
+    budget: float,
+    *,
+    check: bool = True,
+) -> list[dict[str, Any]]:
+    """All cases on every number of threads, with a progress bar."""
+    rows = []
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=len(cases) * len(threads))
+        for count in threads:
+            for case in cases:
+                progress.update(task, description=f"{case.key}, threads={count}")
+                rows.append(run.run_case(case, count, budget, check=check))
+                progress.advance(task)
+    return rows

@@ -1,0 +1,134 @@
+"""Eigenbases, their refresh, and the SOAP step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+
+import torch
+from spectral_kernels.eigenbasis import eigenbasis, refresh_eigenbasis
+from torch import Tensor
+
+from .case import (
+    OURS,
+    Case,
+    Contender,
+    Family,
+    Problem,
+    relative_error,
+    shape_name,
+    square_shape,
+)
+from .inputs import drifted_factor, factor
+
+_SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
+_QUICK = ("512x512",)
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    sizes = square_shape(shape)
+    if op == "refresh_eigenbasis":
+        return _refresh(sizes, dtype, **options)
+    return Case(op, shape_name(sizes), dtype, partial(_build_eigenbasis, sizes, dtype), **options)
+
+
+def _refresh(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    condition: float = 1e6,
+    deficient: bool = False,
+    **options: object,
+) -> Case:
+    variant = "rank n/4" if deficient else f"cond={condition:.0e}".replace("e+0", "e")
+    build = partial(_build_refresh, sizes, dtype, 1.0 / condition, deficient)
+    return Case("refresh_eigenbasis", shape_name(sizes), dtype, build, variant, **options)
+
+
+def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    a = factor(sizes, dtype, low=1e-6)
+    wanted = a.double()
+
+    def torch_eigh() -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(a)
+        return values.flip(-1), vectors.flip(-1)
+
+    def error(out: tuple[Tensor, Tensor]) -> float:
+        """||Q diag(values) Q^T - A||_F / ||A||_F: a basis is not unique, what it rebuilds is."""
+        values, q = (x.double() for x in out)
+        return relative_error((q * values.unsqueeze(-2)) @ q.mT, wanted)
+
+    return Problem(
+        [Contender(OURS, lambda: eigenbasis(a)), Contender("torch.linalg.eigh", torch_eigh)],
+        error=error,
+        baseline="torch.linalg.eigh",
+    )
+
+
+def _build_refresh(
+    sizes: tuple[int, ...], dtype: torch.dtype, low: float, deficient: bool
+) -> Problem:
+    *batch, n, _ = sizes
+    rank = n // 4 if deficient else None
+    drifted = [drifted_factor(n, low, rank=rank, seed=i) for i in range(torch.Size(batch).numel())]
+    q, a = (torch.stack(x).reshape(sizes).to(dtype) for x in zip(*drifted, strict=True))
+
+    @cache
+    def exact() -> tuple[Tensor, Tensor]:
+        product = a.double() @ q.double()
+        return torch.linalg.qr(product)[0], (q * product).sum(-2)
+
+    def soap_route() -> Tensor:
+        """diag(Q^T A Q), sort, QR: what SOAP and DeVA do."""
+        estimate = (q.mT @ a @ q).diagonal(dim1=-2, dim2=-1)
+        order = estimate.argsort(dim=-1, descending=True)
+        ordered = q.gather(-1, order.unsqueeze(-2).expand(q.shape))
+        return torch.linalg.qr(a @ ordered)[0]
+
+    def error(out: Tensor) -> float:
+        """The larger of ||Q^T Q - I||_F / sqrt(n) and ||(Q - exact) D||_F / ||D||_F.
+
+        The eigenvalues D are weights, for directions of small ones are the input's rounding noise.
+        """
+        basis, (wanted, values) = out.double(), exact()
+        eye = torch.eye(n, dtype=torch.float64).expand(sizes)
+        signs = (basis * wanted).sum(-2, keepdim=True).sign()
+        weights = values.unsqueeze(-2)
+        return max(
+            relative_error(basis.mT @ basis, eye),
+            relative_error(basis * signs * weights, wanted * weights),
+        )
+
+    return Problem(
+        [
+            Contender(OURS, lambda: refresh_eigenbasis(q, a)[1]),
+            Contender("torch.linalg.qr", lambda: torch.linalg.qr(a @ q)[0]),
+            Contender("SOAP's route", soap_route, judged=False),
+        ],
+        error=error,
+        baseline="torch.linalg.qr",
+    )
+
+
+def _cases() -> Iterator[Case]:
+    for op in ("eigenbasis", "refresh_eigenbasis"):
+        for shape in _SHAPES:
+            yield _case(op, shape, torch.float32, quick=shape in _QUICK)
+    yield from _conditions(512)
+
+
+def _conditions(n: int) -> Iterator[Case]:
+    """The spectra at which the refresh must not lose."""
+    goals = {"torch.linalg.qr": 0.9}
+    for condition in (1e2, 1e9):
+        yield _refresh((n, n), torch.float32, condition=condition, goals=goals)
+    yield _refresh((n, n), torch.float32, deficient=True, goals=goals)
+
+
+def _acceptance() -> Iterator[Case]:
+    for n in (512, 1024):
+        yield _refresh((n, n), torch.float32, goals={"torch.linalg.qr": 1.4, "SOAP's route": 2.0})
+        yield from _conditions(n)
+
+
+FAMILY = Family("eigenbasis", ("eigenbasis", "refresh_eigenbasis"), _cases, _case, _acceptance)

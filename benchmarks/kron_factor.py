@@ -1,0 +1,106 @@
+"""Kronecker factors and two-sided preconditioning against plain torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from spectral_kernels.kron_factor import kron_factors_update_, kron_precondition
+from torch import Tensor
+
+from .case import OURS, Case, Contender, Family, Problem, parse_shape, relative_error, shape_name
+from .inputs import gaussian, rate_of
+
+_SHAPES = ("256x1024", "768x768", "1024x1024", "768x3072", "64x128x128")
+_QUICK = ("768x768", "64x128x128")
+_BETA = 0.95
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    build = {"kron_factors_update_": _update, "kron_precondition": _precondition}[op]
+    sizes = parse_shape(shape)
+    return Case(op, shape_name(sizes), dtype, partial(build, sizes, dtype), **options)
+
+
+def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    *batch, m, n = sizes
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = gaussian(sizes, dtype)
+    start = _factor((*batch, m, m), state), _factor((*batch, n, n), state)
+
+    @cache
+    def exact() -> tuple[Tensor, Tensor]:
+        g = grad.double()
+        old = [factor.double() for factor in start]
+        products = g @ g.mT, g.mT @ g
+        return tuple(_BETA * a + (1 - _BETA) * b for a, b in zip(old, products, strict=True))
+
+    def ours(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        kron_factors_update_(left, right, grad, _BETA)
+        return left, right
+
+    def torch_lerp(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        left.lerp_((grad @ grad.mT).to(state), 1 - _BETA)
+        right.lerp_((grad.mT @ grad).to(state), 1 - _BETA)
+        return left, right
+
+    def contender(name: str, update: Callable[[Tensor, Tensor], Any]) -> Contender:
+        kept = [factor.clone() for factor in start]
+        return Contender(
+            name,
+            lambda: update(*kept),
+            output=lambda: update(*(factor.clone() for factor in start)),
+        )
+
+    work = math.prod(batch) * (m * m * n + m * n * n)
+    return Problem(
+        [contender(OURS, ours), contender("torch two products", torch_lerp)],
+        error=lambda out: max(map(relative_error, out, exact())),
+        baseline="torch two products",
+        work=({rate_of(dtype): float(work)},),
+    )
+
+
+def _precondition(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    *batch, m, n = sizes
+    grad = gaussian(sizes, dtype)
+    left = gaussian((*batch, m, m), dtype, seed=1) / math.sqrt(m)
+    right = gaussian((*batch, n, n), dtype, seed=2) / math.sqrt(n)
+    exact = cache(lambda: left.double() @ grad.double() @ right.double())
+    work = math.prod(batch) * 2 * (m * m * n + m * n * n)
+    return Problem(
+        [
+            Contender(OURS, lambda: kron_precondition(grad, left, right)),
+            Contender("torch", lambda: left @ grad @ right),
+        ],
+        error=lambda out: relative_error(out, exact()),
+        baseline="torch",
+        work=({rate_of(dtype): float(work)},),
+    )
+
+
+def _factor(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    x = gaussian(sizes, dtype, seed=3)
+    return (x + x.mT) / 2 + math.sqrt(sizes[-1]) * torch.eye(sizes[-1], dtype=dtype)
+
+
+def _cases() -> Iterator[Case]:
+    for op in FAMILY.ops:
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in _SHAPES:
+                quick = shape in _QUICK and dtype == torch.float32
+                yield _case(op, shape, dtype, quick=quick)
+
+
+def _acceptance() -> Iterator[Case]:
+    yield _case(
+        "kron_factors_update_", "1024x1024", torch.float32, goals={"torch two products": 3.5}
+    )
+
+
+FAMILY = Family(
+    "kron_factor", ("kron_factors_update_", "kron_precondition"), _cases, _case, _acceptance
+)

@@ -1,0 +1,174 @@
+"""Newton-Schulz iterations, the polar factor and the Muon step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+
+import torch
+from spectral_kernels import coefficients, reference
+from spectral_kernels.newton_schulz import newton_schulz, polar
+from torch import Tensor
+
+from . import peers
+from .case import (
+    OURS,
+    Case,
+    Contender,
+    Family,
+    Problem,
+    Work,
+    parse_shape,
+    relative_error,
+    shape_name,
+)
+from .inputs import decaying, gaussian, rate_of
+
+_SHAPES = ("128x128", "512x512", "768x768", "768x3072", "3072x768", "16x256x1024", "64x96x112")
+_QUICK = ("768x768", "768x3072", "64x96x112")
+_MUON = coefficients.resolve("muon").rows
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    sizes = parse_shape(shape)
+    if op == "polar":
+        return Case(op, shape_name(sizes), dtype, partial(_build_polar, sizes, dtype), **options)
+    return _newton_schulz(sizes, dtype, **options)
+
+
+def _newton_schulz(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    spectrum: str = "gaussian",
+    unrestarted: bool = False,
+    **options: object,
+) -> Case:
+    variant = " ".join(
+        name for name, on in (("decaying", spectrum != "gaussian"), ("gram", unrestarted)) if on
+    )
+    build = partial(_build, sizes, dtype, spectrum, unrestarted)
+    return Case("newton_schulz", shape_name(sizes), dtype, build, variant, **options)
+
+
+def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarted: bool) -> Problem:
+    x = gaussian(sizes, dtype) if spectrum == "gaussian" else decaying(sizes, dtype)
+    options = {"method": "gram", "restarts": ()} if unrestarted else {}
+    exact = cache(lambda: standard(x.double(), _MUON))
+    contenders = [Contender(OURS, lambda: newton_schulz(x, **options))]
+    if x.ndim > 2:
+        contenders.append(Contender("torch bmm", lambda: standard(x, _MUON)))
+    if dtype == torch.bfloat16:
+        contenders.append(_torch_muon(x))
+    elif x.ndim == 2:
+        contenders.append(Contender("torch addmm", lambda: standard(x, _MUON)))
+    else:
+        contenders.append(
+            Contender("torch loop", lambda: torch.stack([standard(one, _MUON) for one in x]))
+        )
+    contenders += _gram_newton_schulz(x)
+    return Problem(
+        contenders,
+        error=lambda out: relative_error(out, exact()),
+        baseline=lambda: standard(x, _MUON),
+        work=work(sizes, dtype, _MUON),
+    )
+
+
+def standard(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
+    """The iteration as one writes it in torch, in x's dtype, batched."""
+    iterate = x.mT if x.shape[-2] > x.shape[-1] else x
+    iterate = iterate / torch.linalg.matrix_norm(iterate, keepdim=True)
+    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for a, b, c in rows:
+        r = iterate @ iterate.mT
+        z = multiply_add(r, r, r, beta=b, alpha=c)
+        iterate = multiply_add(iterate, z, iterate, beta=a)
+    return iterate.mT if x.shape[-2] > x.shape[-1] else iterate
+
+
+def _torch_muon(x: Tensor) -> Contender:
+    """torch.optim.Muon's own function, matrix by matrix; it scales a bf16 input in place."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    def call(x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return _zeropower_via_newtonschulz(x, _MUON[0], len(_MUON), 1e-7)
+        return torch.stack([call(one) for one in x])
+
+    kept = x.clone()
+    return Contender("torch.optim.Muon", lambda: call(kept), output=lambda: call(x.clone()))
+
+
+def _gram_newton_schulz(x: Tensor) -> Iterator[Contender]:
+    module = peers.find("gram-newton-schulz")
+    if module is None:
+        return
+    function = module.GramNewtonSchulz(
+        ns_use_kernels=False, ns_coefficients=[list(row) for row in _MUON], compile_kwargs=None
+    )
+    kept = x.clone()  # it scales an fp32 input in place
+    yield Contender(
+        "gram-newton-schulz", lambda: function(kept), output=lambda: function(x.clone())
+    )
+
+
+def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    x = gaussian(sizes, dtype)
+    exact = cache(lambda: reference.polar(x.double()))
+
+    def svd() -> Tensor:
+        u, _, vh = torch.linalg.svd(x.float(), full_matrices=False)
+        return (u @ vh).to(dtype)
+
+    return Problem(
+        [Contender(OURS, lambda: polar(x)), Contender("torch.linalg.svd", svd)],
+        error=lambda out: relative_error(out, exact()),
+        baseline="torch.linalg.svd",
+    )
+
+
+def work(
+    sizes: Sequence[int], dtype: torch.dtype, rows: Sequence[Sequence[float]]
+) -> tuple[Work, ...]:
+    """FLOPs of the forms within the accuracy rule, symmetric products as one triangle."""
+    *batch, m, n = sizes
+    short, long, count = min(m, n), max(m, n), math.prod(batch)
+    rate, steps = rate_of(dtype), len(rows)
+    forms: list[Work] = [{rate: float(count * steps * (3 * short**2 * long + short**3))}]
+    restarts = () if rate == "bf16" else coefficients.gram_restarts(coefficients.resolve(rows))
+    if restarts is not None:
+        passes = 1 + len(restarts)
+        wide = count * 3 * passes * short**2 * long
+        small = count * (steps + 3 * (steps - passes)) * short**3
+        if rate == "bf16":
+            forms.append({"bf16": float(wide), "fp32": float(small)})
+        else:
+            forms.append({rate: float(wide + small)})
+    return tuple(forms)
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in _SHAPES:
+            yield _case("newton_schulz", shape, dtype, quick=shape in _QUICK)
+        yield _newton_schulz((256, 1024), dtype, spectrum="decaying")
+    for shape in ("256x256", "64x32x64"):
+        yield _case("polar", shape, torch.float32)
+
+
+def _acceptance() -> Iterator[Case]:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    square, wide = (768, 768), (768, 3072)
+    yield _newton_schulz(square, fp32, goals={"torch addmm": 3.0})
+    yield _newton_schulz(wide, fp32, goals={"torch addmm": 4.6})
+    yield _newton_schulz(wide, fp32, unrestarted=True, goals={"torch addmm": 6.0})
+    yield _newton_schulz(square, bf16, goals={"torch.optim.Muon": 1.4})
+    yield _newton_schulz(wide, bf16, goals={"torch.optim.Muon": 1.85})
+    for sizes in ((64, 64, 128), (64, 96, 112), (64, 128, 128)):
+        yield _newton_schulz(sizes, fp32, goals={"torch bmm": 2.8, "torch loop": 5.0})
+        yield _newton_schulz(sizes, bf16, goals={"torch bmm": 1.5, "torch.optim.Muon": 8.0})
+
+
+FAMILY = Family("newton_schulz", ("newton_schulz", "polar"), _cases, _case, _acceptance)

@@ -1,0 +1,162 @@
+"""Result rows as tables on a terminal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .case import OURS
+
+# The noise of medians: ours may be slower by this much before a row counts as lost.
+_MARGIN = 0.05
+
+Row = Mapping[str, Any]
+
+
+def machine_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What the figures below were measured on."""
+    peaks = facts["peak_gflops_a_thread"]
+    caps = ", ".join(f"{name}={value}" for name, value in facts["caps"].items())
+    known = [f"{rate} {peak:.0f}" for rate, peak in peaks.items() if peak is not None]
+    load = facts["others_load"]
+    lines = [
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}{f' ({caps})' if caps else ''}; "
+        f"torch {facts['torch']}, Python {facts['python']}; {facts['date']}",
+        f"FMA peak of one thread, GFLOP/s: {', '.join(known) or 'unknown'}",
+        "other processes: unknown"
+        if load is None
+        else f"other processes use {load:.0%} of the cores"
+        + (": these times will be disturbed" if load > 0.1 else ""),
+    ]
+    if facts["peers"]:
+        found = ", ".join(f"{name} ({version})" for name, version in facts["peers"].items())
+        lines.append(f"peers: {found}")
+    return lines
+
+
+def table(op: str, rows: Sequence[Row]) -> Table:
+    """All rows of one operator: ours, then the contenders, with errors before times."""
+    out = Table(title=op, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    out.add_column("case", no_wrap=True)
+    out.add_column("", min_width=20)
+    for heading in ("error", "time", "of peak", "speed-up", "goal"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        for line in _lines(row):
+            out.add_row(*line)
+        out.add_section()
+    return out
+
+
+def _lines(row: Row) -> list[list[str | Text]]:
+    """The cells of a case: its name beside the contenders."""
+    if row["failure"] is None:
+        entries = [[entry["name"], *_cells(row, entry)] for entry in row["contenders"]]
+        entries += [_error_goal(goal) for goal in row.get("error_goals", ())]
+    else:
+        entries = [[OURS], [Text(row["failure"], style="red")]]
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    labels = [f"{row['shape']} {row['dtype']}", ", ".join(filter(None, (row["variant"], threads)))]
+    pairs = itertools.zip_longest(labels, entries, fillvalue=None)
+    return [[label or "", *(entry or ())] for label, entry in pairs]
+
+
+def _cells(row: Row, entry: Row) -> list[str | Text]:
+    error = "" if entry["error"] is None else f"{entry['error']:.1e}"
+    if "median_s" not in entry:
+        return [error, Text(entry.get("failure", ""), style="red")]
+    half = (entry["high_s"] - entry["low_s"]) / (2 * entry["median_s"])
+    spread = " once" if entry["samples"] == 1 else f" ±{half:3.0%}"
+    share = row.get("share_of_peak")
+    cells: list[str | Text] = [
+        error,
+        seconds(entry["median_s"]) + spread,
+        f"{share:.0%}" if entry["name"] == OURS and share is not None else "",
+    ]
+    if "speedup" not in entry:
+        return cells
+    speedup, goal = entry["speedup"], entry.get("goal")
+    lost = speedup < 1.0 - _MARGIN or (goal is not None and speedup < goal)
+    cells.append(Text(f"{speedup:.2f}x", style="red" if lost else "green"))
+    cells.append("" if goal is None else f">= {goal:g}x")
+    return cells
+
+
+def _error_goal(goal: Row) -> list[str | Text]:
+    style = "green" if goal["ratio"] <= goal["goal"] else "red"
+    ratio = Text(f"{goal['ratio']:.2f}", style=style)
+    return [f"error over that of {goal['name']}", ratio, "", "", "", f"<= {goal['goal']:g}"]
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that fits."""
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} us"
+    return f"{value * 1e3:.2f} ms" if value < 1.0 else f"{value:.2f} s"
+
+
+def summary(rows: Iterable[Row]) -> list[str]:
+    """How many comparisons were won, which goals were missed, what failed."""
+    rows = list(rows)
+    pairs = [(row, e) for row in rows for e in row["contenders"] if "speedup" in e]
+    lost = [(row, e) for row, e in pairs if e["speedup"] < 1.0 - _MARGIN]
+    goals = [(row, e) for row, e in pairs if "goal" in e]
+    missed = [(row, e) for row, e in goals if e["speedup"] < e["goal"]]
+    lines = [f"{len(pairs) - len(lost)} of {len(pairs)} comparisons are not slower"]
+    lines += [f"  slower: {row['key']}: {e['speedup']:.2f}x of {e['name']}" for row, e in lost]
+    if goals:
+        lines.append(f"{len(goals) - len(missed)} of {len(goals)} goals are reached")
+        lines += [
+            f"  missed: {row['key']}: {e['speedup']:.2f}x of {e['name']}, goal {e['goal']:g}x"
+            for row, e in missed
+        ]
+    lines += [f"  failed: {row['key']}: {row['failure']}" for row in rows if row["failure"]]
+    loads = [row["others_load"] for row in rows if row.get("others_load") is not None]
+    if loads:
+        lines.append(f"other processes used {sum(loads) / len(loads):.0%} of the cores meanwhile")
+    return lines
+
+
+def comparison(old: Iterable[Row], new: Iterable[Row]) -> Table:
+    """Our times in an older result file and now."""
+    out = Table(title="against the older run", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("case", "threads", "then", "now", "now is"):
+        out.add_column(heading, justify="left" if heading == "case" else "right")
+    before = {_identity(row): _ours(row) for row in old}
+    for row in new:
+        then, now = before.get(_identity(row)), _ours(row)
+        if then is None or now is None:
+            continue
+        ratio = then / now
+        slower = ratio < 1.0 - _MARGIN
+        style = "red" if slower else "green" if ratio > 1.0 + _MARGIN else ""
+        out.add_row(
+            row["key"],
+            str(row["threads"]),
+            seconds(then),
+            seconds(now),
+            Text(f"{ratio:.2f}x as fast", style=style),
+        )
+    return out
+
+
+def _identity(row: Row) -> tuple[str, int, str]:
+    return row["key"], row["threads"], row["isa"]
+
+
+def _ours(row: Row) -> float | None:
+    times = [entry.get("median_s") for entry in row["contenders"] if entry["name"] == OURS]
+    return times[0] if times else None
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """One table an operator, in the order of the rows."""
+    for op in dict.fromkeys(row["op"] for row in rows):
+        console.print(table(op, [row for row in rows if row["op"] == op]))
+        console.print()

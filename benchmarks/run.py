@@ -1,0 +1,296 @@
+"""Goes through the cases: correctness first, then time. `spectral-kernels bench` calls `main`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from spectral_kernels import _extension, info
+
+from . import deva, eigenbasis, inverse_root, kron_factor, newton_schulz, peers, symmetric_matmul
+from .case import DTYPES, OURS, Case, Family, Problem, Work, dtype_name, within_rule
+from .timing import Load, Timing, fma_peak, idle_check, measure
+
+FORMAT = 1
+
+FAMILIES: tuple[Family, ...] = (
+    symmetric_matmul.FAMILY,
+    newton_schulz.FAMILY,
+    kron_factor.FAMILY,
+    inverse_root.FAMILY,
+    eigenbasis.FAMILY,
+    deva.FAMILY,
+)
+OPS = tuple(op for family in FAMILIES for op in family.ops)
+
+# Seconds of timing for one case, all contenders together.
+BUDGET = 2.0
+QUICK_BUDGET = 0.4
+
+# What caps torch's own kernels, oneDNN's and MKL's; all three are read when torch is loaded.
+_CAPS = {
+    "baseline": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+}
+_CAP_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> dict[str, Any]:
+    """One case on a number of threads, as a row of the result file.
+
+    A row has "failure" instead of times where ours cannot run or breaks the accuracy rule. Without
+    `check` nothing is compared.
+    """
+    row: dict[str, Any] = {
+        "key": case.key,
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": dtype_name(case.dtype),
+        "variant": case.variant,
+        "threads": threads,
+        "isa": current_isa(),
+        "failure": None,
+    }
+    with _threads(threads):
+        try:
+            problem = case.build()
+            errors, failures = _errors(problem) if check else ({}, {})
+        except Exception as error:
+            return row | {"failure": _sentence(error), "contenders": []}
+        row["contenders"] = [
+            {"name": contender.name, "error": errors.get(contender.name)}
+            for contender in problem.contenders
+        ]
+        for entry in row["contenders"]:
+            if entry["name"] in failures:
+                entry["failure"] = failures[entry["name"]]
+        if OURS in failures:
+            return row | {"failure": failures[OURS]}
+        if check:
+            baseline = row["baseline_error"] = _baseline_error(problem, errors)
+            if not within_rule(errors[OURS], baseline, case.dtype):
+                row["failure"] = (
+                    f"error {errors[OURS]:.1e} is more than twice plain torch's {baseline:.1e}"
+                )
+                return row
+        calls = {c.name: c.run for c in problem.contenders if c.name not in failures}
+        with Load() as load:
+            before = _peaks(problem.work)
+            timings = measure(calls, budget=budget, period=problem.period)
+            peaks = {rate: max(peak, before[rate]) for rate, peak in _peaks(problem.work).items()}
+        row["others_load"] = load.others
+        row["peak_gflops_a_thread"] = peaks
+        row["share_of_peak"] = _share(problem.work, peaks, threads, timings[OURS].median)
+    for entry in row["contenders"]:
+        if entry["name"] in timings:
+            entry.update(_times(timings[entry["name"]], timings[OURS], case, entry["name"]))
+    for name, most in case.error_goals.items():
+        if name in errors:
+            row.setdefault("error_goals", []).append(
+                {"name": name, "ratio": errors[OURS] / errors[name], "goal": most}
+            )
+    return row
+
+
+def _errors(problem: Problem) -> tuple[dict[str, float], dict[str, str]]:
+    """Errors of those that are judged, and why those that cannot run cannot."""
+    errors, failures = {}, {}
+    for contender in problem.contenders:
+        try:
+            output = (contender.output or contender.run)()
+            if contender.judged:
+                errors[contender.name] = problem.error(output)
+        except Exception as error:
+            failures[contender.name] = _sentence(error)
+    return errors, failures
+
+
+def _baseline_error(problem: Problem, errors: dict[str, float]) -> float:
+    if isinstance(problem.baseline, str):
+        return errors[problem.baseline]
+    return problem.error(problem.baseline())
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _times(timing: Timing, ours: Timing, case: Case, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "median_s": timing.median,
+        "low_s": timing.low,
+        "high_s": timing.high,
+        "samples": timing.samples,
+    }
+    if name != OURS:
+        entry["speedup"] = timing.median / ours.median
+        if name in case.goals:
+            entry["goal"] = case.goals[name]
+    return entry
+
+
+def _peaks(work: Sequence[Work]) -> dict[str, float]:
+    rates = sorted({rate for form in work for rate in form})
+    peaks = {rate: fma_peak(rate) for rate in rates}
+    return {rate: peak for rate, peak in peaks.items() if peak is not None}
+
+
+def _share(
+    work: Sequence[Work], peaks: dict[str, float], threads: int, seconds: float
+) -> float | None:
+    """Time at the FMA peak, of the cheapest form, over the time it took."""
+    if not work or not all(rate in peaks for form in work for rate in form):
+        return None
+    return (
+        min(
+            sum(flops / (peaks[rate] * 1e9 * threads) for rate, flops in form.items())
+            for form in work
+        )
+        / seconds
+    )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def current_isa() -> str:
+    return _extension.MODULE.current_isa() if _extension.MODULE is not None else "reference"
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on, and how idle that was."""
+    return {
+        "cpu": info.cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": current_isa(),
+        "caps": {name: os.environ[name] for name in _CAP_VARIABLES if name in os.environ},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "others_load": idle_check(),
+        "peak_gflops_a_thread": {rate: fma_peak(rate) for rate in ("fp32", "bf16", "fp64")},
+        "peers": peers.versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def select(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for.
+
+    Raises:
+        ValueError: an unknown operator, dtype or shape.
+    """
+    ops, dtypes = _names("op", options.op, OPS), _names("dtype", options.dtype, tuple(DTYPES))
+    cases: Iterable[Case]
+    if options.shape:
+        wanted = [DTYPES[name] for name in dtypes or ("float32",)]
+        if not ops:
+            raise ValueError(f"--shape needs --op, one of {', '.join(OPS)}")
+        return [
+            _family(op).case(op, shape, dtype)
+            for op in ops
+            for shape in options.shape.split(",")
+            for dtype in wanted
+        ]
+    if options.acceptance:
+        cases = [case for family in FAMILIES for case in family.acceptance()]
+    else:
+        cases = [case for family in FAMILIES for case in family.cases()]
+        if options.quick:
+            cases = [case for case in cases if case.quick]
+    return [
+        case
+        for case in cases
+        if (not ops or case.op in ops) and (not dtypes or dtype_name(case.dtype) in dtypes)
+    ]
+
+
+def _names(option: str, given: str | None, known: tuple[str, ...]) -> list[str]:
+    names = given.split(",") if given else []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--{option} must be of {', '.join(known)}, not {name!r}")
+    return names
+
+
+def _family(op: str) -> Family:
+    return next(family for family in FAMILIES if op in family.ops)
+
+
+def thread_counts(given: str | None) -> list[int]:
+    """(1, 2) of "1,2"; by default what torch uses.
+
+    Raises:
+        ValueError: not positive integers.
+    """
+    if not given:
+        return [torch.get_num_threads()]
+    if not all(part.isdigit() and int(part) > 0 for part in given.split(",")):
+        raise ValueError(f"--threads must be like 1,2, not {given!r}")
+    return [int(part) for part in given.split(",")]
+
+
+def cap_instruction_set(isa: str, argv: Sequence[str]) -> None:
+    """Starts this command again with torch and us capped to `isa`; returns where it is already.
+
+    Raises:
+        ValueError: an unknown instruction set, or one that this processor lacks.
+    """
+    if isa not in _CAPS:
+        raise ValueError(f"--isa must be one of {', '.join(_CAPS)}, not {isa!r}")
+    if _extension.MODULE is None:
+        raise ValueError(f"--isa needs the compiled part: {_extension.REASON}")
+    if isa not in _extension.MODULE.supported_isas():
+        raise ValueError(f"--isa {isa}: this processor or system does not support it")
+    wanted = dict(zip(_CAP_VARIABLES, _CAPS[isa], strict=True)) | {"SPECTRAL_KERNELS_CPU_ISA": isa}
+    if all(os.environ.get(name) == value for name, value in wanted.items()):
+        return
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "spectral_kernels.cli", *argv]
+    os.execve(sys.executable, command, os.environ | wanted)
+
+
+def result_path(given: str | None, kind: str) -> Path:
+    """Where the results go: `given`, or a name with the date under ./results."""
+    if given:
+        path = Path(given)
+    else:
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        path = Path("results") / f"{kind}-{current_isa()}-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(path: Path, kind: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One result file."""
+    record = {"format": FORMAT, "kind": kind, "machine": facts, "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        ValueError: not a result file of this format.
+    """
+    record = json.loads(Path(path).read_text())
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a result file of format {FORMAT}")
+    return record

@@ -1,0 +1,57 @@
+"""X X^T against torch.mm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+
+import torch
+from spectral_kernels.symmetric_matmul import gram
+
+from .case import OURS, Case, Contender, Family, Problem, parse_shape, relative_error, shape_name
+from .inputs import gaussian, rate_of
+
+_SHAPES = (
+    "128x128",
+    "512x512",
+    "1024x1024",
+    "768x3072",
+    "1000x777",
+    "64x8192",
+    "3072x64",
+    "64x128x128",
+)
+_QUICK = ("512x512", "768x3072", "64x128x128")
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    sizes = parse_shape(shape)
+    return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
+
+
+def _build(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    x = gaussian(sizes, dtype)
+    exact = cache(lambda: x.double() @ x.double().mT)
+    *batch, m, n = sizes
+    peer = "torch.mm" if not batch else "torch.bmm"
+    return Problem(
+        [Contender(OURS, lambda: gram(x)), Contender(peer, lambda: x @ x.mT)],
+        error=lambda out: relative_error(out, exact()),
+        baseline=peer,
+        work=({rate_of(dtype): float(torch.Size(batch).numel() * m * m * n)},),
+    )
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in _SHAPES:
+            yield _case("gram", shape, dtype, quick=shape in _QUICK)
+
+
+def _acceptance() -> Iterator[Case]:
+    for shape, goal in (("768x3072", 3.6), ("1024x1024", 4.0)):
+        yield _case("gram", shape, torch.float32, goals={"torch.mm": goal})
+        yield _case("gram", shape, torch.bfloat16, goals={"torch.mm": 1.8})
+
+
+FAMILY = Family("symmetric_matmul", ("gram",), _cases, _case, _acceptance)

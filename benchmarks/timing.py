@@ -1,0 +1,155 @@
+"""Interleaved timing, and what the machine was doing meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from spectral_kernels import _extension
+
+_SAMPLE = 2e-3  # seconds: shorter calls are timed several at a time
+_ROUNDS = 5
+_MOST_ROUNDS = 101
+_SLOW_ROUNDS = 3  # of a contender one period of which takes half the budget
+_HOPELESS = 8  # times the budget for one period: its first call is all that is measured
+
+_PEAK_MILLISECONDS = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median and the quartiles of `samples` interleaved samples."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles over the median."""
+        return (self.high - self.low) / (2.0 * self.median)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]], *, budget: float, period: int = 1
+) -> dict[str, Timing]:
+    """Times every call in turn, in a new random order each round.
+
+    A call whose work changes with a period is timed over whole periods; its time is the mean over
+    the phases of the medians. A call that takes many times the budget is timed once.
+
+    Args:
+        calls: name -> what to time; each must be ready to run again.
+        budget: seconds for all rounds; the least number of rounds is done whatever it takes.
+        period: calls after which the work repeats.
+    """
+    first = {name: _once(call) for name, call in calls.items()}
+    hopeless = {name for name, seconds in first.items() if seconds * period > _HOPELESS * budget}
+    going = [name for name in calls if name not in hopeless]
+    estimates = {name: min(first[name], _once(calls[name])) for name in going}
+    repeats = {
+        name: 1 if period > 1 else max(1, round(_SAMPLE / max(estimate, 1e-7)))
+        for name, estimate in estimates.items()
+    }
+    slow = {name for name, seconds in estimates.items() if seconds * period > budget / 2}
+    least = (_SLOW_ROUNDS if len(slow) == len(going) else _ROUNDS) * period
+    samples: dict[str, list[float]] = {name: [] for name in going}
+    shuffle = random.Random(0).shuffle
+    start = time.perf_counter()
+    for done in range(_MOST_ROUNDS * period):
+        whole = done % period == 0
+        if whole and done >= least and time.perf_counter() - start >= budget:
+            break
+        shuffle(going)
+        for name in going:
+            if name not in slow or done < _SLOW_ROUNDS * period:
+                samples[name].append(_once(calls[name], repeats[name]))
+    timings = {name: _summary(values, period) for name, values in samples.items()}
+    return timings | {name: _summary([first[name]], 1) for name in hopeless}
+
+
+def _once(call: Callable[[], Any], repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _summary(samples: list[float], period: int) -> Timing:
+    phases = [samples[phase::period] for phase in range(period)]
+    quartiles = [_quartiles(phase) for phase in phases]
+    low, median, high = (statistics.fmean(values) for values in zip(*quartiles, strict=True))
+    return Timing(median, low, high, len(samples))
+
+
+def _quartiles(samples: list[float]) -> tuple[float, float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, median, high
+
+
+def fma_peak(kind: str) -> float | None:
+    """GFLOP/s of one thread doing nothing but fused multiply-adds, measured now; None if unknown.
+
+    Args:
+        kind: "fp32", "fp64" or "bf16" (the instruction set in use may lack it: then fp32's).
+    """
+    if not hasattr(_extension.MODULE, "fma_peak"):
+        return None
+    return float(_extension.MODULE.fma_peak(kind, _PEAK_MILLISECONDS))
+
+
+class Load:
+    """How busy other processes keep the machine while the `with` block runs.
+
+    Attributes:
+        others: their share of all cores, 0 to 1; None where /proc/stat cannot be read.
+    """
+
+    others: float | None = None
+
+    def __enter__(self) -> Load:
+        self._busy, self._own, self._wall = _busy_seconds(), time.process_time(), time.monotonic()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        busy = _busy_seconds()
+        wall = time.monotonic() - self._wall
+        if busy is None or self._busy is None or wall < 0.05:
+            return
+        others = busy - self._busy - (time.process_time() - self._own)
+        self.others = min(1.0, max(0.0, others / wall / (os.cpu_count() or 1)))
+
+
+def idle_check(seconds: float = 0.3) -> float | None:
+    """The share of all cores that others use while this process sleeps."""
+    with Load() as load:
+        time.sleep(seconds)
+    return load.others
+
+
+def _busy_seconds() -> float | None:
+    """CPU time of all processes, time stolen by other virtual machines included."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, stat.read_text().splitlines()[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
