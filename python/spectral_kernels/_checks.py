@@ -14,8 +14,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FULL = (torch.float64, torch.float32)
 
 
-def matrix(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """A dense floating-point tensor with at least two dimensions."""
+def dense(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """A dense floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if is_traceable_wrapper_subclass(x):
@@ -28,6 +28,11 @@ def matrix(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> N
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be one of {names}, not {x.dtype}")
+
+
+def matrix(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """A dense floating-point tensor with at least two dimensions."""
+    dense(name, x, dtypes=dtypes)
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least two dimensions, not shape {tuple(x.shape)}")
 

@@ -1,0 +1,145 @@
+"""What values hyper-parameters may have: each rule returns the value, normalised, or raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+Rule = Callable[[str, Any], Any]
+
+
+def real(low: float = 0.0, high: float = math.inf, *, include_high: bool = False) -> Rule:
+    """A number in [low, high), or [low, high]."""
+    return lambda name, value: _checks.number(name, value, low, high, include_high=include_high)
+
+
+def whole(low: int, high: int | None = None) -> Rule:
+    """An int in low..high."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            value = int(value)
+        return _checks.integer(name, value, low, high)
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def choice(*choices: str) -> Rule:
+    """One of some names."""
+    return lambda name, value: _checks.choice(name, value, choices)
+
+
+def number_or(*choices: str) -> Rule:
+    """One of some names, or a number."""
+
+    def check(name: str, value: Any) -> str | float:
+        if isinstance(value, str):
+            return _checks.choice(name, value, choices)
+        return _checks.number(name, value)
+
+    return check
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what another rule takes."""
+    return lambda name, value: None if value is None else rule(name, value)
+
+
+def betas(*, adagrad: bool = False) -> Rule:
+    """A pair of numbers in [0, 1); with `adagrad` the second may be 1."""
+
+    def check(name: str, value: Any) -> tuple[float, float]:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            raise TypeError(f"{name} must be a pair of numbers, not {value!r}")
+        first = _checks.number(f"{name}[0]", value[0], 0.0, 1.0)
+        second = _checks.number(f"{name}[1]", value[1], 0.0, 1.0, include_high=adagrad)
+        return first, second
+
+    return check
+
+
+def learning_rate(name: str, value: Any) -> float | Tensor:
+    """A number, or a tensor of one number, which stays what it is so that it can be changed."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name} must be one floating-point number, not {value!r}")
+        if value.device.type == "cpu":
+            _checks.number(name, value.item())
+        return value
+    return _checks.number(name, value)
+
+
+def compute_dtype(name: str, value: Any) -> torch.dtype | None:
+    """A floating-point dtype, or None for the default."""
+    if value is not None and value not in _checks.FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {value!r}")
+    return value
+
+
+def matrix_dims(name: str, value: Any) -> Any:
+    """None, or a pair (rows, columns), each a dimension or several."""
+    if value is None:
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        sides = [(side,) if isinstance(side, int) else tuple(side) for side in value]
+        if all(isinstance(dim, int) for side in sides for dim in side):
+            return tuple(sides)
+    raise TypeError(f"{name} must be a pair (rows, columns) of dimensions, not {value!r}")
+
+
+LR: Mapping[str, Rule] = {"lr": learning_rate}
+
+# Of torch.optim.AdamW, with its defaults.
+ADAMW: Mapping[str, Rule] = {
+    "lr": learning_rate,
+    "betas": betas(),
+    "eps": real(),
+    "weight_decay": real(),
+    "amsgrad": flag,
+    "maximize": flag,
+}
+ADAMW_DEFAULTS: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "amsgrad": False,
+    "maximize": False,
+}
+
+# What every matrix rule has.
+MATRIX: Mapping[str, Rule] = {
+    "lr": learning_rate,
+    "weight_decay": real(),
+    "maximize": flag,
+    "nonfinite": choice("skip", "propagate", "raise"),
+    "batched": flag,
+    "matrix_dims": matrix_dims,
+}
+
+
+def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> dict[str, Any]:
+    """Every value that has a rule, normalised; errors say where."""
+    checked = {}
+    for name, rule in rules.items():
+        try:
+            checked[name] = rule(name, values[name])
+        except KeyError:
+            raise ValueError(f"{where}{name} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}{error}") from None
+    return checked

@@ -1,0 +1,251 @@
+"""DeVA: variance adaptation times an orthogonalised direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import coefficients as _coefficients
+from .. import deva as _deva
+from .. import newton_schulz as _newton_schulz
+from . import _rules
+from ._base import Params, Part, Values
+from ._forms import Form, Slot
+from .muon import coefficients_rule
+from .soap import EigenbasisOptimizer
+
+# norm, variance, sign
+VARIANTS = {
+    "schatten": ("schatten", "momentum", False),
+    "instant": ("schatten", "instant", False),
+    "sign": ("schatten", "momentum", True),
+    "low_memory": ("schatten", "low_memory", True),
+    "linf": ("linf", "momentum", False),
+}
+
+# DeVAEuclideanNorm saves no step and never debiases: by this one, debiasing has ended.
+_WARM = 2.0**20
+
+
+class DeVA(EigenbasisOptimizer):
+    """DeVA for matrices, AdamW for everything else.
+
+        G' = Q_L^T G Q_R;  M <- beta1 M + (1 - beta1) G'                        (M, V rotated)
+        O = newton_schulz(N), N = beta1 M + (1 - beta1) G' if nesterov, else M
+        V <- beta2 V + (1 - beta2) r c^T;  Gamma = sqrt(r c^T / (V + eps mean(V)))
+            r, c the row and column norms of M (M, V debiased)
+        W <- (1 - lr weight_decay) W - lr Q_L (scale Gamma o O) Q_R^T
+        L <- b L + (1 - b) G G^T;  R <- b R + (1 - b) G^T G,  b = shampoo_beta
+        every precondition_frequency steps: new Q_L, Q_R
+
+    for the variant "schatten"; `deva_step_` has the others. By default the paper's recursion with
+    debiased moments and a relative eps: updates have their full size from the first step on and do
+    not depend on the gradient's scale (while max |G| is in 2^-50 .. 2^50). The arguments up to
+    max_precond_dim, their order and defaults are those of the public classes, whose state loads.
+
+    Args:
+        params: see `Muon`.
+        lr: a number, or a tensor of one number.
+        betas: beta1 and beta2, in [0, 1).
+        shampoo_beta: in [0, 1); default beta2.
+        eps: at least 0.
+        weight_decay: decoupled.
+        precondition_frequency: steps from refresh to refresh.
+        max_precond_dim: a longer side has no factor; fixed by a parameter's first step.
+        variant: "schatten" (DeVA-S), "instant" (r, c of G'), "sign" (O from sign(N)), "low_memory"
+            ("sign" with row and column sums for V), "linf" (elementwise, without bases).
+        norm, variance, sign: options of `deva_step_` in place of the variant's. norm "linf",
+            variance "gradient", eps_mode "outside" is Adam; norm "linf", variance "none" is Signum.
+        nesterov: see above; default True, False for norm "linf".
+        correct_bias: debias M and V.
+        normalize_grads: divide every update by its root mean square.
+        eps_mode: see `deva_step_`; default "relative", or "inside" with `reference`.
+        reference: follow the trajectory of the public classes, see `deva_step_`; for variants
+            "schatten", "instant", "sign" and "linf".
+        coefficients, steps: of `newton_schulz`.
+        scale: "original", "match_rms_adamw", "none" or a number, see `muon_step_`; default
+            "match_rms_adamw", "none" for norm "linf".
+        compute_dtype: of the Newton-Schulz products; None is bfloat16, and float64 for float64
+            parameters.
+        stagger: spread the refreshes of different parameters evenly over the steps; default: unless
+            `reference`.
+        maximize: ascend.
+        nonfinite: "skip" leaves a matrix with a non-finite gradient alone and counts it in
+            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
+        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
+            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+
+    Raises:
+        TypeError, ValueError: a parameter or value that cannot work, with its place.
+
+    State of a matrix: step, exp_avg and exp_avg_sq (rotated; exp_avg_sq holds m + n numbers for
+    "low_memory"), left, right, left_basis, right_basis (size 0 where a side has none); float32, or
+    float64 under float64.
+
+    Source: DeVA, arXiv 2602.06880, and its public code, commit 2e4d26e.
+    """
+
+    _operator = "deva_step_"
+    _structure = ("max_precond_dim", "variant", "norm", "variance")
+    _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
+        "betas": _rules.betas(),
+        "shampoo_beta": _rules.optional(_rules.real(0.0, 1.0)),
+        "eps": _rules.real(),
+        "precondition_frequency": _rules.whole(1),
+        "max_precond_dim": _rules.whole(0),
+        "variant": _rules.choice(*VARIANTS),
+        "norm": _rules.optional(_rules.choice(*_deva.NORMS)),
+        "variance": _rules.optional(_rules.choice(*_deva.VARIANCES)),
+        "sign": _rules.optional(_rules.flag),
+        "nesterov": _rules.optional(_rules.flag),
+        "correct_bias": _rules.flag,
+        "normalize_grads": _rules.flag,
+        "eps_mode": _rules.optional(_rules.choice(*_deva.EPS_MODES)),
+        "reference": _rules.flag,
+        "coefficients": coefficients_rule,
+        "steps": _rules.optional(_rules.whole(1, 99)),
+        "scale": _rules.optional(_rules.number_or(*_newton_schulz.SCALES)),
+        "compute_dtype": _rules.compute_dtype,
+        "stagger": _rules.optional(_rules.flag),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-3,
+        betas: Sequence[float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        *,
+        variant: str = "schatten",
+        norm: str | None = None,
+        variance: str | None = None,
+        sign: bool | None = None,
+        nesterov: bool | None = None,
+        correct_bias: bool = True,
+        normalize_grads: bool = False,
+        eps_mode: str | None = None,
+        reference: bool = False,
+        coefficients: _newton_schulz.CoefficientsLike = "muon",
+        steps: int | None = None,
+        scale: str | float | None = None,
+        compute_dtype: torch.dtype | None = None,
+        stagger: bool | None = None,
+        maximize: bool = False,
+        nonfinite: str = "skip",
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "max_precond_dim": max_precond_dim,
+                "variant": variant,
+                "norm": norm,
+                "variance": variance,
+                "sign": sign,
+                "nesterov": nesterov,
+                "correct_bias": correct_bias,
+                "normalize_grads": normalize_grads,
+                "eps_mode": eps_mode,
+                "reference": reference,
+                "coefficients": coefficients,
+                "steps": steps,
+                "scale": scale,
+                "compute_dtype": compute_dtype,
+                "stagger": stagger,
+                "maximize": maximize,
+                "nonfinite": nonfinite,
+            },
+            adamw,
+        )
+
+    def _check_together(self, values: Values) -> None:
+        norm, variance, _ = _variant(values)
+        _deva.check_variant(
+            norm=norm,
+            variance=variance,
+            eps_mode=_eps_mode(values),
+            reference=values["reference"],
+        )
+        _coefficients.resolve(values["coefficients"], values["steps"])
+
+    def _has_sides(self, values: Values) -> bool:
+        return _variant(values)[0] != "linf"
+
+    def _squares(self, form: Form, values: Values) -> Slot:
+        *batch, m, n = form.shape
+        variance = _variant(values)[1]
+        if variance == "low_memory":
+            return Slot((*batch, m + n))
+        return Slot((0,)) if variance == "none" else Slot(None)
+
+    def _staggered(self, values: Values) -> bool:
+        return not values["reference"] if values["stagger"] is None else bool(values["stagger"])
+
+    def _options(self, values: Values, part: Part) -> dict[str, Any]:
+        beta1, beta2 = values["betas"]
+        shampoo_beta = values["shampoo_beta"]
+        norm, variance, sign = _variant(values)
+        linf = norm == "linf"
+        scale = values["scale"]
+        if scale is None:
+            scale = "none" if linf else "match_rms_adamw"
+        names = ("eps", "weight_decay", "correct_bias", "normalize_grads", "reference", "maximize")
+        return {
+            **{name: values[name] for name in (*names, "nonfinite")},
+            "beta1": beta1,
+            "beta2": beta2,
+            "shampoo_beta": beta2 if shampoo_beta is None else shampoo_beta,
+            "eps_mode": _eps_mode(values),
+            "norm": norm,
+            "variance": variance,
+            "nesterov": not linf if values["nesterov"] is None else values["nesterov"],
+            "sign": sign,
+            "rows": _coefficients.resolve(values["coefficients"], values["steps"]).rows,
+            "scales": _newton_schulz.scales_of(part.lists[0], scale),
+            "compute_dtype": values["compute_dtype"] or torch.bfloat16,
+        }
+
+    def _adopt_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        if "nestrov" in values:
+            values["nesterov"] = values["nestrov"]
+        return super()._adopt_values(values)
+
+    def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
+        if "second_momentum_buffer" in state:
+            none = torch.zeros(0)
+            return {
+                "step": torch.full(form.shape[:-2], _WARM),
+                "exp_avg": state["momentum_buffer"],
+                "exp_avg_sq": state["second_momentum_buffer"],
+                **dict.fromkeys(("left", "right", "left_basis", "right_basis"), none),
+            }
+        return super()._adopt_state(name, state, form)
+
+
+def _variant(values: Values) -> tuple[str, str, bool]:
+    """norm, variance and sign, from the variant where they are not given."""
+    norm, variance, sign = VARIANTS[values["variant"]]
+    return (
+        norm if values["norm"] is None else values["norm"],
+        variance if values["variance"] is None else values["variance"],
+        sign if values["sign"] is None else values["sign"],
+    )
+
+
+def _eps_mode(values: Values) -> str:
+    if values["eps_mode"] is None:
+        return "inside" if values["reference"] else "relative"
+    return str(values["eps_mode"])

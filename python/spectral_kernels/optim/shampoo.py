@@ -1,0 +1,318 @@
+"""Shampoo and KL-Shampoo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import inverse_root as _inverse_root
+from . import _rules
+from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
+from ._forms import Form, Layout, Slot, side, step_slot
+from ._schedule import due, next_step
+
+SIDES = ("both", "left", "right", "shorter")
+
+
+class Shampoo(MatrixOptimizer):
+    """Shampoo or KL-Shampoo for matrices, AdamW for everything else.
+
+        L <- beta2 L + (1 - beta2) G G^T;  R <- beta2 R + (1 - beta2) G^T G
+        M <- beta1 M + (1 - beta1) G
+        P = (L + delta I)^(-e) M (R + delta I)^(-e)          (L, R, M debiased, e the exponent)
+        W <- (1 - lr weight_decay) W - lr P ||D||_F / ||P||_F,  D the grafted direction
+
+    for every block of at most block_size rows and columns. Roots are taken at the first step and
+    then at every precondition_frequency-th, at different ones for different blocks.
+
+    Args:
+        params: see `Muon`.
+        lr: a number, or a tensor of one number.
+        betas: beta1 in [0, 1), beta2 in [0, 1]; beta2 = 1 sums, as AdaGrad.
+        weight_decay: decoupled.
+        exponent: e, one of 1, 1/2, 1/3, ..., 1/8; default 1/4, and 1/2 with `kl`, which needs it.
+        kl: KL-Shampoo's factors, see `shampoo_step_`.
+        kl_order: its `kl_order`.
+        sides: "both", "left", "right", or "shorter": the factor of the shorter side only.
+        block_size: None keeps matrices whole.
+        precondition_frequency: steps from root to root.
+        stagger: spread the roots of different blocks evenly over the steps.
+        graft: "adam", "rmsprop", "adagrad", "sgd" or "none": whose step length, see
+            `shampoo_step_`.
+        graft_beta2: in [0, 1); default beta2, or 0.999 if that is 1.
+        graft_eps: added to sqrt(V), times its root mean square if graft_eps_mode is "relative".
+        graft_eps_mode: "relative" or "absolute".
+        ridge, relative_ridge: delta = max(ridge, relative_ridge ||L||_inf).
+        root_method: see `inverse_root`.
+        debias: see above.
+        max_root_failures: a root that fails keeps the old one; when a block's has failed more often
+            than this in a row, the next step raises.
+        maximize: ascend.
+        nonfinite: "skip" leaves a block with a non-finite gradient alone and counts it in
+            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
+        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
+            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+
+    Raises:
+        TypeError, ValueError: a parameter or value that cannot work, with its place.
+
+    State of a matrix: step, momentum_buffer, graft_sq (the parameter's shape), and lists of blocks
+    in row-major order: left, right, left_root, right_root, root_failures; float32, or float64 under
+    float64. block_size, sides and graft are fixed by a parameter's first step.
+
+    Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497; KL: arXiv 2509.03378.
+    """
+
+    _operator = "shampoo_step_"
+    _structure: ClassVar[tuple[str, ...]] = ("block_size", "sides", "graft")
+    _failing: list[tuple[str, Tensor, int]]
+    _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
+        "betas": _rules.betas(adagrad=True),
+        "exponent": _rules.optional(_rules.real(0.125, 1.0, include_high=True)),
+        "kl": _rules.flag,
+        "kl_order": _rules.choice(*_inverse_root.KL_ORDERS),
+        "sides": _rules.choice(*SIDES),
+        "block_size": _rules.optional(_rules.whole(1)),
+        "precondition_frequency": _rules.whole(1),
+        "stagger": _rules.flag,
+        "graft": _rules.choice(*_inverse_root.GRAFTS),
+        "graft_beta2": _rules.optional(_rules.real(0.0, 1.0)),
+        "graft_eps": _rules.real(),
+        "graft_eps_mode": _rules.choice(*_inverse_root.GRAFT_EPS_MODES),
+        "ridge": _rules.real(),
+        "relative_ridge": _rules.real(),
+        "root_method": _rules.choice(*_inverse_root.METHODS),
+        "debias": _rules.flag,
+        "max_root_failures": _rules.whole(0),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+        *,
+        exponent: float | None = None,
+        kl: bool = False,
+        kl_order: str = "sequential",
+        sides: str = "both",
+        block_size: int | None = 1024,
+        precondition_frequency: int = 10,
+        stagger: bool = True,
+        graft: str = "adam",
+        graft_beta2: float | None = None,
+        graft_eps: float = 1e-8,
+        graft_eps_mode: str = "relative",
+        ridge: float = 0.0,
+        relative_ridge: float = 1e-6,
+        root_method: str = "auto",
+        debias: bool = True,
+        max_root_failures: int = 3,
+        maximize: bool = False,
+        nonfinite: str = "skip",
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "weight_decay": weight_decay,
+                "exponent": exponent,
+                "kl": kl,
+                "kl_order": kl_order,
+                "sides": sides,
+                "block_size": block_size,
+                "precondition_frequency": precondition_frequency,
+                "stagger": stagger,
+                "graft": graft,
+                "graft_beta2": graft_beta2,
+                "graft_eps": graft_eps,
+                "graft_eps_mode": graft_eps_mode,
+                "ridge": ridge,
+                "relative_ridge": relative_ridge,
+                "root_method": root_method,
+                "debias": debias,
+                "max_root_failures": max_root_failures,
+                "maximize": maximize,
+                "nonfinite": nonfinite,
+            },
+            adamw,
+        )
+
+    @classmethod
+    def like_distributed(
+        cls,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 1.0),
+        epsilon: float = 1e-12,
+        weight_decay: float = 0.0,
+        max_preconditioner_dim: int = 1024,
+        precondition_frequency: int = 1,
+        use_bias_correction: bool = True,
+        **options: Any,
+    ) -> Shampoo:
+        """Shampoo with the arguments and defaults of facebookresearch/optimizers.
+
+        An absolute ridge `epsilon`, roots by eigendecomposition in float64 at steps that all blocks
+        share, and no grafting unless `graft` asks for it (with graft_eps absolute). What differs:
+        biases, norms and embeddings take AdamW, small matrices are not merged into vectors, and
+        roots are used from the first step, not only from the precondition_frequency-th.
+
+        Args:
+            params: see `Muon`.
+            lr, betas, epsilon, weight_decay, max_preconditioner_dim, precondition_frequency,
+                use_bias_correction: of DistributedShampoo.
+            options: of this class.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        defaults: dict[str, Any] = {
+            "ridge": epsilon,
+            "relative_ridge": 0.0,
+            "root_method": "eigen",
+            "block_size": max_preconditioner_dim,
+            "precondition_frequency": precondition_frequency,
+            "stagger": False,
+            "debias": use_bias_correction,
+            "graft": "none",
+            "graft_eps_mode": "absolute",
+        }
+        return cls(params, lr, betas, weight_decay, **{**defaults, **options})
+
+    def _layout(self, form: Form, values: Values) -> Layout:
+        *batch, m, n = form.shape
+        blocks = [(_size(rows), _size(cols)) for rows, cols in _blocks(m, n, values)]
+        sides = values["sides"]
+        if sides == "shorter":
+            sides = "left" if m <= n else "right"
+        left = [side(batch, rows, present=sides != "right") for rows, _ in blocks]
+        right = [side(batch, cols, present=sides != "left") for _, cols in blocks]
+        grafted = values["graft"] not in ("none", "sgd")
+        return {
+            "step": step_slot(form, len(blocks)),
+            "momentum_buffer": Slot(None),
+            "left": left,
+            "right": right,
+            "left_root": [replace(slot, identity=True) for slot in left],
+            "right_root": [replace(slot, identity=True) for slot in right],
+            "graft_sq": Slot(None) if grafted else Slot((0,)),
+            "root_failures": [Slot((*batch, 2), torch.int64) for _ in blocks],
+        }
+
+    def _check_together(self, values: Values) -> None:
+        root = _root_of(values)
+        if values["kl"] and root != 2:
+            raise ValueError(
+                f"kl weights its factors by inverse square roots: exponent is 1/{root}, not 1/2"
+            )
+        if values["root_method"] == "newton_db" and root not in (2, 4, 8):
+            raise ValueError(f"newton_db takes square roots: exponent is 1/{root}")
+
+    def _cut(self, matrices: Tensor, values: Values) -> list[Tensor]:
+        m, n = matrices.shape[-2:]
+        blocks = _blocks(m, n, values)
+        if len(blocks) == 1:
+            return [matrices]
+        return [matrices[..., rows, cols] for rows, cols in blocks]
+
+    def _entries(
+        self, matrices: Tensor, state: Values, form: Form, layout: Layout, values: Values
+    ) -> list[list[Tensor]]:
+        blocks = self._cut(matrices, values)
+        columns = [blocks]
+        for name, slot in layout.items():
+            if isinstance(slot, list):
+                columns.append(state[name])
+            elif slot.shape is None:
+                columns.append(self._cut(as_matrices(name, state[name], form), values))
+            elif name != "step":
+                columns.append([state[name]] * len(blocks))
+        columns.append([state["step"]] if len(blocks) == 1 else list(state["step"]))
+        return [list(entry) for entry in zip(*columns, strict=True)]
+
+    def _options(self, values: Values, part: Part) -> dict[str, Any]:
+        beta1, beta2 = values["betas"]
+        graft_beta2 = values["graft_beta2"]
+        if graft_beta2 is None:
+            graft_beta2 = beta2 if beta2 < 1.0 else 0.999
+        graft = ("graft", "graft_eps", "graft_eps_mode")
+        factors = ("kl", "kl_order", "debias", "ridge", "relative_ridge", "root_method")
+        names = (*graft, *factors, "weight_decay", "maximize", "nonfinite")
+        return {
+            **{name: values[name] for name in names},
+            "beta1": beta1,
+            "beta2": beta2,
+            "graft_beta2": graft_beta2,
+            "root": _root_of(values),
+        }
+
+    def _check_ready(self) -> None:
+        for name, failures, limit in self._failing:
+            if int(failures.max()) > limit:
+                raise RuntimeError(
+                    f"{int(failures.max())} inverse roots of {name} in a row have failed, more "
+                    f"than max_root_failures={limit}: its factors are not finite or far from "
+                    "semidefinite; a larger relative_ridge or smaller steps help"
+                )
+        self._failing.clear()
+
+    def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
+        failures, counts = part.lists[-2], part.lists[-1]
+        refresh = due(
+            counts, part.offsets, values["precondition_frequency"], stagger=values["stagger"]
+        )
+        # Before the first applied step the roots are the identity.
+        refresh = [
+            flag or int(next_step(count) == 1) for flag, count in zip(refresh, counts, strict=True)
+        ]
+        watched = [
+            (part.names[i], failures[i], failures[i].clone(), counts[i], counts[i].clone())
+            for i, flag in enumerate(refresh)
+            if flag
+        ]
+        part.options["refresh"] = refresh
+        super()._call(part, grads, lr, values)
+        limit = values["max_root_failures"]
+        for name, failed, failed_before, count, count_before in watched:
+            # Failures in a row: a root that was taken ends the row.
+            taken = (count > count_before).unsqueeze(-1) & (failed == failed_before)
+            failed.masked_fill_(taken, 0)
+            if bool((failed > limit).any()):
+                self._failing.append((name, failed, limit))
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._failing = []
+
+
+def _root_of(values: Values) -> int:
+    """p of the roots, from the exponent 1 / p."""
+    exponent = values["exponent"]
+    if exponent is None:
+        return 2 if values["kl"] else 4
+    root = round(1.0 / exponent)
+    if abs(exponent * root - 1.0) > 1e-9:
+        raise ValueError(f"exponent must be one of 1, 1/2, 1/3, ..., 1/8, not {exponent!r}")
+    return root
+
+
+def _blocks(m: int, n: int, values: Values) -> list[tuple[slice, slice]]:
+    """Rows and columns of every block, row by row."""
+    rows, cols = (_ranges(size, values["block_size"] or max(size, 1)) for size in (m, n))
+    return [(r, c) for r in rows for c in cols]
+
+
+def _ranges(size: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, size)) for start in range(0, max(size, 1), block)]
+
+
+def _size(part: slice) -> int:
+    return int(part.stop - part.start)

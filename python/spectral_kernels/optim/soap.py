@@ -1,0 +1,192 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _rules
+from ._base import MatrixOptimizer, Params, Part, Values
+from ._forms import Form, Layout, Slot, side, step_slot
+from ._schedule import due
+
+
+class EigenbasisOptimizer(MatrixOptimizer):
+    """What SOAP and DeVA share: bases, their refresh, and the state of their public classes."""
+
+    _structure: ClassVar[tuple[str, ...]] = ("max_precond_dim",)
+
+    def _squares(self, form: Form, values: Values) -> Slot:
+        """V's slot."""
+        return Slot(None)
+
+    def _has_sides(self, values: Values) -> bool:
+        """Whether there are bases at all."""
+        return True
+
+    def _layout(self, form: Form, values: Values) -> Layout:
+        *batch, m, n = form.shape
+        limit = values["max_precond_dim"] if self._has_sides(values) else 0
+        left, right = (side(batch, size, present=size <= limit) for size in (m, n))
+        return {
+            "step": step_slot(form),
+            "exp_avg": Slot(None),
+            "exp_avg_sq": self._squares(form, values),
+            "left": left,
+            "right": right,
+            "left_basis": left,
+            "right_basis": right,
+        }
+
+    def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
+        part.options["refresh"] = due(
+            part.lists[-1],
+            part.offsets,
+            values["precondition_frequency"],
+            stagger=self._staggered(values),
+        )
+        super()._call(part, grads, lr, values)
+
+    def _staggered(self, values: Values) -> bool:
+        return bool(values["stagger"])
+
+    def _adopt_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        for name in ("merge_dims", "precondition_1d"):
+            if values.get(name):
+                raise ValueError(f"state that was saved with {name}=True does not fit")
+        if values.get("shampoo_beta", 0.0) is not None and values.get("shampoo_beta", 0.0) < 0.0:
+            values["shampoo_beta"] = None
+        return values
+
+    def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
+        factors, bases = state.pop("GG", None), state.pop("Q", None)
+        if factors is None or bases is None:
+            return state
+        if len(factors) != 2 or len(form.order) != 2:
+            raise ValueError(
+                f"{name} was saved with {len(factors)} factors, one a dimension; here it is a "
+                f"matrix of shape {form.shape}"
+            )
+        return {
+            **state,
+            **{
+                key: x if isinstance(x, Tensor) else torch.zeros(0)
+                for key, x in zip(
+                    ("left", "right", "left_basis", "right_basis"),
+                    (*factors, *bases),
+                    strict=True,
+                )
+            },
+        }
+
+
+class SOAP(EigenbasisOptimizer):
+    """SOAP for matrices, AdamW for everything else.
+
+        G' = Q_L^T G Q_R
+        M <- beta1 M + (1 - beta1) G';  V <- beta2 V + (1 - beta2) G'^2         (M, V rotated)
+        W <- (1 - lr weight_decay) (W - lr c Q_L (M / (sqrt(V) + eps)) Q_R^T)
+            c = sqrt(1 - beta2^t) / (1 - beta1^t) if correct_bias, else 1
+        L <- b L + (1 - b) G G^T;  R <- b R + (1 - b) G^T G,  b = shampoo_beta
+        every precondition_frequency steps: new Q_L, Q_R
+
+    The first seven arguments, their order and defaults are those of nikhilvyas/SOAP, whose state
+    loads. As there, a matrix's first call sets its factors and bases and does nothing else; other
+    than there, closures, float64, 16-bit and non-finite values work, and a changed
+    precondition_frequency counts. Its precondition_1d (vectors take AdamW), merge_dims and
+    data_format are not supported; convolution weights are flattened to (out, rest) instead.
+
+    Args:
+        params: see `Muon`.
+        lr: a number, or a tensor of one number.
+        betas: beta1 and beta2, in [0, 1).
+        shampoo_beta: in [0, 1); default beta2.
+        eps: at least 0, absolute, so updates depend on the gradient's scale.
+        weight_decay: decoupled, after the update.
+        precondition_frequency: steps from refresh to refresh.
+        max_precond_dim: a longer side has no factor; fixed by a parameter's first step.
+        normalize_grads: divide every update by its root mean square.
+        correct_bias: see above.
+        skip_first: False takes the first step in the first gradient's own bases.
+        stagger: spread the refreshes of different parameters evenly over the steps.
+        maximize: ascend.
+        nonfinite: "skip" leaves a matrix with a non-finite gradient alone and counts it in
+            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
+        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
+            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+
+    Raises:
+        TypeError, ValueError: a parameter or value that cannot work, with its place.
+
+    State of a matrix: step, exp_avg and exp_avg_sq (rotated), left, right, left_basis, right_basis
+    (size 0 where a side has none); float32, or float64 under float64.
+
+    Source: Vyas et al., arXiv 2409.11321; github.com/nikhilvyas/SOAP.
+    """
+
+    _operator = "soap_step_"
+    _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
+        "betas": _rules.betas(),
+        "shampoo_beta": _rules.optional(_rules.real(0.0, 1.0)),
+        "eps": _rules.real(),
+        "precondition_frequency": _rules.whole(1),
+        "max_precond_dim": _rules.whole(0),
+        "normalize_grads": _rules.flag,
+        "correct_bias": _rules.flag,
+        "skip_first": _rules.flag,
+        "stagger": _rules.flag,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-3,
+        betas: Sequence[float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        *,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        skip_first: bool = True,
+        stagger: bool = False,
+        maximize: bool = False,
+        nonfinite: str = "skip",
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "max_precond_dim": max_precond_dim,
+                "normalize_grads": normalize_grads,
+                "correct_bias": correct_bias,
+                "skip_first": skip_first,
+                "stagger": stagger,
+                "maximize": maximize,
+                "nonfinite": nonfinite,
+            },
+            adamw,
+        )
+
+    def _options(self, values: Values, part: Part) -> dict[str, Any]:
+        beta1, beta2 = values["betas"]
+        shampoo_beta = values["shampoo_beta"]
+        names = ("eps", "weight_decay", "correct_bias", "normalize_grads", "skip_first", "maximize")
+        return {
+            **{name: values[name] for name in (*names, "nonfinite")},
+            "beta1": beta1,
+            "beta2": beta2,
+            "shampoo_beta": beta2 if shampoo_beta is None else shampoo_beta,
+            "permute_squares": False,
+        }
