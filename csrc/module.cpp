@@ -3,10 +3,35 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
 #include "counters.h"
 #include "cpu/isa/select.h"
 #include "cpu/tiles.h"
 #include "cpu/workspace.h"
+
+namespace {
+
+// GFLOP/s of multiply-adds on the calling thread, by the instruction set in use.
+double fma_peak(const std::string& kind, double milliseconds) {
+  using spectral_kernels::cpu::kernels;
+  const int index = kind == "fp32" ? 0 : kind == "fp64" ? 1 : kind == "bf16" ? 2 : -1;
+  if (index < 0) throw std::invalid_argument("kind must be fp32, fp64 or bf16, not '" + kind + "'");
+  const auto work = kernels().multiply_adds[index];
+  if (work == nullptr) return 0;
+  constexpr int64_t kRounds = 2000;
+  double flops = 0, seconds = 0;
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    flops += work(kRounds);
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  } while (seconds * 1e3 < milliseconds);
+  return flops / seconds * 1e-9;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using namespace spectral_kernels;
@@ -18,6 +43,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return std::string(cpu::kernels().name); });
   m.def("set_isa_cap", &cpu::set_isa_cap, pybind11::arg("name"),
         "Use the best instruction set up to `name`; '' goes back to the environment's choice.");
+  m.def("fma_peak", &fma_peak, pybind11::arg("kind"), pybind11::arg("milliseconds"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "GFLOP/s of fp32, fp64 or bf16 multiply-adds on this thread; 0 where there are no instructions.");
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
   m.def("set_workspace_limit", &cpu::set_workspace_limit, pybind11::arg("bytes"));

@@ -11,7 +11,30 @@
 //     advances if any matrix of the entry was updated). `skipped` is an int64 counter of skipped matrices.
 //   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ...
 //   - nonfinite is "skip", "propagate" or "raise".
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
+
+namespace {
+
+// Operators have no derivative. A result that does not require grad would cut the graph without a word.
+void refuse_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (c10::GradMode::is_enabled()) {
+    const auto check = [&](const at::Tensor& t) {
+      TORCH_CHECK(!t.defined() || !t.requires_grad(), op.schema().name(),
+                  " has no derivative, and an argument requires grad: detach it, or call under torch.no_grad()");
+    };
+    const size_t count = op.schema().arguments().size();
+    for (size_t i = 0; i < count; i++) {
+      const c10::IValue& argument = torch::jit::peek(*stack, i, count);
+      if (argument.isTensor()) check(argument.toTensor());
+      if (argument.isTensorList())
+        for (const at::Tensor& t : argument.toTensorVector()) check(t);
+    }
+  }
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+}  // namespace
 
 TORCH_LIBRARY(spectral_kernels, m) {
   // symmetric_matmul
@@ -68,4 +91,11 @@ TORCH_LIBRARY(spectral_kernels, m) {
       "str norm, str variance, bool nesterov, bool sign, bool correct_bias, bool normalize_grads, "
       "float[] rows, float[] scales, ScalarType compute_dtype, bool reference, bool maximize, "
       "str nonfinite, int[] refresh) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(spectral_kernels, Autograd, m) {
+  for (const char* op :
+       {"gram", "newton_schulz", "polar", "muon_step_", "kron_factors_update_", "kron_precondition", "inverse_root",
+        "shampoo_step_", "eigenbasis", "refresh_eigenbasis", "soap_step_", "deva_step_"})
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_autograd>());
 }

@@ -187,6 +187,9 @@ struct Kernels {
   // Largest |x| of rows [r0, r1) as the bit pattern of an fp32 (fp64 for F64 input) number; a
   // pattern at or above that of infinity tells of a non-finite element.
   uint64_t (*max_abs_bits)(const Matrix&, int64_t r0, int64_t r1);
+  // `rounds` rounds of independent multiply-adds on registers: what the ceiling is measured with. Returns
+  // the floating-point operations done.
+  double (*multiply_adds[kKinds])(int64_t rounds);
 };
 
 // The kernels in use: the best set that this processor and the cap (set_isa, SPECTRAL_KERNELS_CPU_ISA)

@@ -21,4 +21,11 @@ static const Kernels kTable = {
     {variance_adaptation<float>, variance_adaptation<double>},
     {sign_adaptation<float>, sign_adaptation<double>},
     max_abs_bits,
+    {multiply_adds<float, float>, multiply_adds<double, double>,
+#if SK_HAS_BF16_DOT
+     multiply_adds<float, uint32_t>
+#else
+     nullptr
+#endif
+    },
 };

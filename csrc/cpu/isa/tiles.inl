@@ -671,3 +671,17 @@ static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
   }
   return 0;
 }
+
+// A register tile over a few rows that stay in L1, again and again.
+template <class T, class E>
+static double multiply_adds(int64_t rounds) {
+  constexpr int P = Simd<T>::kPanel, kRows = 32;
+  alignas(64) E a[kRows * P] = {}, b[kRows * P] = {};
+  alignas(64) Block<T> c = {};
+  for (int64_t i = 0; i < rounds; i++) {
+    register_tile<T, SK_NV, true>(kRows, a, b, c);
+    asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // neither hoisted nor dropped
+  }
+  const double terms = __is_same(E, uint32_t) ? 2 : 1;
+  return 2 * terms * double(rounds) * kRows * SK_MR * SK_NV * Simd<T>::kLanes;
+}
