@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of its own; `make demo` or `make test` sets it up.
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build on the project's machines. Where $(PYTHON) has torch already, that one is used.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+RUN := . $(BIN)/activate &&
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_FILES := $(SOURCES)
+
+.PHONY: demo test test-long lint format bench papers clean setup
+
+setup: $(VENV)/.built
+
+$(VENV)/.environment: pyproject.toml
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet $(TORCH); \
+	fi
+	$(BIN)/pip install --quiet ninja pybind11 "setuptools>=77" wheel
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES)
+	$(RUN) pip install --quiet --no-build-isolation --editable '.[cli,test,lint]'
+	touch $@
+
+demo: $(VENV)/.built
+	$(RUN) spectral-kernels demo
+
+test: $(VENV)/.built
+	$(RUN) pytest -m 'not long'
+
+test-long: $(VENV)/.built
+	$(RUN) pytest
+
+lint: $(VENV)/.built
+	$(RUN) ruff check . && ruff format --check . && mypy
+	$(RUN) clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.built
+	$(RUN) ruff check --fix . && ruff format .
+	$(RUN) clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.built
+	$(RUN) spectral-kernels bench
+
+clean:
+	rm -rf build dist results python/*.egg-info python/spectral_kernels/_C*.so
