@@ -11,11 +11,14 @@
 namespace spectral_kernels {
 
 inline void check_matrix(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
+                   t.layout());
   const auto type = t.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                   name, " must be float32, float64, bfloat16 or float16, got ", type);
-  TORCH_CHECK_VALUE(t.dim() >= 2, name, " must have at least two dimensions, got shape ", t.sizes());
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_VALUE(t.dim() >= 2, name, " must have at least two dimensions, got shape ",
+                    t.sizes());
 }
 
 inline void check_full_precision(const at::Tensor& t, const char* name) {
@@ -43,7 +46,8 @@ inline void check_writable(const at::Tensor& t, const char* name) {
 }
 
 inline void check_list(at::TensorList list, const char* name, size_t count) {
-  TORCH_CHECK_VALUE(list.size() == count, name, " has ", list.size(), " entries, params has ", count);
+  TORCH_CHECK_VALUE(list.size() == count, name, " has ", list.size(), " entries, params has ",
+                    count);
 }
 
 inline void check_one_of(const std::string& value, const char* name,

@@ -45,7 +45,8 @@ PYBIND11_MODULE(_C, m) {
         "Use the best instruction set up to `name`; '' goes back to the environment's choice.");
   m.def("fma_peak", &fma_peak, pybind11::arg("kind"), pybind11::arg("milliseconds"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "GFLOP/s of fp32, fp64 or bf16 multiply-adds on this thread; 0 where there are no instructions.");
+        "GFLOP/s of fp32, fp64 or bf16 multiply-adds on this thread; 0 where there are no "
+        "instructions.");
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
   m.def("set_workspace_limit", &cpu::set_workspace_limit, pybind11::arg("bytes"));

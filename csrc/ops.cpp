@@ -1,14 +1,15 @@
-// Every operator of the library: its schema and what its arguments mean beyond the public docstrings.
-// Implementations register themselves at the foot of the family's file of each backend; fakes stand in
-// python/spectral_kernels/_fake.py.
+// Every operator of the library: its schema and what its arguments mean beyond the public
+// docstrings. Implementations register themselves at the foot of the family's file of each backend;
+// fakes stand in python/spectral_kernels/_fake.py.
 //
 // Conventions
 //   - Leading dimensions are a batch; any strides; empty sizes are no-ops.
 //   - A size-0 tensor stands for an absent side or state (an optional list element would not pass
 //     torch.library.opcheck).
 //   - List steps: entry i of every list belongs to one parameter (or block): 2-D, or batched.
-//     step_counts[i] is 0-dim, or has the batch's shape; a skipped matrix does not advance it (0-dim: it
-//     advances if any matrix of the entry was updated). `skipped` is an int64 counter of skipped matrices.
+//     step_counts[i] is 0-dim, or has the batch's shape; a skipped matrix does not advance it
+//     (0-dim: it advances if any matrix of the entry was updated). `skipped` is an int64 counter of
+//     skipped matrices.
 //   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ...
 //   - nonfinite is "skip", "propagate" or "raise".
 #include <ATen/core/grad_mode.h>
@@ -16,12 +17,15 @@
 
 namespace {
 
-// Operators have no derivative. A result that does not require grad would cut the graph without a word.
-void refuse_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+// Operators have no derivative. A result that does not require grad would cut the graph without a
+// word.
+void refuse_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     torch::jit::Stack* stack) {
   if (c10::GradMode::is_enabled()) {
     const auto check = [&](const at::Tensor& t) {
       TORCH_CHECK(!t.defined() || !t.requires_grad(), op.schema().name(),
-                  " has no derivative, and an argument requires grad: detach it, or call under torch.no_grad()");
+                  " has no derivative, and an argument requires grad: detach it, or call under "
+                  "torch.no_grad()");
     };
     const size_t count = op.schema().arguments().size();
     for (size_t i = 0; i < count; i++) {
@@ -94,8 +98,8 @@ TORCH_LIBRARY(spectral_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(spectral_kernels, Autograd, m) {
-  for (const char* op :
-       {"gram", "newton_schulz", "polar", "muon_step_", "kron_factors_update_", "kron_precondition", "inverse_root",
-        "shampoo_step_", "eigenbasis", "refresh_eigenbasis", "soap_step_", "deva_step_"})
+  for (const char* op : {"gram", "newton_schulz", "polar", "muon_step_", "kron_factors_update_",
+                         "kron_precondition", "inverse_root", "shampoo_step_", "eigenbasis",
+                         "refresh_eigenbasis", "soap_step_", "deva_step_"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_autograd>());
 }

@@ -64,7 +64,8 @@ double ratio(double energy, double v, double eps, EpsPlace place) {
 class DevaMatrix {
  public:
   DevaMatrix(const DevaStep& step, const NewtonSchulz& ns, const Matrix& param, const Matrix& grad,
-             const Matrix& moment, const Matrix& squares, const Sides& sides, double scale, double t, int threads)
+             const Matrix& moment, const Matrix& squares, const Sides& sides, double scale,
+             double t, int threads)
       : step_(step),
         ns_(ns),
         param_(param),
@@ -111,7 +112,9 @@ class DevaMatrix {
   }
 
  private:
-  bool has_squares() const { return step_.variance != Variance::kLowMemory && step_.variance != Variance::kNone; }
+  bool has_squares() const {
+    return step_.variance != Variance::kLowMemory && step_.variance != Variance::kNone;
+  }
   double m_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta1, t_)) : 1; }
   double v_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta2, t_)) : 1; }
 
@@ -122,7 +125,8 @@ class DevaMatrix {
 
   Panels schatten(const Panels& g) {
     const int64_t blocks = row_blocks(m_, kind_);
-    std::vector<double> m_rows(size_t(m_), 0.0), g_rows(size_t(m_), 0.0), v_sums(size_t(blocks), 0.0);
+    std::vector<double> m_rows(size_t(m_), 0.0), g_rows(size_t(m_), 0.0),
+        v_sums(size_t(blocks), 0.0);
     std::vector<double> m_cols(size_t(blocks * n_), 0.0), g_cols(size_t(blocks * n_), 0.0);
     const Panels mix = rotated_.take();
     Momentum momentum;
@@ -152,12 +156,14 @@ class DevaMatrix {
     adapt.row = ones_m.data();
     adapt.col = ones_n.data();
     const double mhat = m_scale() * m_scale();
-    const std::vector<double> m_total = added(m_cols, blocks, n_), g_total = added(g_cols, blocks, n_);
+    const std::vector<double> m_total = added(m_cols, blocks, n_),
+                              g_total = added(g_cols, blocks, n_);
     std::vector<double> seen_row, seen_col, row, col;
     if (step_.variance == Variance::kLowMemory) {
       low_memory(m_rows, m_total, g_rows, g_total, row, col);
     } else if (has_squares()) {
-      const bool seen_m = step_.variance == Variance::kMomentum, top_m = step_.variance != Variance::kInstant;
+      const bool seen_m = step_.variance == Variance::kMomentum,
+                 top_m = step_.variance != Variance::kInstant;
       seen_row = square_roots(seen_m ? m_rows : g_rows, seen_m ? mhat : 1);
       seen_col = square_roots(seen_m ? m_total : g_total, seen_m ? mhat : 1);
       row = square_roots(top_m ? m_rows : g_rows, top_m ? mhat : 1);
@@ -170,8 +176,9 @@ class DevaMatrix {
       adapt.seen_col = seen_col.data();
       adapt.eps = step_.eps;
       if (step_.relative()) {
-        const double mean = (step_.beta2 * sum(v_sums) + (1 - step_.beta2) * sum(seen_row) * sum(seen_col)) /
-                            double(m_ * n_);
+        const double mean =
+            (step_.beta2 * sum(v_sums) + (1 - step_.beta2) * sum(seen_row) * sum(seen_col)) /
+            double(m_ * n_);
         adapt.eps *= mean * adapt.v_scale;
       }
     }
@@ -189,7 +196,8 @@ class DevaMatrix {
                   const std::vector<double>& g_rows, const std::vector<double>& g_cols,
                   std::vector<double>& row, std::vector<double>& col) {
     const double mhat = m_scale() * m_scale();
-    const auto side = [&](const std::vector<double>& seen, const std::vector<double>& top, int64_t offset) {
+    const auto side = [&](const std::vector<double>& seen, const std::vector<double>& top,
+                          int64_t offset) {
       const int64_t count = int64_t(seen.size());
       Matrix state = squares_;  // 1 x (m + n)
       state.data = static_cast<char*>(squares_.data) +
@@ -257,7 +265,8 @@ class DevaMatrix {
       if (step_.relative()) work.eps *= total * work.v_scale / double(m_ * n_);
     }
     work.pass = 1;
-    const Panels u = rotated_.wants_transposed() ? work.out_t = rotated_.take_transposed() : work.out = g;
+    const Panels u =
+        rotated_.wants_transposed() ? work.out_t = rotated_.take_transposed() : work.out = g;
     run(work, threads_);
     return u;
   }
@@ -272,7 +281,8 @@ class DevaMatrix {
   RotatedStep rotated_;
 };
 
-// State of the variance, of the parameter's shape; for "low_memory" one row of m + n numbers a matrix.
+// State of the variance, of the parameter's shape; for "low_memory" one row of m + n numbers a
+// matrix.
 Matrix squares_of(const at::Tensor& state, const Item& item, Variance variance) {
   if (state.numel() == 0 || variance == Variance::kNone) return {};
   if (variance != Variance::kLowMemory) return MatrixBatch(state)[item.index];
@@ -290,8 +300,9 @@ void check_squares(at::TensorList squares, at::TensorList params, Variance varia
     expected.back() = params[i].size(-2) + params[i].size(-1);
     TORCH_CHECK_VALUE(squares[i].sizes() == expected, "exp_avg_sqs[", i, "] must have shape ",
                       at::IntArrayRef(expected), " for low_memory, got ", squares[i].sizes());
-    TORCH_CHECK_TYPE(squares[i].scalar_type() == at::kFloat || squares[i].scalar_type() == at::kDouble,
-                     "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
+    TORCH_CHECK_TYPE(
+        squares[i].scalar_type() == at::kFloat || squares[i].scalar_type() == at::kDouble,
+        "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
     check_writable(squares[i], "exp_avg_sqs");
   }
 }
@@ -311,8 +322,8 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 double shampoo_beta, double eps, c10::string_view eps_mode, double weight_decay,
                 c10::string_view norm, c10::string_view variance, bool nesterov, bool sign,
                 bool correct_bias, bool normalize_grads, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, at::ScalarType compute_dtype, bool reference, bool maximize,
-                c10::string_view nonfinite, at::IntArrayRef refresh) {
+                at::ArrayRef<double> scales, at::ScalarType compute_dtype, bool reference,
+                bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
   count_call("deva_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
@@ -321,29 +332,47 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   check_one_of(std::string(norm), "norm", {"schatten", "linf"});
   const Variance kind = variance_of(std::string(variance));
   check_squares(exp_avg_sqs, params, kind);
-  if (kind != Variance::kNone) check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
-  else check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases});
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(), " entries, params has ",
-                    params.size());
+  if (kind != Variance::kNone)
+    check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
+  else
+    check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases});
+  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
+                    " entries, params has ", params.size());
   TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
                     "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
   TORCH_CHECK_VALUE(!reference || eps_mode == "inside",
                     "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
-  TORCH_CHECK_VALUE(!reference || kind == Variance::kMomentum || (kind == Variance::kInstant && norm == "schatten"),
-                    "reference=True with norm='", norm, "' does not have variance='", variance, "'");
+  TORCH_CHECK_VALUE(!reference || kind == Variance::kMomentum ||
+                        (kind == Variance::kInstant && norm == "schatten"),
+                    "reference=True with norm='", norm, "' does not have variance='", variance,
+                    "'");
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const DevaStep step{scalar(lr), beta1,    beta2,    shampoo_beta, eps,          weight_decay,
-                      std::string(eps_mode), norm == "schatten", kind, nesterov, sign, correct_bias,
-                      normalize_grads, reference, maximize, policy != NonFinite::kPropagate};
+  const DevaStep step{scalar(lr),
+                      beta1,
+                      beta2,
+                      shampoo_beta,
+                      eps,
+                      weight_decay,
+                      std::string(eps_mode),
+                      norm == "schatten",
+                      kind,
+                      nesterov,
+                      sign,
+                      correct_bias,
+                      normalize_grads,
+                      reference,
+                      maximize,
+                      policy != NonFinite::kPropagate};
   // Rows are not used by the elementwise norm, and may be empty there.
   const double identity[] = {1, 0, 0};
   const auto make = [&](at::ScalarType type) {
-    return NewtonSchulz(rows.empty() && !step.schatten ? at::ArrayRef<double>(identity) : rows, "auto", {}, type,
-                        0, "schatten8", 1);
+    return NewtonSchulz(rows.empty() && !step.schatten ? at::ArrayRef<double>(identity) : rows,
+                        "auto", {}, type, 0, "schatten8", 1);
   };
   const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
   const std::vector<Item> items = items_of(params);
-  if (policy == NonFinite::kRaise) raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
+  if (policy == NonFinite::kRaise)
+    raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
   std::vector<double> work = rotated_work(items, params, lefts, rights, refresh);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
     return params[e].scalar_type() == at::kDouble ? ns64 : ns;
@@ -366,8 +395,10 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
     const bool factors = lefts[e].numel() > 0 || rights[e].numel() > 0;
     const bool bounded = !reference && step.relative() && (kind != Variance::kNone || factors);
     const auto outcome = matrix.run_step(bounded, refresh[e] != 0);
-    if (outcome == DevaMatrix::Outcome::kSkipped) progress.skip();
-    else if (outcome == DevaMatrix::Outcome::kUpdated) progress.updated(item);
+    if (outcome == DevaMatrix::Outcome::kSkipped)
+      progress.skip();
+    else if (outcome == DevaMatrix::Outcome::kUpdated)
+      progress.updated(item);
   });
   progress.finish();
 }

@@ -107,7 +107,8 @@ Panels pack(const Matrix& m, bool transposed, Kind kind, Workspace& workspace, i
   Pack p;
   p.x = m;
   Panels& out = transposed ? p.out_t : p.out;
-  out = transposed ? take_panels(workspace, m.cols, m.rows, kind) : take_panels(workspace, m.rows, m.cols, kind);
+  out = transposed ? take_panels(workspace, m.cols, m.rows, kind)
+                   : take_panels(workspace, m.rows, m.cols, kind);
   const Panels packed = out;
   run(p, threads);
   return packed;
@@ -119,13 +120,15 @@ struct FactorStep {
 
 // One matrix. With a root X_R the left increment is (G X_R)(G X_R)ᵀ / n, and likewise on the right.
 // Returns false, with nothing written, if an increment is not finite.
-bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& left, const Matrix& right,
-                    const Matrix& left_root, const Matrix& right_root, int threads) {
+bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& left,
+                    const Matrix& right, const Matrix& left_root, const Matrix& right_root,
+                    int threads) {
   const int64_t m = grad.rows, n = grad.cols;
   const bool kl = bool(left_root) || bool(right_root);
   if (!left && !right) return true;
   const DType factor = left ? left.dtype : right.dtype;
-  const Kind kind = kl ? (factor == DType::kF64 ? Kind::kF64 : Kind::kF32) : factor_kind(grad.dtype, factor);
+  const Kind kind =
+      kl ? (factor == DType::kF64 ? Kind::kF64 : Kind::kF32) : factor_kind(grad.dtype, factor);
   Workspace workspace(2 * panel_bytes(m, n, kind) + 2 * panel_bytes(n, m, kind) +
                       panel_bytes(m, m, kind) + panel_bytes(n, n, kind));
   Pack p;
@@ -169,8 +172,9 @@ void check_side(const at::Tensor& factor, const char* name, const at::Tensor& gr
   check_full_precision(factor, name);
   auto expected = grad.sizes().vec();
   expected[expected.size() - 1] = expected[expected.size() - 2] = n;
-  TORCH_CHECK_VALUE(factor.sizes() == expected, name, " must have shape ", at::IntArrayRef(expected),
-                    " for a gradient of shape ", grad.sizes(), ", got ", factor.sizes());
+  TORCH_CHECK_VALUE(factor.sizes() == expected, name, " must have shape ",
+                    at::IntArrayRef(expected), " for a gradient of shape ", grad.sizes(), ", got ",
+                    factor.sizes());
 }
 
 void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const at::Tensor& grad,
@@ -186,10 +190,12 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
   check_writable(left, "left");
   check_writable(right, "right");
   check_distinct({left, right, grad});
-  TORCH_CHECK_TYPE(left.numel() == 0 || right.numel() == 0 || left.scalar_type() == right.scalar_type(),
-                   "left is ", left.scalar_type(), " but right is ", right.scalar_type());
+  TORCH_CHECK_TYPE(
+      left.numel() == 0 || right.numel() == 0 || left.scalar_type() == right.scalar_type(),
+      "left is ", left.scalar_type(), " but right is ", right.scalar_type());
   TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
-                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ", skipped.sizes());
+                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
+                   skipped.sizes());
   if (grad.numel() == 0) return;
   const MatrixBatch grads(grad);
   const FactorStep step{beta, weight};
@@ -203,16 +209,19 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
   *skipped.data_ptr<int64_t>() += skips.load();
 }
 
-at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left, const at::Tensor& right) {
+at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
+                             const at::Tensor& right) {
   count_call("kron_precondition", "cpu");
   check_matrix(grad, "grad");
   const bool has_left = left.numel() > 0, has_right = right.numel() > 0;
   const int64_t m = grad.size(-2), n = grad.size(-1);
   const auto check = [&](const at::Tensor& t, const char* name, int64_t dim, int64_t size) {
     check_matrix(t, name);
-    TORCH_CHECK_VALUE(t.dim() == grad.dim() && t.sizes().slice(0, t.dim() - 2) == grad.sizes().slice(0, t.dim() - 2) &&
+    TORCH_CHECK_VALUE(t.dim() == grad.dim() &&
+                          t.sizes().slice(0, t.dim() - 2) == grad.sizes().slice(0, t.dim() - 2) &&
                           t.size(dim) == size,
-                      name, " of shape ", t.sizes(), " does not fit a gradient of shape ", grad.sizes());
+                      name, " of shape ", t.sizes(), " does not fit a gradient of shape ",
+                      grad.sizes());
   };
   if (has_left) check(left, "left", -1, m);
   if (has_right) check(right, "right", -2, n);
@@ -222,21 +231,26 @@ at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left, con
   at::Tensor out = at::empty(sizes, grad.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   if (!has_left && !has_right) return out.copy_(grad);
-  const TwoSidedShape shape{m, n, has_left ? left.size(-2) : m, has_right ? right.size(-1) : n, has_left, has_right};
+  const TwoSidedShape shape{
+      m, n, has_left ? left.size(-2) : m, has_right ? right.size(-1) : n, has_left, has_right};
   const auto is = [&](at::ScalarType type) {
-    return (!has_left || left.scalar_type() == type) && (!has_right || right.scalar_type() == type) && grad.scalar_type() == type;
+    return (!has_left || left.scalar_type() == type) &&
+           (!has_right || right.scalar_type() == type) && grad.scalar_type() == type;
   };
-  const bool any_double = grad.scalar_type() == at::kDouble || (has_left && left.scalar_type() == at::kDouble) ||
+  const bool any_double = grad.scalar_type() == at::kDouble ||
+                          (has_left && left.scalar_type() == at::kDouble) ||
                           (has_right && right.scalar_type() == at::kDouble);
-  const Kind kind = any_double ? Kind::kF64
+  const Kind kind = any_double                                                    ? Kind::kF64
                     : is(at::kBFloat16) && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
                                                                                   : Kind::kF32;
   const MatrixBatch grads(grad), outs(out);
-  const double work = double(m) * double(n) * (double(has_left ? shape.p : 0) + double(has_right ? shape.q : 0));
+  const double work =
+      double(m) * double(n) * (double(has_left ? shape.p : 0) + double(has_right ? shape.q : 0));
   parallel_matrices(std::vector<double>(size_t(grads.count()), work), [&](int64_t i, int threads) {
     const Matrix g = grads[i], l = optional_matrix(left, i), r = optional_matrix(right, i);
-    Workspace workspace(panel_bytes(m, n, kind) + panel_bytes(n, m, kind) + panel_bytes(m, shape.p, kind) +
-                        panel_bytes(n, shape.q, kind) + shape.workspace_bytes(kind));
+    Workspace workspace(panel_bytes(m, n, kind) + panel_bytes(n, m, kind) +
+                        panel_bytes(m, shape.p, kind) + panel_bytes(n, shape.q, kind) +
+                        shape.workspace_bytes(kind));
     TwoSided operands;
     if (shape.needs_x()) operands.x = pack(g, false, kind, workspace, threads);
     if (shape.needs_x_t()) operands.x_t = pack(g, true, kind, workspace, threads);

@@ -10,8 +10,8 @@ namespace spectral_kernels::cpu {
 // products, which accumulate in fp32; everything else takes the factor's own precision.
 Kind factor_kind(DType grad, DType factor);
 
-// True if beta factor + weight XᵀX has an element that is not finite; X is packed and its largest element
-// is `largest` (NaN if one is not finite).
+// True if beta factor + weight XᵀX has an element that is not finite; X is packed and its largest
+// element is `largest` (NaN if one is not finite).
 bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor);
 
 // factor <- beta factor + weight XᵀX, with X packed (k x n); both triangles, exactly equal.
@@ -32,7 +32,8 @@ struct TwoSidedShape {
   bool needs_x_t() const;
   size_t workspace_bytes(Kind kind) const;  // of precondition(), for its intermediate
 };
-// Writes the result through `last`, whose operands are filled in here; at least one side is present.
+// Writes the result through `last`, whose operands are filled in here; at least one side is
+// present.
 void precondition(const TwoSidedShape& shape, const TwoSided& operands, Product last,
                   Workspace& workspace, int threads);
 

@@ -61,7 +61,8 @@ bool householder_q(int64_t n, double* a, double* q) {
 
 bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* out) {
   return converged([&] {
-    const auto [u, s, vh] = at::linalg_svd(view(const_cast<double*>(a), m, n), /*full_matrices=*/false);
+    const auto [u, s, vh] =
+        at::linalg_svd(view(const_cast<double*>(a), m, n), /*full_matrices=*/false);
     const at::Tensor kept = s.gt(s.max().mul(threshold)).to(at::kDouble);
     view(out, m, n).copy_(u.mul(kept).matmul(vh));
   });

@@ -20,10 +20,18 @@ void with_count(const at::Tensor& t, int64_t index, const F& f) {
   const int64_t at = t.numel() == 1 ? 0 : index;
   const at::Tensor flat = t.view({-1});
   switch (t.scalar_type()) {
-    case at::kFloat: f(flat.data_ptr<float>()[at]); break;
-    case at::kDouble: f(flat.data_ptr<double>()[at]); break;
-    case at::kLong: f(flat.data_ptr<int64_t>()[at]); break;
-    default: TORCH_CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ", t.scalar_type());
+    case at::kFloat:
+      f(flat.data_ptr<float>()[at]);
+      break;
+    case at::kDouble:
+      f(flat.data_ptr<double>()[at]);
+      break;
+    case at::kLong:
+      f(flat.data_ptr<int64_t>()[at]);
+      break;
+    default:
+      TORCH_CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ",
+                       t.scalar_type());
   }
 }
 
@@ -46,13 +54,15 @@ void check_step(at::TensorList params, at::TensorList grads, at::TensorList step
     TORCH_CHECK_TYPE(count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble ||
                          count.scalar_type() == at::kLong,
                      "step_counts must be float32, float64 or int64, got ", count.scalar_type());
-    TORCH_CHECK_VALUE(count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(params[i])),
-                      "step_counts[", i, "] must have one element or one for each of the ",
-                      batch_of(params[i]), " matrices, got shape ", count.sizes());
+    TORCH_CHECK_VALUE(
+        count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(params[i])),
+        "step_counts[", i, "] must have one element or one for each of the ", batch_of(params[i]),
+        " matrices, got shape ", count.sizes());
     check_cpu(count, "step_counts", i);
   }
   TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
-                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ", skipped.sizes());
+                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
+                   skipped.sizes());
   TORCH_CHECK_VALUE(lr.numel() == 1, "lr must be one number, got shape ", lr.sizes());
 }
 
@@ -86,9 +96,10 @@ void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists) {
   for (const auto& [name, list] : lists)
     for (const Item& item : items)
-      TORCH_CHECK_VALUE(
-          !std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index], available_threads())), name,
-          "[", item.entry, "] has a non-finite element (matrix ", item.index, ")");
+      TORCH_CHECK_VALUE(!std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index],
+                                            available_threads())),
+                        name, "[", item.entry, "] has a non-finite element (matrix ", item.index,
+                        ")");
 }
 
 void check_distinct(std::initializer_list<at::TensorList> lists) {
@@ -96,15 +107,18 @@ void check_distinct(std::initializer_list<at::TensorList> lists) {
   for (const at::TensorList& list : lists)
     for (const at::Tensor& t : list)
       if (t.numel() > 0)
-        TORCH_CHECK_VALUE(seen.insert(t.const_data_ptr()).second,
-                          "a tensor of shape ", t.sizes(), " is given twice among those that are written");
+        TORCH_CHECK_VALUE(seen.insert(t.const_data_ptr()).second, "a tensor of shape ", t.sizes(),
+                          " is given twice among those that are written");
 }
 
 double scalar(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return double(*t.const_data_ptr<float>());
-    case at::kDouble: return *t.const_data_ptr<double>();
-    default: TORCH_CHECK_TYPE(false, "lr must be float32 or float64, got ", t.scalar_type());
+    case at::kFloat:
+      return double(*t.const_data_ptr<float>());
+    case at::kDouble:
+      return *t.const_data_ptr<double>();
+    default:
+      TORCH_CHECK_TYPE(false, "lr must be float32 or float64, got ", t.scalar_type());
   }
 }
 

@@ -1,5 +1,5 @@
-// What the fused list steps share: one record per matrix of a list of (batched) parameters, the policy
-// for non-finite input, step counts and the counter of skipped matrices.
+// What the fused list steps share: one record per matrix of a list of (batched) parameters, the
+// policy for non-finite input, step counts and the counter of skipped matrices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -39,7 +39,9 @@ enum class NonFinite { kSkip, kPropagate, kRaise };
 
 inline NonFinite nonfinite_policy(const std::string& name) {
   check_one_of(name, "nonfinite", {"skip", "propagate", "raise"});
-  return name == "skip" ? NonFinite::kSkip : name == "propagate" ? NonFinite::kPropagate : NonFinite::kRaise;
+  return name == "skip"        ? NonFinite::kSkip
+         : name == "propagate" ? NonFinite::kPropagate
+                               : NonFinite::kRaise;
 }
 
 // Params and gradients of one list step: shapes, dtypes, devices, aliases.

@@ -1,8 +1,9 @@
 // Polynomial iterations towards the polar factor and the fused Muon step.
 //
-// The matrix is oriented so that it is wide (s x l, s <= l), scaled by a power of two so that its largest
-// element lies in [1, 2), and packed once, as X and as Xᵀ. Its norm comes from the diagonal of the first
-// X Xᵀ and is folded into the first step's coefficients, so there is no pass for the norm and no division.
+// The matrix is oriented so that it is wide (s x l, s <= l), scaled by a power of two so that its
+// largest element lies in [1, 2), and packed once, as X and as Xᵀ. Its norm comes from the diagonal
+// of the first X Xᵀ and is folded into the first step's coefficients, so there is no pass for the
+// norm and no division.
 #include "newton_schulz.h"
 
 #include <ATen/ops/empty.h>
@@ -52,8 +53,8 @@ namespace {
 
 bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
 
-// Multiply-adds with one triangle of every symmetric product, 16-bit ones counted at the relative rate of
-// their instructions.
+// Multiply-adds with one triangle of every symmetric product, 16-bit ones counted at the relative
+// rate of their instructions.
 struct Cost {
   double standard, gram;
 };
@@ -88,8 +89,9 @@ Cost cost_of(const NewtonSchulz& ns, int64_t s, int64_t l) {
 
 bool NewtonSchulz::gram(int64_t s, int64_t l) const {
   if (method != "auto") return method == "gram";
-  // In full precision the Gram form keeps the accuracy of the standard one only with restarts that are
-  // known for the rows (decided where the rows come from); a 16-bit X leaves room for it in any case.
+  // In full precision the Gram form keeps the accuracy of the standard one only with restarts that
+  // are known for the rows (decided where the rows come from); a 16-bit X leaves room for it in any
+  // case.
   if (restarts.empty() && !is_16_bit(compute_dtype)) return false;
   const Cost cost = cost_of(*this, s, l);
   return cost.gram < cost.standard;
@@ -150,11 +152,14 @@ class Iteration {
     const Panels r2 = ns_.schatten8 ? full() : Panels{};
     const size_t steps = ns_.rows.size();
     for (size_t t = 0; t < steps; t++) {
-      // With 16-bit operands both terms of b R + c R² take the rounded R: near R = I their errors cancel
-      // to (b + 2c) of the rounding. The fp32 R is needed for the norm only.
-      if (!pairs) form_gram(r, Panels{});
-      else if (t == 0) form_gram(r, r16);
-      else form_gram(r16, Panels{});
+      // With 16-bit operands both terms of b R + c R² take the rounded R: near R = I their errors
+      // cancel to (b + 2c) of the rounding. The fp32 R is needed for the norm only.
+      if (!pairs)
+        form_gram(r, Panels{});
+      else if (t == 0)
+        form_gram(r, r16);
+      else
+        form_gram(r16, Panels{});
       double inverse = 1;
       NewtonSchulz::Row row = ns_.rows[t];
       if (t == 0) {
@@ -333,8 +338,10 @@ class Iteration {
 void NewtonSchulz::iterate(Input input, int shift, Product last, Workspace& workspace,
                            int threads) const {
   Iteration iteration(*this, input, shift, workspace, threads);
-  if (gram(input.x.rows, input.x.cols)) iteration.gram(last);
-  else iteration.standard(last);
+  if (gram(input.x.rows, input.x.cols))
+    iteration.gram(last);
+  else
+    iteration.standard(last);
 }
 
 namespace {
@@ -370,9 +377,8 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
   const double work = ns.work(std::min(xs.rows(), xs.cols()), std::max(xs.rows(), xs.cols()));
-  parallel_matrices(
-      std::vector<double>(size_t(xs.count()), work),
-      [&](int64_t i, int threads) { orthogonalize(ns, xs[i], outs[i], threads); });
+  parallel_matrices(std::vector<double>(size_t(xs.count()), work),
+                    [&](int64_t i, int threads) { orthogonalize(ns, xs[i], outs[i], threads); });
   return out;
 }
 
@@ -404,12 +410,13 @@ struct MuonStep {
   bool nesterov, maximize;
 };
 
-// One matrix: momentum while packing, all Newton–Schulz steps, decay and update in the last product's
-// epilogue. Gradient and momentum are read twice, once for their scale; the parameter is read once.
-// Non-finite input (`largest` is NaN) goes into the momentum as the formula says, and the whole update
-// of that matrix is NaN.
-void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& param, const Matrix& grad,
-                 const Matrix& momentum, double largest, double scale, int threads) {
+// One matrix: momentum while packing, all Newton–Schulz steps, decay and update in the last
+// product's epilogue. Gradient and momentum are read twice, once for their scale; the parameter is
+// read once. Non-finite input (`largest` is NaN) goes into the momentum as the formula says, and
+// the whole update of that matrix is NaN.
+void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& param,
+                 const Matrix& grad, const Matrix& momentum, double largest, double scale,
+                 int threads) {
   const bool wide = param.rows <= param.cols;
   const auto orient = [&](const Matrix& m) { return wide ? m : m.transposed(); };
   const Matrix g = orient(grad), w = orient(param);
@@ -443,8 +450,8 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
   check_distinct({params, momentum_buffers});
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(), " entries, params has ",
-                    params.size());
+  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
+                    " entries, params has ", params.size());
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const MuonStep step{scalar(lr), momentum, weight_decay, nesterov, maximize};
   std::vector<Item> items = items_of(params);
@@ -453,7 +460,8 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
     return p.scalar_type() == at::kDouble ? at::kDouble : compute_dtype;
   };
   const auto make = [&](at::ScalarType type) {
-    return NewtonSchulz(rows, std::string(method), restarts, type, eps, std::string(norm), norm_factor);
+    return NewtonSchulz(rows, std::string(method), restarts, type, eps, std::string(norm),
+                        norm_factor);
   };
   const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
   std::vector<double> work;
@@ -464,8 +472,10 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   }
   const auto largest_of = [&](const Item& item, int threads) {
     const double g = max_abs(MatrixBatch(grads[size_t(item.entry)])[item.index], threads);
-    const double m = max_abs(MatrixBatch(momentum_buffers[size_t(item.entry)])[item.index], threads);
-    return std::isnan(g) || std::isnan(m) ? std::numeric_limits<double>::quiet_NaN() : std::max(g, m);
+    const double m =
+        max_abs(MatrixBatch(momentum_buffers[size_t(item.entry)])[item.index], threads);
+    return std::isnan(g) || std::isnan(m) ? std::numeric_limits<double>::quiet_NaN()
+                                          : std::max(g, m);
   };
   if (policy == NonFinite::kRaise)
     raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
@@ -473,15 +483,16 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   parallel_matrices(work, [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    const Matrix param = MatrixBatch(params[e])[item.index], grad = MatrixBatch(grads[e])[item.index];
+    const Matrix param = MatrixBatch(params[e])[item.index],
+                 grad = MatrixBatch(grads[e])[item.index];
     const Matrix buffer = MatrixBatch(momentum_buffers[e])[item.index];
     const double largest = largest_of(item, threads);
     if (std::isnan(largest) && policy == NonFinite::kSkip) return progress.skip();
     if (largest == 0) {
       scale_in_place(param, 1 - step.lr * step.weight_decay);
     } else {
-      muon_update(dtype_for(params[e]) == at::kDouble ? ns64 : ns, step, param, grad, buffer, largest,
-                  scales[e], threads);
+      muon_update(dtype_for(params[e]) == at::kDouble ? ns64 : ns, step, param, grad, buffer,
+                  largest, scales[e], threads);
     }
     progress.updated(item);
   });

@@ -24,15 +24,15 @@ struct NewtonSchulz {
   bool schatten8 = false;
   double norm_factor = 1;
 
-  NewtonSchulz(at::ArrayRef<double> flat_rows, const std::string& method,
-               at::IntArrayRef restarts, at::ScalarType compute_dtype, double eps,
-               const std::string& norm, double norm_factor);
+  NewtonSchulz(at::ArrayRef<double> flat_rows, const std::string& method, at::IntArrayRef restarts,
+               at::ScalarType compute_dtype, double eps, const std::string& norm,
+               double norm_factor);
 
-  // What the iterate is multiplied in on this processor: 16-bit operands where it has instructions for
-  // them, else fp32, which is at least as accurate.
+  // What the iterate is multiplied in on this processor: 16-bit operands where it has instructions
+  // for them, else fp32, which is at least as accurate.
   Kind kind() const;
-  // Whether an s x l problem (s <= l) takes the Gram form. A pure function of the shape, the options
-  // and the instruction set.
+  // Whether an s x l problem (s <= l) takes the Gram form. A pure function of the shape, the
+  // options and the instruction set.
   bool gram(int64_t s, int64_t l) const;
   // Multiply-adds, to schedule by.
   double work(int64_t s, int64_t l) const;

@@ -29,15 +29,17 @@ void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>
 
 namespace {
 
-// A matrix alone on all threads runs at this share of perfect scaling (measured on two cores: 0.91 to
-// 0.95 for 512 and up); below the grain it gains nothing from a second thread.
+// A matrix alone on all threads runs at this share of perfect scaling (measured on two cores: 0.91
+// to 0.95 for 512 and up); below the grain it gains nothing from a second thread.
 constexpr double kWideEfficiency = 0.92;
 constexpr double kWideGrain = 1 << 22;
 
-// Time until the last of `work` (sorted, largest first) is done if each takes the first free thread.
+// Time until the last of `work` (sorted, largest first) is done if each takes the first free
+// thread.
 double side_by_side(const std::vector<double>& work, size_t first, int threads) {
   std::vector<double> busy(size_t(threads), 0.0);
-  for (size_t i = first; i < work.size(); i++) *std::min_element(busy.begin(), busy.end()) += work[i];
+  for (size_t i = first; i < work.size(); i++)
+    *std::min_element(busy.begin(), busy.end()) += work[i];
   return *std::max_element(busy.begin(), busy.end());
 }
 

@@ -11,9 +11,9 @@ namespace spectral_kernels::cpu {
 // Threads that a parallel section started here would get; 1 inside another one.
 int available_threads();
 
-// Calls job(i) for i in [0, jobs), each exactly once, on up to `threads` threads. Jobs are handed out in
-// order as threads become free, so put the longest first. A job must not depend on the thread or on
-// another job. An exception is rethrown in the calling thread.
+// Calls job(i) for i in [0, jobs), each exactly once, on up to `threads` threads. Jobs are handed
+// out in order as threads become free, so put the longest first. A job must not depend on the
+// thread or on another job. An exception is rethrown in the calling thread.
 void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>& job);
 
 // Calls body(i, threads) for every matrix i of a list or batch. A matrix that would keep the others

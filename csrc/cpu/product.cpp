@@ -1,5 +1,8 @@
 #include "product.h"
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -9,16 +12,13 @@
 #include <new>
 #include <vector>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "parallel.h"
 
 namespace spectral_kernels::cpu {
 namespace {
 
-// Edge of the largest tile that one job computes. 192 fp32 numbers square are 147 KB, which stay in an L2
-// of 512 KiB or more beside the two operands' stretches.
+// Edge of the largest tile that one job computes. 192 fp32 numbers square are 147 KB, which stay in
+// an L2 of 512 KiB or more beside the two operands' stretches.
 constexpr int64_t kTileEdge = 192;
 constexpr int64_t kTileEdgeF64 = 128;
 
@@ -65,10 +65,13 @@ struct Tile {
 
 size_t element_size(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return 4;
-    case DType::kF64: return 8;
+    case DType::kF32:
+      return 4;
+    case DType::kF64:
+      return 8;
     case DType::kBF16:
-    case DType::kF16: return 2;
+    case DType::kF16:
+      return 2;
   }
   return 0;
 }
@@ -82,7 +85,8 @@ size_t panel_bytes(int64_t rows, int64_t cols, Kind kind) {
 
 Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind) {
   const int64_t words = kind == Kind::kBF16 ? ceil_div(rows, 2) : rows;
-  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind, words * kernels().panel[int(kind)]};
+  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind,
+          words * kernels().panel[int(kind)]};
 }
 
 void run(const Product& p, int threads) {
@@ -90,7 +94,8 @@ void run(const Product& p, int threads) {
   const int kind = int(p.a.kind);
   const int64_t P = k.panel[kind], m = ceil_div(p.a.cols, P), n = ceil_div(p.b.cols, P);
   if (m == 0 || n == 0) return;
-  const double work = double(p.a.cols) * double(p.b.cols) * double(p.a.rows) / (p.symmetric ? 2 : 1);
+  const double work =
+      double(p.a.cols) * double(p.b.cols) * double(p.a.rows) / (p.symmetric ? 2 : 1);
   if (work < 2 * kThreadGrain) threads = 1;
   threads = std::min(threads, available_threads());
   const int64_t edge = tile_blocks(p, P, threads);
@@ -153,8 +158,8 @@ void run_rows(void (*kernel)(const Work&, int64_t, int64_t), const Work& work, i
 
 // The same for kernels that leave one sum a block row.
 template <class Work>
-double run_sums(void (*kernel)(const Work&, int64_t, int64_t), Work work, int64_t blocks, double elements,
-                int threads) {
+double run_sums(void (*kernel)(const Work&, int64_t, int64_t), Work work, int64_t blocks,
+                double elements, int threads) {
   std::vector<double> sums(size_t(blocks), 0.0);
   work.sums = sums.data();
   run_rows(kernel, work, blocks, elements, threads);
@@ -165,15 +170,19 @@ double run_sums(void (*kernel)(const Work&, int64_t, int64_t), Work work, int64_
 
 double elements(const Matrix& m) { return double(m.rows) * double(m.cols); }
 int precision(const Matrix& m) { return m.dtype == DType::kF64 ? 1 : 0; }
-int64_t blocks_of(const Matrix& m) { return row_blocks(m.rows, m.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32); }
+int64_t blocks_of(const Matrix& m) {
+  return row_blocks(m.rows, m.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32);
+}
 
 }  // namespace
 
 double run(const SquareAverage& p, int threads) {
-  return run_sums(kernels().square_average[precision(p.v)], p, blocks_of(p.v), elements(p.v), threads);
+  return run_sums(kernels().square_average[precision(p.v)], p, blocks_of(p.v), elements(p.v),
+                  threads);
 }
 double run(const AdaptedLength& p, int threads) {
-  return run_sums(kernels().adapted_length[precision(p.v)], p, blocks_of(p.v), elements(p.v), threads);
+  return run_sums(kernels().adapted_length[precision(p.v)], p, blocks_of(p.v), elements(p.v),
+                  threads);
 }
 void run(const AdamMoments& p, int threads) {
   run_rows(kernels().adam_moments[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
@@ -182,11 +191,12 @@ void run(const Momentum& p, int threads) {
   run_rows(kernels().momentum[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
 }
 void run(const VarianceAdaptation& p, int threads) {
-  run_rows(kernels().variance_adaptation[p.o.kind == Kind::kF64 ? 1 : 0], p, row_blocks(p.o.rows, p.o.kind),
-           double(p.o.rows) * double(p.o.cols), threads);
+  run_rows(kernels().variance_adaptation[p.o.kind == Kind::kF64 ? 1 : 0], p,
+           row_blocks(p.o.rows, p.o.kind), double(p.o.rows) * double(p.o.cols), threads);
 }
 double run(const SignAdaptation& p, int threads) {
-  return run_sums(kernels().sign_adaptation[precision(p.m)], p, blocks_of(p.m), elements(p.m), threads);
+  return run_sums(kernels().sign_adaptation[precision(p.m)], p, blocks_of(p.m), elements(p.m),
+                  threads);
 }
 
 Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
@@ -226,9 +236,12 @@ Matrix flat(const Panels& p) {
   const int64_t words = p.kind == Kind::kBF16 ? ceil_div(p.rows, 2) : p.rows;
   const int64_t count = ceil_div(p.cols, P) * P * words;
   switch (p.kind) {
-    case Kind::kF32: return {p.data, 1, count, count, 1, DType::kF32};
-    case Kind::kF64: return {p.data, 1, count, count, 1, DType::kF64};
-    case Kind::kBF16: return {p.data, 1, 2 * count, 2 * count, 1, DType::kBF16};
+    case Kind::kF32:
+      return {p.data, 1, count, count, 1, DType::kF32};
+    case Kind::kF64:
+      return {p.data, 1, count, count, 1, DType::kF64};
+    case Kind::kBF16:
+      return {p.data, 1, 2 * count, 2 * count, 1, DType::kBF16};
   }
   return {};
 }
@@ -237,8 +250,10 @@ double element(const Panels& p, int64_t i, int64_t j) {
   const int64_t P = kernels().panel[int(p.kind)];
   const int64_t at = j / P * p.stride + (p.kind == Kind::kBF16 ? i / 2 : i) * P + j % P;
   switch (p.kind) {
-    case Kind::kF32: return double(static_cast<const float*>(p.data)[at]);
-    case Kind::kF64: return static_cast<const double*>(p.data)[at];
+    case Kind::kF32:
+      return double(static_cast<const float*>(p.data)[at]);
+    case Kind::kF64:
+      return static_cast<const double*>(p.data)[at];
     case Kind::kBF16: {
       const uint32_t pair = static_cast<const uint32_t*>(p.data)[at];
       const uint32_t bits = i % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
@@ -252,8 +267,10 @@ double element(const Panels& p, int64_t i, int64_t j) {
 
 void set_element(const Panels& p, int64_t i, int64_t j, double value) {
   const int64_t P = kernels().panel[int(p.kind)], at = j / P * p.stride + i * P + j % P;
-  if (p.kind == Kind::kF64) static_cast<double*>(p.data)[at] = value;
-  else static_cast<float*>(p.data)[at] = float(value);
+  if (p.kind == Kind::kF64)
+    static_cast<double*>(p.data)[at] = value;
+  else
+    static_cast<float*>(p.data)[at] = float(value);
 }
 
 double trace(const Panels& p) {
@@ -293,10 +310,14 @@ void* address(const Matrix& m, int64_t i, int64_t j) {
 template <class F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kF32: return f(float{});
-    case DType::kF64: return f(double{});
-    case DType::kBF16: return f(c10::BFloat16{});
-    case DType::kF16: return f(c10::Half{});
+    case DType::kF32:
+      return f(float{});
+    case DType::kF64:
+      return f(double{});
+    case DType::kBF16:
+      return f(c10::BFloat16{});
+    case DType::kF16:
+      return f(c10::Half{});
   }
 }
 
@@ -323,7 +344,8 @@ void copy_scaled(const Matrix& from, int shift, const Matrix& to) {
 
 double element(const Matrix& m, int64_t i, int64_t j) {
   double value = 0;
-  with_type(m.dtype, [&](auto zero) { value = double(*static_cast<decltype(zero)*>(address(m, i, j))); });
+  with_type(m.dtype,
+            [&](auto zero) { value = double(*static_cast<decltype(zero)*>(address(m, i, j))); });
   return value;
 }
 
@@ -334,8 +356,10 @@ void fill(const Matrix& m, double value) {
 void scale_in_place(const Matrix& m, double factor) {
   for_each_element(m, [&](auto& x) {
     using T = std::remove_reference_t<decltype(x)>;
-    if constexpr (std::is_same_v<T, double>) x *= factor;
-    else x = T(float(x) * float(factor));
+    if constexpr (std::is_same_v<T, double>)
+      x *= factor;
+    else
+      x = T(float(x) * float(factor));
   });
 }
 

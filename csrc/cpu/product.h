@@ -1,5 +1,5 @@
-// Packing and products of packed matrices, spread over threads. What is computed never depends on the
-// number of threads: tiles and jobs only say who computes what.
+// Packing and products of packed matrices, spread over threads. What is computed never depends on
+// the number of threads: tiles and jobs only say who computes what.
 #pragma once
 
 #include <cstddef>
@@ -22,13 +22,14 @@ void run(const Combine& combine, int threads);
 void run(const Scale& scale, int threads);
 // Block rows of an m-row matrix of a kind: the slots of the sums below.
 int64_t row_blocks(int64_t m, Kind kind);
-double run(const SquareAverage& work, int threads);   // returns the sum of all slots
-double run(const AdaptedLength& work, int threads);   // likewise
+double run(const SquareAverage& work, int threads);  // returns the sum of all slots
+double run(const AdaptedLength& work, int threads);  // likewise
 void run(const AdamMoments& work, int threads);
 void run(const Momentum& work, int threads);
 void run(const VarianceAdaptation& work, int threads);
 double run(const SignAdaptation& work, int threads);  // pass 0: the sum of the new V
-// Rows [r0, r0 + rows) and columns [c0, c0 + cols) of a packed F32 or F64 matrix; c0 is a multiple of P.
+// Rows [r0, r0 + rows) and columns [c0, c0 + cols) of a packed F32 or F64 matrix; c0 is a multiple
+// of P.
 Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
 
 // Multiply-adds below which a second thread costs more than it brings.

@@ -13,9 +13,10 @@ namespace spectral_kernels::cpu {
 namespace {
 
 void gram_of(const Matrix& x, const Matrix& out, int threads) {
-  const Kind kind = x.dtype == DType::kF64                                              ? Kind::kF64
-                    : x.dtype == DType::kBF16 && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
-                                                                                        : Kind::kF32;
+  const Kind kind = x.dtype == DType::kF64 ? Kind::kF64
+                    : x.dtype == DType::kBF16 && kernels().panel[int(Kind::kBF16)] != 0
+                        ? Kind::kBF16
+                        : Kind::kF32;
   Workspace workspace(panel_bytes(x.cols, x.rows, kind));
   const Panels packed = take_panels(workspace, x.cols, x.rows, kind);
   Pack pack;

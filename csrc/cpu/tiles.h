@@ -1,14 +1,14 @@
-// The table of CPU micro-kernels. Torch-free: pointers and strides only, so that the same code can be
-// driven by a sanitizer harness or an emulator. csrc/cpu/isa/ holds the kernels, written once and
-// compiled for every instruction set; kernels() returns the set chosen at run time.
+// The table of CPU micro-kernels. Torch-free: pointers and strides only, so that the same code can
+// be driven by a sanitizer harness or an emulator. csrc/cpu/isa/ holds the kernels, written once
+// and compiled for every instruction set; kernels() returns the set chosen at run time.
 //
 // One packed format serves both operands of every product. A matrix of r rows and c columns is cut
 // into column panels of width P; element (i, j) lies at
 //     (j / P) * r * P  +  i * P  +  j % P ,
-// columns beyond c are zero. A product is C = Aᵀ B with A (k x m) and B (k x n) both in that format,
-// so a symmetric matrix is its own left and right operand and never has to be packed again.
-// In the BF16 kind an element is a 32-bit word that holds rows 2i (low half) and 2i + 1 (high half),
-// which is what the dot-product instructions read; an odd last row is paired with zeros.
+// columns beyond c are zero. A product is C = Aᵀ B with A (k x m) and B (k x n) both in that
+// format, so a symmetric matrix is its own left and right operand and never has to be packed again.
+// In the BF16 kind an element is a 32-bit word that holds rows 2i (low half) and 2i + 1 (high
+// half), which is what the dot-product instructions read; an odd last row is paired with zeros.
 #pragma once
 
 #include <cstddef>
@@ -33,8 +33,8 @@ struct Matrix {
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, dtype}; }
 };
 
-// A packed matrix (see above). `stride` is the distance between panels in words; it exceeds a panel where
-// this is a part of a larger packed matrix.
+// A packed matrix (see above). `stride` is the distance between panels in words; it exceeds a panel
+// where this is a part of a larger packed matrix.
 struct Panels {
   void* data = nullptr;
   int64_t rows = 0, cols = 0;
@@ -45,10 +45,10 @@ struct Panels {
 
 enum class Triangle : int { kNone, kUpper, kLower };
 
-// C = alpha AᵀB + beta D + beta_panels E + gamma I, written to any of the outputs. With `symmetric` the
-// caller vouches that AᵀB is symmetric: only blocks on and below the diagonal are computed, the rest is
-// mirrored, so the result is exactly symmetric. D and E must then be symmetric too; only their lower
-// triangles are read.
+// C = alpha AᵀB + beta D + beta_panels E + gamma I, written to any of the outputs. With `symmetric`
+// the caller vouches that AᵀB is symmetric: only blocks on and below the diagonal are computed, the
+// rest is mirrored, so the result is exactly symmetric. D and E must then be symmetric too; only
+// their lower triangles are read.
 struct Product {
   Panels a, b;
   bool symmetric = false;
@@ -61,13 +61,13 @@ struct Product {
   Panels out_t;       // Cᵀ
   Panels scaled;      // alpha2 C + gamma2 I
   double alpha2 = 1, gamma2 = 0;
-  Panels copy;        // C again, in another kind
-  Matrix store;       // C
+  Panels copy;   // C again, in another kind
+  Matrix store;  // C
 };
 
-// Reads a strided matrix once and writes it as panels: out = s X, out_t = s Xᵀ with s = 2^shift, which
-// rounds nothing. With a momentum buffer M it first does M <- beta M + (1 - beta) (sign X) and packs M,
-// or with `nesterov` the mix (1 - beta) (sign X) + beta M. M is written only here.
+// Reads a strided matrix once and writes it as panels: out = s X, out_t = s Xᵀ with s = 2^shift,
+// which rounds nothing. With a momentum buffer M it first does M <- beta M + (1 - beta) (sign X)
+// and packs M, or with `nesterov` the mix (1 - beta) (sign X) + beta M. M is written only here.
 struct Pack {
   Matrix x;
   int shift = 0;
@@ -78,16 +78,16 @@ struct Pack {
   bool negate = false;
 };
 
-// alpha A + beta B + gamma I + delta D, of packed matrices of one shape and a strided one (D), to any of
-// the outputs. A, B and D may be absent.
+// alpha A + beta B + gamma I + delta D, of packed matrices of one shape and a strided one (D), to
+// any of the outputs. A, B and D may be absent.
 struct Combine {
   Panels a, b, out, out_t;
   double alpha = 1, beta = 0, gamma = 0, delta = 0;
   Matrix add, store;
 };
 
-// out_ij = row_i x_ij col_j, of the strict upper triangle only if `strict_upper`, + diagonal_i on the
-// diagonal. Absent vectors are ones, or zeros for the diagonal. `out` may be x.
+// out_ij = row_i x_ij col_j, of the strict upper triangle only if `strict_upper`, + diagonal_i on
+// the diagonal. Absent vectors are ones, or zeros for the diagonal. `out` may be x.
 struct Scale {
   Panels x, out;
   const double *row = nullptr, *col = nullptr, *diagonal = nullptr;
@@ -97,8 +97,8 @@ struct Scale {
 // Sums over the rows of every column, in fp64 and in the order of the rows.
 enum class ColumnSum : int { kAbs, kDot };  // |a|, a b
 
-// The elementwise parts of the fused steps. Each works on block rows [i0, i1) (units of P); sums go to one
-// slot a block row, `row_blocks` of them, and are added up in their order.
+// The elementwise parts of the fused steps. Each works on block rows [i0, i1) (units of P); sums go
+// to one slot a block row, `row_blocks` of them, and are added up in their order.
 
 // V <- beta V + weight G². sums[i]: of the new V.
 struct SquareAverage {
@@ -114,7 +114,8 @@ struct AdaptedLength {
   double* sums = nullptr;
 };
 
-// M <- beta1 M + (1 - beta1) G, V <- beta2 V + (1 - beta2) G², U = M / (sqrt(V) + eps), 0 for V = eps = 0.
+// M <- beta1 M + (1 - beta1) G, V <- beta2 V + (1 - beta2) G², U = M / (sqrt(V) + eps), 0 for V =
+// eps = 0.
 struct AdamMoments {
   Panels g;
   Matrix m, v;
@@ -122,8 +123,9 @@ struct AdamMoments {
   Panels out, out_t;  // U
 };
 
-// M <- beta1 M + (1 - beta1) G, and N = beta1 M + (1 - beta1) G with `nesterov`, else M, or its sign.
-// Sums of squares of M and of G by row (length rows) and by column (row_blocks x cols), of V in all.
+// M <- beta1 M + (1 - beta1) G, and N = beta1 M + (1 - beta1) G with `nesterov`, else M, or its
+// sign. Sums of squares of M and of G by row (length rows) and by column (row_blocks x cols), of V
+// in all.
 struct Momentum {
   Panels g;
   Matrix m;
@@ -131,7 +133,8 @@ struct Momentum {
   bool nesterov = false, sign = false;
   Panels out;  // N; may be g
   Matrix v;    // may be absent
-  double *m_rows = nullptr, *m_cols = nullptr, *g_rows = nullptr, *g_cols = nullptr, *v_sums = nullptr;
+  double *m_rows = nullptr, *m_cols = nullptr, *g_rows = nullptr, *g_cols = nullptr,
+         *v_sums = nullptr;
 };
 
 // How sqrt(energy / v) takes its eps: sqrt(energy / (v + eps)), or sqrt(energy) / (sqrt(v) + eps).
@@ -165,8 +168,9 @@ struct SignAdaptation {
 
 struct Kernels {
   const char* name;
-  int panel[kKinds];        // P of each kind, 0 where the kind is not available
-  // Blocks [i0, i1) x [j0, j1) of a product, in units of P; `scratch` holds scratch_bytes(kind, blocks).
+  int panel[kKinds];  // P of each kind, 0 where the kind is not available
+  // Blocks [i0, i1) x [j0, j1) of a product, in units of P; `scratch` holds scratch_bytes(kind,
+  // blocks).
   void (*product[kKinds])(const Product&, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                           void* scratch);
   // Block rows [i0, i1) of a pack.
@@ -187,13 +191,13 @@ struct Kernels {
   // Largest |x| of rows [r0, r1) as the bit pattern of an fp32 (fp64 for F64 input) number; a
   // pattern at or above that of infinity tells of a non-finite element.
   uint64_t (*max_abs_bits)(const Matrix&, int64_t r0, int64_t r1);
-  // `rounds` rounds of independent multiply-adds on registers: what the ceiling is measured with. Returns
-  // the floating-point operations done.
+  // `rounds` rounds of independent multiply-adds on registers: what the ceiling is measured with.
+  // Returns the floating-point operations done.
   double (*multiply_adds[kKinds])(int64_t rounds);
 };
 
-// The kernels in use: the best set that this processor and the cap (set_isa, SPECTRAL_KERNELS_CPU_ISA)
-// allow.
+// The kernels in use: the best set that this processor and the cap (set_isa,
+// SPECTRAL_KERNELS_CPU_ISA) allow.
 const Kernels& kernels();
 
 }  // namespace spectral_kernels::cpu

@@ -11,11 +11,16 @@ namespace spectral_kernels::cpu {
 
 inline DType dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return DType::kF32;
-    case at::kDouble: return DType::kF64;
-    case at::kBFloat16: return DType::kBF16;
-    case at::kHalf: return DType::kF16;
-    default: TORCH_CHECK_TYPE(false, "expected a floating-point tensor, got ", type);
+    case at::kFloat:
+      return DType::kF32;
+    case at::kDouble:
+      return DType::kF64;
+    case at::kBFloat16:
+      return DType::kBF16;
+    case at::kHalf:
+      return DType::kF16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating-point tensor, got ", type);
   }
 }
 

@@ -52,7 +52,8 @@ void trim(size_t to) {
 Workspace::Workspace(size_t bytes) {
   if (bytes == 0) return;
   std::unique_lock<std::mutex> lock(mutex);
-  const auto fits = std::find_if(idle.begin(), idle.end(), [&](const Chunk& c) { return c.size >= bytes; });
+  const auto fits =
+      std::find_if(idle.begin(), idle.end(), [&](const Chunk& c) { return c.size >= bytes; });
   Chunk chunk{};
   // A block of more than four times the size is left for somebody who needs it.
   if (fits != idle.end() && fits->size / 4 <= std::max(bytes, kPage)) {
@@ -77,7 +78,8 @@ Workspace::~Workspace() {
   if (data_ == nullptr) return;
   const std::lock_guard<std::mutex> lock(mutex);
   lent -= size_;
-  const auto place = std::find_if(idle.begin(), idle.end(), [&](const Chunk& c) { return c.size > size_; });
+  const auto place =
+      std::find_if(idle.begin(), idle.end(), [&](const Chunk& c) { return c.size > size_; });
   idle.insert(place, Chunk{data_, size_});
   kept += size_;
   trim(limit);

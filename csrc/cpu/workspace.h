@@ -32,7 +32,8 @@ size_t workspace_kept();
 size_t workspace_peak();
 void reset_workspace_peak();
 void release_workspace();
-// For tests: fill every block with NaN when it is lent, so that a read of something unwritten shows.
+// For tests: fill every block with NaN when it is lent, so that a read of something unwritten
+// shows.
 void poison_workspace(bool on);
 
 }  // namespace spectral_kernels::cpu

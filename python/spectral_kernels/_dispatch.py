@@ -151,7 +151,7 @@ def _choose(
     asked, asked_by = _asked_for(backend)
     device = next((tensor.device.type for tensor in tensors), "cpu")
     candidates = _CANDIDATES.get(device, ("reference",)) if asked == "auto" else (asked,)
-    rejected = {}
+    rejected: dict[str, str] = {}
     for name in candidates:
         reason = _rejection(name, op, tensors, options)
         if reason is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +50,7 @@ def _refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Te
     return a.new_empty(a.shape[:-1]), _like(q)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "gram": _gram,
     "newton_schulz": _like,
     "polar": _like,

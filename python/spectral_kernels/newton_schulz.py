@@ -219,7 +219,7 @@ def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) ->
     if isinstance(scale, Sequence):
         if len(scale) != len(params):
             raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
-        return [_checks.number("scale", value) for value in scale]
+        return [_checks.number("scale", float(value)) for value in scale]
     return [_checks.number("scale", scale)] * len(params)
 
 

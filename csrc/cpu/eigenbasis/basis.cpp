@@ -29,9 +29,12 @@ Product multiply(const Panels& a, const Panels& b) {
 }
 
 // The diagonal block [c, c + n) with n <= P, in fp64.
-bool cholesky_inverse_block(const Panels& s, const Panels& w, const Panels& wt, int64_t c, int64_t n) {
+bool cholesky_inverse_block(const Panels& s, const Panels& w, const Panels& wt, int64_t c,
+                            int64_t n) {
   std::vector<double> r(size_t(n * n), 0.0), inverse(size_t(n * n), 0.0);
-  const auto at = [n](std::vector<double>& m, int64_t i, int64_t j) -> double& { return m[size_t(i * n + j)]; };
+  const auto at = [n](std::vector<double>& m, int64_t i, int64_t j) -> double& {
+    return m[size_t(i * n + j)];
+  };
   for (int64_t i = 0; i < n; i++)
     for (int64_t j = i; j < n; j++) at(r, i, j) = element(s, c + i, c + j);
   for (int64_t k = 0; k < n; k++) {
@@ -57,10 +60,11 @@ bool cholesky_inverse_block(const Panels& s, const Panels& w, const Panels& wt, 
   return true;
 }
 
-// Columns and rows [c, c + n). With S = [A B; Bᵀ D], R = [R1 C; 0 R2]: C = W1ᵀ B, R2ᵀ R2 = D - Cᵀ C,
-// W = [W1 -W1 C W2; 0 W2].
-bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
-                           const Panels& scratch2, int64_t c, int64_t n, int threads) {
+// Columns and rows [c, c + n). With S = [A B; Bᵀ D], R = [R1 C; 0 R2]: C = W1ᵀ B, R2ᵀ R2 = D - Cᵀ
+// C, W = [W1 -W1 C W2; 0 W2].
+bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt,
+                           const Panels& scratch1, const Panels& scratch2, int64_t c, int64_t n,
+                           int threads) {
   const int64_t P = kernels().panel[int(s.kind)];
   if (n <= P) return cholesky_inverse_block(s, w, wt, c, n);
   const int64_t n1 = ceil_div(ceil_div(n, P), 2) * P, n2 = n - n1, c2 = c + n1;
@@ -163,7 +167,8 @@ class Refresher {
  private:
   static constexpr int kPanels = 7;
 
-  void pack_symmetric(const Matrix& a, int shift, const Panels& out, const Panels& t1, const Panels& t2) {
+  void pack_symmetric(const Matrix& a, int shift, const Panels& out, const Panels& t1,
+                      const Panels& t2) {
     Pack pack;
     pack.x = a;
     pack.shift = shift;
@@ -356,11 +361,13 @@ bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vect
   for (size_t i = 0; i < n; i++)
     for (size_t j = 0; j < n; j++) mean[i * n + j] = 0.5 * full[i * n + j] + 0.5 * full[j * n + i];
   bool converged = false;
-  lapack_jobs(1, [&](int64_t) { converged = eigh(a.rows, mean.data(), ascending.data(), columns.data()); });
+  lapack_jobs(
+      1, [&](int64_t) { converged = eigh(a.rows, mean.data(), ascending.data(), columns.data()); });
   if (!converged) return false;
   std::vector<size_t> order(n);
   std::iota(order.begin(), order.end(), size_t(0));
-  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return ascending[i] > ascending[j]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t i, size_t j) { return ascending[i] > ascending[j]; });
   values.resize(n);
   for (size_t k = 0; k < n; k++) {
     const size_t j = order[k];
@@ -375,7 +382,8 @@ bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vect
   return true;
 }
 
-Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new, int threads) {
+Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new,
+                           int threads) {
   return Refresher(q, a, threads).run_on(a, sort, q_new);
 }
 
@@ -388,8 +396,10 @@ void put(const at::Tensor& values, int64_t matrix, const std::vector<double>& fr
   const int64_t n = values.size(-1);
   for (int64_t k = 0; k < n; k++) {
     const double value = from[size_t(order.empty() ? k : order[size_t(k)])];
-    if (values.scalar_type() == at::kDouble) values.data_ptr<double>()[matrix * n + k] = value;
-    else values.data_ptr<float>()[matrix * n + k] = float(value);
+    if (values.scalar_type() == at::kDouble)
+      values.data_ptr<double>()[matrix * n + k] = value;
+    else
+      values.data_ptr<float>()[matrix * n + k] = float(value);
   }
 }
 
@@ -410,33 +420,37 @@ std::tuple<at::Tensor, at::Tensor> eigenbasis_op(const at::Tensor& a) {
   parallel_matrices(std::vector<double>(size_t(as.count()), 10 * refresh_work(a.size(-1))),
                     [&, &values = values](int64_t i, int threads) {
                       std::vector<double> found;
-                      if (eigenbasis(as[i], found, vs[i], threads)) return put(values, i, found, {});
+                      if (eigenbasis(as[i], found, vs[i], threads))
+                        return put(values, i, found, {});
                       put(values, i, nan, {});
                       fill(vs[i], kNaN);
                     });
   return {values, vectors};
 }
 
-std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis_op(const at::Tensor& q, const at::Tensor& a, bool sort) {
+std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis_op(const at::Tensor& q, const at::Tensor& a,
+                                                         bool sort) {
   count_call("refresh_eigenbasis", "cpu");
   check_full_precision(q, "q");
   check_full_precision(a, "a");
   check_square(a, "a");
   check_same_shape(q, "q", a, "a");
-  TORCH_CHECK_TYPE(q.scalar_type() == a.scalar_type(), "q is ", q.scalar_type(), " but a is ", a.scalar_type());
+  TORCH_CHECK_TYPE(q.scalar_type() == a.scalar_type(), "q is ", q.scalar_type(), " but a is ",
+                   a.scalar_type());
   auto [values, vectors] = empty_results(a);
   if (a.numel() == 0) return {values, vectors};
   const MatrixBatch qs(q), as(a), vs(vectors);
   const std::vector<double> nan(size_t(a.size(-1)), kNaN);
-  parallel_matrices(std::vector<double>(size_t(as.count()), refresh_work(a.size(-1))),
-                    [&, &values = values](int64_t i, int threads) {
-                      if (std::isnan(max_abs(qs[i], threads)) || std::isnan(max_abs(as[i], threads))) {
-                        put(values, i, nan, {});
-                        return fill(vs[i], kNaN);
-                      }
-                      const Refresh result = refresh_eigenbasis(qs[i], as[i], sort, vs[i], threads);
-                      put(values, i, result.values, sort ? result.order : std::vector<int64_t>{});
-                    });
+  parallel_matrices(
+      std::vector<double>(size_t(as.count()), refresh_work(a.size(-1))),
+      [&, &values = values](int64_t i, int threads) {
+        if (std::isnan(max_abs(qs[i], threads)) || std::isnan(max_abs(as[i], threads))) {
+          put(values, i, nan, {});
+          return fill(vs[i], kNaN);
+        }
+        const Refresh result = refresh_eigenbasis(qs[i], as[i], sort, vs[i], threads);
+        put(values, i, result.values, sort ? result.order : std::vector<int64_t>{});
+      });
   return {values, vectors};
 }
 

@@ -9,22 +9,25 @@
 
 namespace spectral_kernels::cpu {
 
-// vectors = eigenvectors of (A + Aᵀ) / 2 in columns, values descending. False, with nothing written, for
-// non-finite input or where LAPACK does not converge.
+// vectors = eigenvectors of (A + Aᵀ) / 2 in columns, values descending. False, with nothing
+// written, for non-finite input or where LAPACK does not converge.
 bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads);
 
-// One round of orthogonal iteration on a finite q and a (see reference/eigenbasis.py). `q_new` may be q.
-// values[j] and order[j] belong to the old columns; with `sort` the new column k follows order[k].
+// One round of orthogonal iteration on a finite q and a (see reference/eigenbasis.py). `q_new` may
+// be q. values[j] and order[j] belong to the old columns; with `sort` the new column k follows
+// order[k].
 struct Refresh {
   std::vector<double> values;
   std::vector<int64_t> order;
 };
-Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new, int threads);
+Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new,
+                           int threads);
 
 double refresh_work(int64_t n);
 
-// W = R⁻¹ for Rᵀ R = S, with S, W and Wᵀ packed (n x n); S is destroyed, W and Wᵀ are written on their
-// triangles and the diagonal blocks. False if a pivot is not positive. The scratch matrices are n x n too.
+// W = R⁻¹ for Rᵀ R = S, with S, W and Wᵀ packed (n x n); S is destroyed, W and Wᵀ are written on
+// their triangles and the diagonal blocks. False if a pivot is not positive. The scratch matrices
+// are n x n too.
 bool cholesky_inverse(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
                       const Panels& scratch2, int threads);
 

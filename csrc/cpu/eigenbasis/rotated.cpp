@@ -59,7 +59,8 @@ Panels RotatedStep::packed(bool transposed, Kind kind) {
   pack.x = grad_;
   pack.negate = negate_;
   Panels& out = transposed ? pack.out_t : pack.out;
-  out = transposed ? take_panels(*workspace_, n_, m_, kind) : take_panels(*workspace_, m_, n_, kind);
+  out =
+      transposed ? take_panels(*workspace_, n_, m_, kind) : take_panels(*workspace_, m_, n_, kind);
   const Panels result = out;
   run(pack, threads_);
   return result;
@@ -72,8 +73,10 @@ void RotatedStep::pack_gradient() {
   Pack pack;
   pack.x = grad_;
   pack.negate = negate_;
-  if (sides_.right || (native && needs_x)) pack.out = g_ = take_panels(*workspace_, m_, n_, factor_kind_);
-  if (sides_.left || (native && needs_x_t)) pack.out_t = g_t_ = take_panels(*workspace_, n_, m_, factor_kind_);
+  if (sides_.right || (native && needs_x))
+    pack.out = g_ = take_panels(*workspace_, m_, n_, factor_kind_);
+  if (sides_.left || (native && needs_x_t))
+    pack.out_t = g_t_ = take_panels(*workspace_, n_, m_, factor_kind_);
   if (pack.out || pack.out_t) run(pack, threads_);
   if (needs_x) x_ = native ? g_ : packed(false, kind_);
   if (needs_x_t) x_t_ = native ? g_t_ : packed(true, kind_);
@@ -96,7 +99,8 @@ bool RotatedStep::initialise(bool check) {
     std::vector<double> values;
     return !factor || eigenbasis(factor, values, basis, threads_);
   };
-  if (basis_of(sides_.left, sides_.left_basis) && basis_of(sides_.right, sides_.right_basis)) return true;
+  if (basis_of(sides_.left, sides_.left_basis) && basis_of(sides_.right, sides_.right_basis))
+    return true;
   if (check) {
     restore(left, sides_.left);
     restore(right, sides_.right);
@@ -117,11 +121,13 @@ bool RotatedStep::wants_transposed() const { return sides_.right_basis && shape(
 
 void RotatedStep::two_sided(const Panels& x, const Panels& x_t, bool back, Product last) {
   const TwoSidedShape shape = this->shape();
-  Workspace workspace(panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_) + shape.workspace_bytes(kind_));
+  Workspace workspace(panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_) +
+                      shape.workspace_bytes(kind_));
   TwoSided operands;
   operands.x = x;
   operands.x_t = x_t;
-  // Q_Lᵀ X Q_R takes the left operand transposed, which is Q_L; the way back Q_Lᵀ, and Q_Rᵀ on the right.
+  // Q_Lᵀ X Q_R takes the left operand transposed, which is Q_L; the way back Q_Lᵀ, and Q_Rᵀ on the
+  // right.
   const auto pack_basis = [&](const Matrix& basis, int64_t size) {
     const Panels out = take_panels(workspace, size, size, kind_);
     Pack pack;
@@ -150,7 +156,8 @@ bool RotatedStep::squares_fit(const Panels& g) const {
   return largest <= std::sqrt(most);  // false for NaN
 }
 
-void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double decay, bool normalize) {
+void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double decay,
+                       bool normalize) {
   Combine direct;
   direct.alpha = -rate;
   direct.delta = decay;
@@ -194,11 +201,13 @@ void RotatedStep::refresh(const Matrix& v, bool permute) {
   run(pack, threads_);
   Product back;
   Panels& plain = transposed ? back.out_t : back.out;
-  plain = transposed ? take_panels(workspace, n_, m_, kind_) : take_panels(workspace, m_, n_, kind_);
+  plain =
+      transposed ? take_panels(workspace, n_, m_, kind_) : take_panels(workspace, m_, n_, kind_);
   two_sided(pack.out, pack.out_t, true, back);
   const auto renew = [&](const Matrix& basis, const Matrix& factor, bool rows) {
     if (!basis) return;
-    if (std::isnan(max_abs(basis, threads_)) || std::isnan(max_abs(factor, threads_))) return fill(basis, kNaN);
+    if (std::isnan(max_abs(basis, threads_)) || std::isnan(max_abs(factor, threads_)))
+      return fill(basis, kNaN);
     const Refresh result = refresh_eigenbasis(basis, factor, permute, basis, threads_);
     if (!permute || !v) return;
     std::vector<double> old = saved(v);
@@ -226,24 +235,27 @@ void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList r
   check_factors(left_bases, "left_bases", params, 0);
   check_factors(right_bases, "right_bases", params, 1);
   for (size_t i = 0; i < params.size(); i++) {
-    TORCH_CHECK_VALUE((lefts[i].numel() == 0) == (left_bases[i].numel() == 0), "lefts[", i, "] has shape ",
-                      lefts[i].sizes(), ", left_bases[", i, "] ", left_bases[i].sizes());
+    TORCH_CHECK_VALUE((lefts[i].numel() == 0) == (left_bases[i].numel() == 0), "lefts[", i,
+                      "] has shape ", lefts[i].sizes(), ", left_bases[", i, "] ",
+                      left_bases[i].sizes());
     TORCH_CHECK_VALUE((rights[i].numel() == 0) == (right_bases[i].numel() == 0), "rights[", i,
-                      "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ", right_bases[i].sizes());
+                      "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ",
+                      right_bases[i].sizes());
   }
   TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
                     " entries, params has ", params.size());
 }
 
-Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights, at::TensorList left_bases,
-               at::TensorList right_bases) {
+Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
+               at::TensorList left_bases, at::TensorList right_bases) {
   const size_t e = size_t(item.entry);
   return {optional_matrix(lefts[e], item.index), optional_matrix(rights[e], item.index),
           optional_matrix(left_bases[e], item.index), optional_matrix(right_bases[e], item.index)};
 }
 
 std::vector<double> rotated_work(const std::vector<Item>& items, at::TensorList params,
-                                 at::TensorList lefts, at::TensorList rights, at::IntArrayRef refresh) {
+                                 at::TensorList lefts, at::TensorList rights,
+                                 at::IntArrayRef refresh) {
   std::vector<double> work;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);

@@ -20,10 +20,10 @@ struct Sides {
 
 class RotatedStep {
  public:
-  // Scratch for the step itself (panels of the matrix's shape in the state's precision) is counted by the
-  // caller in `extra` bytes.
-  RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides, double beta,
-              size_t extra, int threads);
+  // Scratch for the step itself (panels of the matrix's shape in the state's precision) is counted
+  // by the caller in `extra` bytes.
+  RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides,
+              double beta, size_t extra, int threads);
 
   // False if the gradient or the moment is not finite.
   bool finite_input() const { return finite_; }
@@ -33,8 +33,8 @@ class RotatedStep {
 
   // Reads the gradient, once for the factors and the rotation. Comes before everything below.
   void pack_gradient();
-  // The first call of a matrix: factors of this gradient, and their eigenbases. Nothing happens for a zero
-  // gradient. False, with nothing written, if a factor overflows or LAPACK fails.
+  // The first call of a matrix: factors of this gradient, and their eigenbases. Nothing happens for
+  // a zero gradient. False, with nothing written, if a factor overflows or LAPACK fails.
   bool initialise(bool check);
   // G' = Q_Lᵀ G Q_R.
   Panels rotated();
@@ -47,8 +47,8 @@ class RotatedStep {
   void move(const Panels& u, const Matrix& param, double rate, double decay, bool normalize);
   // L <- beta L + (1 - beta) G Gᵀ, R likewise.
   void accumulate();
-  // New bases, the moment carried over into them. With `permute` the columns are sorted and V's rows and
-  // columns with them.
+  // New bases, the moment carried over into them. With `permute` the columns are sorted and V's
+  // rows and columns with them.
   void refresh(const Matrix& v, bool permute);
 
   Panels take() { return take_panels(*workspace_, m_, n_, kind_); }
@@ -79,10 +79,11 @@ class RotatedStep {
 // The lists of such a step.
 void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
                    at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh);
-Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights, at::TensorList left_bases,
-               at::TensorList right_bases);
+Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
+               at::TensorList left_bases, at::TensorList right_bases);
 // Multiply-adds of every matrix besides the Newton–Schulz steps, to schedule by.
 std::vector<double> rotated_work(const std::vector<Item>& items, at::TensorList params,
-                                 at::TensorList lefts, at::TensorList rights, at::IntArrayRef refresh);
+                                 at::TensorList lefts, at::TensorList rights,
+                                 at::IntArrayRef refresh);
 
 }  // namespace spectral_kernels::cpu

@@ -20,10 +20,12 @@ struct SoapStep {
 
 enum class Outcome { kSkipped, kIdle, kUpdated };
 
-Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& grad, const Matrix& moment,
-                    const Matrix& squares, const Sides& sides, double t, bool refresh, int threads) {
+Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& grad,
+                    const Matrix& moment, const Matrix& squares, const Sides& sides, double t,
+                    bool refresh, int threads) {
   const Kind kind = moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
-  const size_t extra = panel_bytes(grad.rows, grad.cols, kind) + panel_bytes(grad.cols, grad.rows, kind);
+  const size_t extra =
+      panel_bytes(grad.rows, grad.cols, kind) + panel_bytes(grad.cols, grad.rows, kind);
   RotatedStep rotated(grad, step.maximize, moment, sides, step.shampoo_beta, extra, threads);
   if (step.check && !rotated.finite_input()) return Outcome::kSkipped;
   const bool first = rotated.uninitialised();
@@ -31,7 +33,8 @@ Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& gra
   if (first && !rotated.initialise(step.check)) return Outcome::kSkipped;
   if (first && step.skip_first) return Outcome::kIdle;
   const Panels g = rotated.rotated();
-  if (step.check && !(rotated.squares_fit(g) && (first || rotated.factors_fit()))) return Outcome::kSkipped;
+  if (step.check && !(rotated.squares_fit(g) && (first || rotated.factors_fit())))
+    return Outcome::kSkipped;
   AdamMoments adam;
   adam.g = g;
   adam.m = moment;
@@ -43,8 +46,9 @@ Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& gra
   Panels& u = transposed ? adam.out_t : adam.out;
   u = transposed ? rotated.take_transposed() : g;
   run(adam, threads);
-  const double bias =
-      step.correct_bias ? std::sqrt(1 - std::pow(step.beta2, t)) / (1 - std::pow(step.beta1, t)) : 1;
+  const double bias = step.correct_bias
+                          ? std::sqrt(1 - std::pow(step.beta2, t)) / (1 - std::pow(step.beta1, t))
+                          : 1;
   const double decay = 1 - step.lr * step.weight_decay;
   rotated.move(u, param, decay * step.lr * bias, decay, step.normalize_grads);
   if (!first) {
@@ -68,23 +72,27 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
   check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const SoapStep step{scalar(lr),      beta1,      beta2,           shampoo_beta,
-                      eps,             weight_decay, correct_bias,  normalize_grads,
-                      skip_first,      permute_squares, maximize,   policy != NonFinite::kPropagate};
+  const SoapStep step{scalar(lr), beta1,           beta2,        shampoo_beta,
+                      eps,        weight_decay,    correct_bias, normalize_grads,
+                      skip_first, permute_squares, maximize,     policy != NonFinite::kPropagate};
   const std::vector<Item> items = items_of(params);
-  if (policy == NonFinite::kRaise) raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
+  if (policy == NonFinite::kRaise)
+    raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
   Progress progress(step_counts, skipped);
-  parallel_matrices(rotated_work(items, params, lefts, rights, refresh), [&](int64_t i, int threads) {
-    const Item& item = items[size_t(i)];
-    const size_t e = size_t(item.entry);
-    const Outcome outcome = soap_update(
-        step, MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
-        MatrixBatch(exp_avgs[e])[item.index], MatrixBatch(exp_avg_sqs[e])[item.index],
-        sides_of(item, lefts, rights, left_bases, right_bases), progress.step(item) + 1,
-        refresh[e] != 0, threads);
-    if (outcome == Outcome::kSkipped) progress.skip();
-    else if (outcome == Outcome::kUpdated) progress.updated(item);
-  });
+  parallel_matrices(
+      rotated_work(items, params, lefts, rights, refresh), [&](int64_t i, int threads) {
+        const Item& item = items[size_t(i)];
+        const size_t e = size_t(item.entry);
+        const Outcome outcome = soap_update(
+            step, MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
+            MatrixBatch(exp_avgs[e])[item.index], MatrixBatch(exp_avg_sqs[e])[item.index],
+            sides_of(item, lefts, rights, left_bases, right_bases), progress.step(item) + 1,
+            refresh[e] != 0, threads);
+        if (outcome == Outcome::kSkipped)
+          progress.skip();
+        else if (outcome == Outcome::kUpdated)
+          progress.updated(item);
+      });
   progress.finish();
 }
 

@@ -1,5 +1,5 @@
-// Inverse p-th roots by a coupled iteration on packed symmetric matrices, with an eigendecomposition in
-// fp64 as the fallback. reference/inverse_root.py is the specification.
+// Inverse p-th roots by a coupled iteration on packed symmetric matrices, with an
+// eigendecomposition in fp64 as the fallback. reference/inverse_root.py is the specification.
 #include "root.h"
 
 #include <ATen/ops/empty.h>
@@ -23,7 +23,9 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kProbes = 8;  // columns of the sign matrix that residuals are taken on
 
-double unit_roundoff(Kind kind) { return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24); }
+double unit_roundoff(Kind kind) {
+  return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
+}
 
 // The fixed signs, in the order of the rows (see sign_matrix in the reference).
 std::vector<double> probe_signs(int64_t n) {
@@ -85,7 +87,8 @@ class RootProblem {
     release(transposed);
     const std::vector<double> sums = column_sums(ColumnSum::kAbs, a_, {}, threads_);
     const double row_sum = *std::max_element(sums.begin(), sums.end());
-    delta_ = std::max(std::ldexp(options_.ridge * divisor_, -shift_), options_.relative_ridge * row_sum);
+    delta_ =
+        std::max(std::ldexp(options_.ridge * divisor_, -shift_), options_.relative_ridge * row_sum);
     if (kind_ == Kind::kF32) delta_ = double(float(delta_));
     result_.delta = std::ldexp(delta_ / divisor_, shift_);
     return true;
@@ -230,7 +233,8 @@ class RootProblem {
       result_.steps = int64_t(rows.size());
       result_.residual = residual;
       // (A / d + delta)^(-1/p) = d^(1/p) (A + d delta)^(-1/p); the ridge has been multiplied by d.
-      const double scale = std::ldexp(std::pow(nu_ / divisor_, -1.0 / options_.p), -shift_ / options_.p);
+      const double scale =
+          std::ldexp(std::pow(nu_ / divisor_, -1.0 / options_.p), -shift_ / options_.p);
       if (may_write(most * scale)) {
         Combine c;
         c.a = x;
@@ -256,7 +260,8 @@ class RootProblem {
   double residual_of(const Panels& x) {
     const std::vector<double> signs = probe_signs(n_);
     Workspace workspace(3 * panel_bytes(n_, kProbes, kind_));
-    Panels omega = take_panels(workspace, n_, kProbes, kind_), y = take_panels(workspace, n_, kProbes, kind_);
+    Panels omega = take_panels(workspace, n_, kProbes, kind_),
+           y = take_panels(workspace, n_, kProbes, kind_);
     Panels z = take_panels(workspace, n_, kProbes, kind_);
     Pack pack;
     pack.x = Matrix{const_cast<double*>(signs.data()), n_, kProbes, kProbes, 1, DType::kF64};
@@ -289,7 +294,8 @@ class RootProblem {
     unpack.store = full;
     run(unpack, threads_);
     bool converged = false;
-    lapack_jobs(1, [&](int64_t) { converged = eigh(n_, matrix.data(), values.data(), vectors.data()); });
+    lapack_jobs(
+        1, [&](int64_t) { converged = eigh(n_, matrix.data(), values.data(), vectors.data()); });
     result_.steps = 0;
     if (!converged) {
       result_.status = RootStatus::kStagnated;
@@ -353,7 +359,8 @@ class RootProblem {
       for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++)
           if (checked(j))
-            for (size_t k = 0; k < probes; k++) c[j * probes + k] += vectors[i * n + j] * y[i * probes + k];
+            for (size_t k = 0; k < probes; k++)
+              c[j * probes + k] += vectors[i * n + j] * y[i * probes + k];
       return c;
     };
     const auto from_basis = [&](const std::vector<double>& c) {
@@ -361,7 +368,8 @@ class RootProblem {
       for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++)
           if (checked(j))
-            for (size_t k = 0; k < probes; k++) y[i * probes + k] += vectors[i * n + j] * c[j * probes + k];
+            for (size_t k = 0; k < probes; k++)
+              y[i * probes + k] += vectors[i * n + j] * c[j * probes + k];
       return y;
     };
     const auto scaled = [&](std::vector<double> c, int exponent) {
@@ -375,7 +383,8 @@ class RootProblem {
     for (int64_t j = 0; j < n_; j++)
       for (int64_t i = 0; i < n_; i++) {
         const double b = element(a_, i, j) + (i == j ? delta_ : 0);
-        for (size_t k = 0; k < probes; k++) by[size_t(i) * probes + k] += b * y[size_t(j) * probes + k];
+        for (size_t k = 0; k < probes; k++)
+          by[size_t(i) * probes + k] += b * y[size_t(j) * probes + k];
       }
     const std::vector<double> result = from_basis(scaled(to_basis(by), options_.p / 2));
     const std::vector<double> wanted = from_basis(projected);
@@ -404,15 +413,15 @@ class RootProblem {
 
 void check_root_options(const RootOptions& options) {
   TORCH_CHECK_VALUE(options.p >= 1 && options.p <= 8, "p must be in 1..8, got ", options.p);
-  TORCH_CHECK_VALUE(options.ridge >= 0 && std::isfinite(options.ridge), "ridge must be at least 0, got ",
-                    options.ridge);
+  TORCH_CHECK_VALUE(options.ridge >= 0 && std::isfinite(options.ridge),
+                    "ridge must be at least 0, got ", options.ridge);
   TORCH_CHECK_VALUE(options.relative_ridge >= 0 && std::isfinite(options.relative_ridge),
                     "relative_ridge must be at least 0, got ", options.relative_ridge);
   check_one_of(options.method, "method", {"auto", "iteration", "eigen"});
 }
 
-RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options, const Matrix& out,
-                        bool write_failures, int threads) {
+RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options,
+                        const Matrix& out, bool write_failures, int threads) {
   RootProblem problem(a, divisor, options, write_failures, threads);
   if (!problem.prepare(a, out)) return problem.result();
   return problem.solve(out);
@@ -433,7 +442,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   const RootOptions options{int(p), ridge, relative_ridge, std::string(method)};
   check_root_options(options);
   const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
-  const at::Tensor root = at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor root =
+      at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
   const at::Tensor status = at::empty(batch, a.options().dtype(at::kLong));
   const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
   const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
@@ -442,11 +452,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   if (a.numel() > 0)
     parallel_matrices(std::vector<double>(results.size(), root_work(a.size(-1), options.p)),
                       [&](int64_t i, int threads) {
-                        results[size_t(i)] = inverse_root(as[i], 1, options, roots[i], true, threads);
+                        results[size_t(i)] =
+                            inverse_root(as[i], 1, options, roots[i], true, threads);
                       });
   const auto put = [](const at::Tensor& t, size_t i, double value) {
-    if (t.scalar_type() == at::kDouble) t.data_ptr<double>()[i] = value;
-    else t.data_ptr<float>()[i] = float(value);
+    if (t.scalar_type() == at::kDouble)
+      t.data_ptr<double>()[i] = value;
+    else
+      t.data_ptr<float>()[i] = float(value);
   };
   for (size_t i = 0; i < results.size(); i++) {
     status.data_ptr<int64_t>()[i] = int64_t(results[i].status);

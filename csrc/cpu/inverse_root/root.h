@@ -26,8 +26,8 @@ void check_root_options(const RootOptions& options);
 
 // out = (A / divisor + delta I)^(-1/p). Where the status is kStagnated or kNonFinite, or the root
 // overflows, nothing is written unless `write_failures` (NaN for non-finite input).
-RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options, const Matrix& out,
-                        bool write_failures, int threads);
+RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options,
+                        const Matrix& out, bool write_failures, int threads);
 
 // Multiply-adds of a typical call, to schedule by.
 double root_work(int64_t n, int p);

@@ -12,7 +12,8 @@ double coupled(const RootRow& row, double x, int p) {
   return x * std::pow(row.a + x * (row.b + x * row.c), p);
 }
 
-// Equal values at both ends of [low, 1] and the interior maximum 1. `low` becomes the next lower bound.
+// Equal values at both ends of [low, 1] and the interior maximum 1. `low` becomes the next lower
+// bound.
 RootRow linear_row(double& low, int p) {
   const double tau = std::pow(low, 1.0 / p), rho = (1 - tau) / (1 - tau * low);
   const auto value = [&](double x) { return x * std::pow(1 - rho * x, p); };
@@ -24,7 +25,8 @@ RootRow linear_row(double& low, int p) {
   return {a, -a * rho, 0};
 }
 
-// N = alpha + beta v + gamma v² in v = x - 1, with x^(1/p) N alternating 1 -+ error on the four points.
+// N = alpha + beta v + gamma v² in v = x - 1, with x^(1/p) N alternating 1 -+ error on the four
+// points.
 struct Levelled {
   double error, alpha, beta, gamma;
 };
@@ -69,14 +71,16 @@ RootRow quadratic_row(double& low, int p) {
     const double moved = std::max(std::abs(new1 - x1), std::abs(new2 - x2));
     if (moved < 1e-4 * std::min(x1, 1 - low)) {
       const double scale = 1 / (1 + n.error);
-      const RootRow row{scale * (n.alpha - n.beta + n.gamma), scale * (n.beta - 2 * n.gamma), scale * n.gamma};
+      const RootRow row{scale * (n.alpha - n.beta + n.gamma), scale * (n.beta - 2 * n.gamma),
+                        scale * n.gamma};
       low = coupled(row, low, p);
       return row;
     }
     x1 = new1;
     x2 = new2;
   }
-  throw std::runtime_error("no quadratic root row for low=" + std::to_string(low) + ", p=" + std::to_string(p));
+  throw std::runtime_error("no quadratic root row for low=" + std::to_string(low) +
+                           ", p=" + std::to_string(p));
 }
 
 }  // namespace
@@ -88,7 +92,8 @@ double root_tolerance(double low, double unit_roundoff) {
 std::vector<RootRow> root_schedule(double low, int p, double tolerance) {
   constexpr size_t kLinearRows = 2;
   std::vector<RootRow> rows;
-  while (1 - low > tolerance) rows.push_back(rows.size() < kLinearRows ? linear_row(low, p) : quadratic_row(low, p));
+  while (1 - low > tolerance)
+    rows.push_back(rows.size() < kLinearRows ? linear_row(low, p) : quadratic_row(low, p));
   return rows;
 }
 

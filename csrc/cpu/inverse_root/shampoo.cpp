@@ -56,7 +56,8 @@ class Saved {
     std::vector<double> values;
   };
   static Matrix view(Copy& copy) {
-    return {copy.values.data(), copy.matrix.rows, copy.matrix.cols, copy.matrix.cols, 1, DType::kF64};
+    return {copy.values.data(), copy.matrix.rows, copy.matrix.cols, copy.matrix.cols, 1,
+            DType::kF64};
   }
   std::vector<Copy> copies_;
 };
@@ -77,8 +78,8 @@ void set_identity(const Matrix& m, double value) {
 
 class ShampooMatrix {
  public:
-  ShampooMatrix(const ShampooStep& step, const Matrix& param, const Matrix& grad, const ShampooState& state,
-                double t, int threads)
+  ShampooMatrix(const ShampooStep& step, const Matrix& param, const Matrix& grad,
+                const ShampooState& state, double t, int threads)
       : step_(step),
         param_(param),
         grad_(grad),
@@ -92,9 +93,11 @@ class ShampooMatrix {
   // False if the matrix is skipped, with nothing written.
   bool run_step(bool refresh) {
     largest_ = max_abs(grad_, threads_);
-    const bool outside = largest_ != 0 && (largest_ < 0x1p-50 || largest_ > 0x1p50);  // false for NaN
+    const bool outside =
+        largest_ != 0 && (largest_ < 0x1p-50 || largest_ > 0x1p50);  // false for NaN
     if ((step_.root.relative_ridge > 0 || step_.kl) && outside) return false;
-    if (step_.check && (std::isnan(largest_) || std::isnan(max_abs(state_.momentum, threads_)) || !squares_fit()))
+    if (step_.check &&
+        (std::isnan(largest_) || std::isnan(max_abs(state_.momentum, threads_)) || !squares_fit()))
       return false;
     if (!(step_.kl ? update_kl(refresh) : update_factors(refresh))) return false;
     apply();
@@ -119,8 +122,9 @@ class ShampooMatrix {
       if (right) pack.out = take_panels(workspace, m_, n_, kind);
       if (left) pack.out_t = take_panels(workspace, n_, m_, kind);
       run(pack, threads_);
-      if (step_.check && ((left && overflows(pack.out_t, largest_, step_.beta2, step_.weight(), left)) ||
-                          (right && overflows(pack.out, largest_, step_.beta2, step_.weight(), right))))
+      if (step_.check &&
+          ((left && overflows(pack.out_t, largest_, step_.beta2, step_.weight(), left)) ||
+           (right && overflows(pack.out, largest_, step_.beta2, step_.weight(), right))))
         return false;
       if (left) accumulate(pack.out_t, step_.beta2, step_.weight(), left, threads_);
       if (right) accumulate(pack.out, step_.beta2, step_.weight(), right, threads_);
@@ -151,7 +155,9 @@ class ShampooMatrix {
     if (roots_between) {
       for (const bool left_side : {shorter_left, !shorter_left}) {
         fits = fits && kl_increment(left_side, !left_side);
-        if (fits) take_root(left_side ? left : right, left_side ? state_.left_root : state_.right_root, 1, left_side ? 0 : 1);
+        if (fits)
+          take_root(left_side ? left : right, left_side ? state_.left_root : state_.right_root, 1,
+                    left_side ? 0 : 1);
       }
     } else {
       fits = kl_increment(true, true);
@@ -190,8 +196,8 @@ class ShampooMatrix {
       if (root) set_identity(root, 1 / std::sqrt(lam0 + delta));
   }
 
-  // L <- beta2 L + w / n (G X_R)(G X_R)ᵀ and R likewise, as asked for, from the roots as they are. False,
-  // with nothing written by this call, if one does not fit.
+  // L <- beta2 L + w / n (G X_R)(G X_R)ᵀ and R likewise, as asked for, from the roots as they are.
+  // False, with nothing written by this call, if one does not fit.
   bool kl_increment(bool of_left, bool of_right) {
     const Matrix &left = state_.left, &right = state_.right;
     of_left = of_left && left;
@@ -225,9 +231,11 @@ class ShampooMatrix {
       product.out = x = take_panels(workspace, m_, n_, kind_);
       run(product, threads_);
     }
-    const double left_weight = step_.weight() / double(n_), right_weight = step_.weight() / double(m_);
+    const double left_weight = step_.weight() / double(n_),
+                 right_weight = step_.weight() / double(m_);
     const auto fits = [&](const Panels& panels, double weight, const Matrix& factor) {
-      return !step_.check || !overflows(panels, max_abs(flat(panels), threads_), step_.beta2, weight, factor);
+      return !step_.check ||
+             !overflows(panels, max_abs(flat(panels), threads_), step_.beta2, weight, factor);
     };
     if (of_left && !fits(x_t, left_weight, left)) return false;
     if (of_right && !fits(x, right_weight, right)) return false;
@@ -253,8 +261,9 @@ class ShampooMatrix {
   void apply() {
     const TwoSidedShape shape{m_, n_, m_, n_, bool(state_.left_root), bool(state_.right_root)};
     const bool sides = shape.has_left || shape.has_right;
-    Workspace workspace(2 * panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_) + panel_bytes(m_, m_, kind_) +
-                        panel_bytes(n_, n_, kind_) + shape.workspace_bytes(kind_));
+    Workspace workspace(2 * panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_) +
+                        panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_) +
+                        shape.workspace_bytes(kind_));
     const double mhat = step_.debias ? 1 / (1 - std::pow(step_.beta1, t_)) : 1;
     TwoSided operands;
     Pack moment;
@@ -262,8 +271,10 @@ class ShampooMatrix {
     moment.momentum = state_.momentum;
     moment.beta = step_.beta1;
     moment.negate = step_.maximize;
-    if (!sides || shape.needs_x()) moment.out = operands.x = take_panels(workspace, m_, n_, kind_);
-    else moment.out_t = operands.x_t = take_panels(workspace, n_, m_, kind_);
+    if (!sides || shape.needs_x())
+      moment.out = operands.x = take_panels(workspace, m_, n_, kind_);
+    else
+      moment.out_t = operands.x_t = take_panels(workspace, n_, m_, kind_);
     run(moment, threads_);
     const auto packed = [&](const Matrix& root, int64_t size) {
       Pack pack;
@@ -351,18 +362,21 @@ Graft graft_of(const std::string& name) {
 
 void check_roots(at::TensorList factors, at::TensorList roots, const char* name) {
   for (size_t i = 0; i < factors.size(); i++)
-    TORCH_CHECK_VALUE((factors[i].numel() == 0) == (roots[i].numel() == 0), name, "_roots[", i, "] has shape ",
-                      roots[i].sizes(), ", ", name, "s[", i, "] ", factors[i].sizes());
+    TORCH_CHECK_VALUE((factors[i].numel() == 0) == (roots[i].numel() == 0), name, "_roots[", i,
+                      "] has shape ", roots[i].sizes(), ", ", name, "s[", i, "] ",
+                      factors[i].sizes());
 }
 
 void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                    at::TensorList lefts, at::TensorList rights, at::TensorList left_roots,
-                   at::TensorList right_roots, at::TensorList graft_squares, at::TensorList root_failures,
-                   at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr, double beta1,
-                   double beta2, double graft_beta2, int64_t root, double ridge, double relative_ridge,
-                   c10::string_view root_method, double weight_decay, c10::string_view graft, double graft_eps,
-                   c10::string_view graft_eps_mode, bool kl, c10::string_view kl_order, bool debias,
-                   bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
+                   at::TensorList right_roots, at::TensorList graft_squares,
+                   at::TensorList root_failures, at::TensorList step_counts,
+                   const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
+                   double graft_beta2, int64_t root, double ridge, double relative_ridge,
+                   c10::string_view root_method, double weight_decay, c10::string_view graft,
+                   double graft_eps, c10::string_view graft_eps_mode, bool kl,
+                   c10::string_view kl_order, bool debias, bool maximize,
+                   c10::string_view nonfinite, at::IntArrayRef refresh) {
   count_call("shampoo_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
@@ -379,26 +393,36 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
     auto expected = params[i].sizes().vec();
     expected.pop_back();
     expected.back() = 2;
-    TORCH_CHECK_TYPE(root_failures[i].scalar_type() == at::kLong, "root_failures must be int64, got ",
-                     root_failures[i].scalar_type());
-    TORCH_CHECK_VALUE(root_failures[i].sizes() == expected && root_failures[i].is_contiguous(), "root_failures[", i,
-                      "] must be contiguous, of shape ", at::IntArrayRef(expected), ", got ",
-                      root_failures[i].sizes());
+    TORCH_CHECK_TYPE(root_failures[i].scalar_type() == at::kLong,
+                     "root_failures must be int64, got ", root_failures[i].scalar_type());
+    TORCH_CHECK_VALUE(root_failures[i].sizes() == expected && root_failures[i].is_contiguous(),
+                      "root_failures[", i, "] must be contiguous, of shape ",
+                      at::IntArrayRef(expected), ", got ", root_failures[i].sizes());
   }
   check_distinct({params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares});
   check_one_of(std::string(graft_eps_mode), "graft_eps_mode", {"relative", "absolute"});
   check_one_of(std::string(kl_order), "kl_order", {"sequential", "simultaneous"});
-  TORCH_CHECK_VALUE(!kl || root == 2, "kl weights its factors by inverse square roots: root must be 2, not ", root);
-  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(), " entries, params has ",
-                    params.size());
+  TORCH_CHECK_VALUE(!kl || root == 2,
+                    "kl weights its factors by inverse square roots: root must be 2, not ", root);
+  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
+                    " entries, params has ", params.size());
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const RootOptions options{int(root), ridge, relative_ridge, std::string(root_method)};
   check_root_options(options);
-  const ShampooStep step{scalar(lr),   beta1,   beta2,
-                         graft_beta2,  options, weight_decay,
-                         kind,         graft_eps, graft_eps_mode == "relative",
-                         kl,           kl_order == "sequential", debias,
-                         maximize,     policy != NonFinite::kPropagate};
+  const ShampooStep step{scalar(lr),
+                         beta1,
+                         beta2,
+                         graft_beta2,
+                         options,
+                         weight_decay,
+                         kind,
+                         graft_eps,
+                         graft_eps_mode == "relative",
+                         kl,
+                         kl_order == "sequential",
+                         debias,
+                         maximize,
+                         policy != NonFinite::kPropagate};
   const std::vector<Item> items = items_of(params);
   if (policy == NonFinite::kRaise)
     raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
@@ -407,8 +431,12 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
     const size_t e = size_t(item.entry);
     const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
     double sum = m * n;
-    if (lefts[e].numel() > 0) sum += (kl ? 2.5 : 1.5) * m * m * n + (refresh[e] != 0 ? root_work(int64_t(m), int(root)) : 0);
-    if (rights[e].numel() > 0) sum += (kl ? 2.5 : 1.5) * m * n * n + (refresh[e] != 0 ? root_work(int64_t(n), int(root)) : 0);
+    if (lefts[e].numel() > 0)
+      sum +=
+          (kl ? 2.5 : 1.5) * m * m * n + (refresh[e] != 0 ? root_work(int64_t(m), int(root)) : 0);
+    if (rights[e].numel() > 0)
+      sum +=
+          (kl ? 2.5 : 1.5) * m * n * n + (refresh[e] != 0 ? root_work(int64_t(n), int(root)) : 0);
     work.push_back(sum);
   }
   Progress progress(step_counts, skipped);
@@ -422,10 +450,13 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
                              optional_matrix(right_roots[e], item.index),
                              optional_matrix(graft_squares[e], item.index),
                              root_failures[e].data_ptr<int64_t>() + 2 * item.index};
-    ShampooMatrix matrix(step, MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index], state,
-                         progress.step(item) + 1, threads);
-    if (matrix.run_step(refresh[e] != 0)) progress.updated(item);
-    else progress.skip();
+    ShampooMatrix matrix(step, MatrixBatch(params[e])[item.index],
+                         MatrixBatch(grads[e])[item.index], state, progress.step(item) + 1,
+                         threads);
+    if (matrix.run_step(refresh[e] != 0))
+      progress.updated(item);
+    else
+      progress.skip();
   });
   progress.finish();
 }

@@ -9,7 +9,9 @@
 #include "sets.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
@@ -23,10 +25,9 @@ namespace spectral_kernels::cpu::avx512 {
 #define SK_BLOCK_K 384
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
-#include "tiles.inl"
-
 #include "elementwise.inl"
 #include "table.inl"
+#include "tiles.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512
 #if defined(__clang__)

@@ -9,10 +9,13 @@
 #include "sets.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_NAME "avx512bf16"
@@ -23,10 +26,9 @@ namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_BLOCK_K 384
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
-#include "tiles.inl"
-
 #include "elementwise.inl"
 #include "table.inl"
+#include "tiles.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512bf16
 #if defined(__clang__)

@@ -1,14 +1,26 @@
 // The elementwise parts of the fused steps, block by block. See tiles.inl for how this is compiled.
 
 #if defined(__x86_64__) && SK_VECTOR_BYTES == 64
-SK_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
-SK_INLINE Vector<double> square_root(Vector<double> x) { return (Vector<double>)_mm512_sqrt_pd((__m512d)x); }
+SK_INLINE Vector<float> square_root(Vector<float> x) {
+  return (Vector<float>)_mm512_sqrt_ps((__m512)x);
+}
+SK_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
+}
 #elif defined(__x86_64__) && SK_VECTOR_BYTES == 32
-SK_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm256_sqrt_ps((__m256)x); }
-SK_INLINE Vector<double> square_root(Vector<double> x) { return (Vector<double>)_mm256_sqrt_pd((__m256d)x); }
+SK_INLINE Vector<float> square_root(Vector<float> x) {
+  return (Vector<float>)_mm256_sqrt_ps((__m256)x);
+}
+SK_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)x);
+}
 #elif defined(__x86_64__)
-SK_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm_sqrt_ps((__m128)x); }
-SK_INLINE Vector<double> square_root(Vector<double> x) { return (Vector<double>)_mm_sqrt_pd((__m128d)x); }
+SK_INLINE Vector<float> square_root(Vector<float> x) {
+  return (Vector<float>)_mm_sqrt_ps((__m128)x);
+}
+SK_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm_sqrt_pd((__m128d)x);
+}
 #else
 template <class V>
 SK_INLINE V square_root(V x) {
@@ -53,16 +65,17 @@ static void square_average(const SquareAverage& p, int64_t i0, int64_t i1) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
   alignas(64) Block<T> g, v;
   for (int64_t i = i0; i < i1; i++) p.sums[i] = 0;
-  for_blocks<T>(p.g.rows, p.g.cols, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_block(p.g, bi * P, bj * P, rows, cols, g);
-    load_block(p.v, bi * P, bj * P, rows, cols, v);
-    for (int i = 0; i < P * P; i += kLanes) {
-      const Vector<T> x = load(g + i);
-      store(v + i, T(p.beta) * load(v + i) + T(p.weight) * (x * x));
-    }
-    p.sums[bi] += block_sum(v);
-    store_block(p.v, bi * P, bj * P, rows, cols, v);
-  });
+  for_blocks<T>(p.g.rows, p.g.cols, i0, i1,
+                [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+                  load_block(p.g, bi * P, bj * P, rows, cols, g);
+                  load_block(p.v, bi * P, bj * P, rows, cols, v);
+                  for (int i = 0; i < P * P; i += kLanes) {
+                    const Vector<T> x = load(g + i);
+                    store(v + i, T(p.beta) * load(v + i) + T(p.weight) * (x * x));
+                  }
+                  p.sums[bi] += block_sum(v);
+                  store_block(p.v, bi * P, bj * P, rows, cols, v);
+                });
 }
 
 template <class T>
@@ -70,39 +83,43 @@ static void adapted_length(const AdaptedLength& p, int64_t i0, int64_t i1) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
   alignas(64) Block<T> m, v;
   for (int64_t i = i0; i < i1; i++) p.sums[i] = 0;
-  for_blocks<T>(p.m.rows, p.m.cols, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_block(p.m, bi * P, bj * P, rows, cols, m);
-    load_block(p.v, bi * P, bj * P, rows, cols, v);
-    for (int i = 0; i < P * P; i += kLanes) {
-      const Vector<T> below = square_root(T(p.v_scale) * load(v + i)) + T(p.eps);
-      const Vector<T> d = T(p.m_scale) * load(m + i) / below;
-      store(m + i, below > 0 ? d * d : Vector<T>{});
-    }
-    p.sums[bi] += block_sum(m);
-  });
+  for_blocks<T>(p.m.rows, p.m.cols, i0, i1,
+                [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+                  load_block(p.m, bi * P, bj * P, rows, cols, m);
+                  load_block(p.v, bi * P, bj * P, rows, cols, v);
+                  for (int i = 0; i < P * P; i += kLanes) {
+                    const Vector<T> below = square_root(T(p.v_scale) * load(v + i)) + T(p.eps);
+                    const Vector<T> d = T(p.m_scale) * load(m + i) / below;
+                    store(m + i, below > 0 ? d * d : Vector<T>{});
+                  }
+                  p.sums[bi] += block_sum(m);
+                });
 }
 
 template <class T>
 static void adam_moments(const AdamMoments& p, int64_t i0, int64_t i1) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
   alignas(64) Block<T> g, m, v;
-  for_blocks<T>(p.m.rows, p.m.cols, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_panel(p.g, bi, bj, rows, g);
-    load_block(p.m, bi * P, bj * P, rows, cols, m);
-    load_block(p.v, bi * P, bj * P, rows, cols, v);
-    const T beta1 = T(p.beta1), add1 = T(1 - p.beta1), beta2 = T(p.beta2), add2 = T(1 - p.beta2);
-    for (int i = 0; i < P * P; i += kLanes) {
-      const Vector<T> x = load(g + i);
-      const Vector<T> moment = beta1 * load(m + i) + add1 * x, square = beta2 * load(v + i) + add2 * (x * x);
-      const Vector<T> below = square_root(square) + T(p.eps);
-      store(m + i, moment);
-      store(v + i, square);
-      store(g + i, below > 0 ? moment / below : Vector<T>{});
-    }
-    store_block(p.m, bi * P, bj * P, rows, cols, m);
-    store_block(p.v, bi * P, bj * P, rows, cols, v);
-    store_both(p.out, p.out_t, bi, bj, rows, cols, g);
-  });
+  for_blocks<T>(p.m.rows, p.m.cols, i0, i1,
+                [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+                  load_panel(p.g, bi, bj, rows, g);
+                  load_block(p.m, bi * P, bj * P, rows, cols, m);
+                  load_block(p.v, bi * P, bj * P, rows, cols, v);
+                  const T beta1 = T(p.beta1), add1 = T(1 - p.beta1), beta2 = T(p.beta2),
+                          add2 = T(1 - p.beta2);
+                  for (int i = 0; i < P * P; i += kLanes) {
+                    const Vector<T> x = load(g + i);
+                    const Vector<T> moment = beta1 * load(m + i) + add1 * x,
+                                    square = beta2 * load(v + i) + add2 * (x * x);
+                    const Vector<T> below = square_root(square) + T(p.eps);
+                    store(m + i, moment);
+                    store(v + i, square);
+                    store(g + i, below > 0 ? moment / below : Vector<T>{});
+                  }
+                  store_block(p.m, bi * P, bj * P, rows, cols, m);
+                  store_block(p.v, bi * P, bj * P, rows, cols, v);
+                  store_both(p.out, p.out_t, bi, bj, rows, cols, g);
+                });
 }
 
 template <class T>
@@ -140,25 +157,28 @@ static void momentum(const Momentum& p, int64_t i0, int64_t i1) {
       for (int64_t j = 0; cols && j < n; j++) cols[i * n + j] = 0;
     if (p.v_sums) p.v_sums[i] = 0;
   }
-  for_blocks<T>(rows_in_all, n, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_panel(p.g, bi, bj, rows, g);
-    load_block(p.m, bi * P, bj * P, rows, cols, m);
-    if (p.g_rows) add_squares(g, rows, cols, p.g_rows + bi * P, p.g_cols + bi * n + bj * P);
-    const T beta = T(p.beta1), add = T(1 - p.beta1);
-    for (int i = 0; i < P * P; i += kLanes) {
-      const Vector<T> x = load(g + i), moment = beta * load(m + i) + add * x;
-      const Vector<T> mix = p.nesterov ? beta * moment + add * x : moment;
-      store(m + i, moment);
-      store(g + i, p.sign ? sign_of<T>(mix) : mix);
-    }
-    if (p.m_rows) add_squares(m, rows, cols, p.m_rows + bi * P, p.m_cols + bi * n + bj * P);
-    store_block(p.m, bi * P, bj * P, rows, cols, m);
-    store_panel(p.out, bi, bj, rows, g);
-    if (p.v_sums) {
-      load_block(p.v, bi * P, bj * P, rows, cols, v);
-      p.v_sums[bi] += block_sum(v);
-    }
-  });
+  for_blocks<T>(rows_in_all, n, i0, i1,
+                [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+                  load_panel(p.g, bi, bj, rows, g);
+                  load_block(p.m, bi * P, bj * P, rows, cols, m);
+                  if (p.g_rows)
+                    add_squares(g, rows, cols, p.g_rows + bi * P, p.g_cols + bi * n + bj * P);
+                  const T beta = T(p.beta1), add = T(1 - p.beta1);
+                  for (int i = 0; i < P * P; i += kLanes) {
+                    const Vector<T> x = load(g + i), moment = beta * load(m + i) + add * x;
+                    const Vector<T> mix = p.nesterov ? beta * moment + add * x : moment;
+                    store(m + i, moment);
+                    store(g + i, p.sign ? sign_of<T>(mix) : mix);
+                  }
+                  if (p.m_rows)
+                    add_squares(m, rows, cols, p.m_rows + bi * P, p.m_cols + bi * n + bj * P);
+                  store_block(p.m, bi * P, bj * P, rows, cols, m);
+                  store_panel(p.out, bi, bj, rows, g);
+                  if (p.v_sums) {
+                    load_block(p.v, bi * P, bj * P, rows, cols, v);
+                    p.v_sums[bi] += block_sum(v);
+                  }
+                });
 }
 
 template <class T>
@@ -175,31 +195,34 @@ static void variance_adaptation(const VarianceAdaptation& p, int64_t i0, int64_t
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
   const int64_t m = p.o.rows, n = p.o.cols;
   alignas(64) Block<T> o, v;
-  for_blocks<T>(m, n, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_panel(p.o, bi, bj, rows, o);
-    if (p.v) load_block(p.v, bi * P, bj * P, rows, cols, v);
-    alignas(64) T seen[P] = {}, top[P] = {};
-    for (int j = 0; j < cols; j++) {
-      seen[j] = p.seen_col ? T(p.seen_col[bj * P + j]) : T(0);
-      top[j] = T(p.col[bj * P + j]);
-    }
-    const T beta = T(p.beta2), add = T(1 - p.beta2), scale = T(p.scale);
-    for (int i = 0; i < rows; i++) {
-      const T top_row = T(p.row[bi * P + i]), seen_row = p.seen_row ? T(p.seen_row[bi * P + i]) : T(0);
-      for (int j = 0; j < P; j += kLanes) {
-        const Vector<T> energy = top_row * load(top + j), x = load(o + i * P + j);
-        if (!p.v) {
-          store(o + i * P + j, scale * energy * x);
-          continue;
+  for_blocks<T>(
+      m, n, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+        load_panel(p.o, bi, bj, rows, o);
+        if (p.v) load_block(p.v, bi * P, bj * P, rows, cols, v);
+        alignas(64) T seen[P] = {}, top[P] = {};
+        for (int j = 0; j < cols; j++) {
+          seen[j] = p.seen_col ? T(p.seen_col[bj * P + j]) : T(0);
+          top[j] = T(p.col[bj * P + j]);
         }
-        const Vector<T> next = beta * load(v + i * P + j) + add * (seen_row * load(seen + j));
-        store(v + i * P + j, next);
-        store(o + i * P + j, scale * ratio<T>(energy, T(p.v_scale) * next, T(p.eps), p.place) * x);
-      }
-    }
-    if (p.v) store_block(p.v, bi * P, bj * P, rows, cols, v);
-    store_both(p.out, p.out_t, bi, bj, rows, cols, o);
-  });
+        const T beta = T(p.beta2), add = T(1 - p.beta2), scale = T(p.scale);
+        for (int i = 0; i < rows; i++) {
+          const T top_row = T(p.row[bi * P + i]),
+                  seen_row = p.seen_row ? T(p.seen_row[bi * P + i]) : T(0);
+          for (int j = 0; j < P; j += kLanes) {
+            const Vector<T> energy = top_row * load(top + j), x = load(o + i * P + j);
+            if (!p.v) {
+              store(o + i * P + j, scale * energy * x);
+              continue;
+            }
+            const Vector<T> next = beta * load(v + i * P + j) + add * (seen_row * load(seen + j));
+            store(v + i * P + j, next);
+            store(o + i * P + j,
+                  scale * ratio<T>(energy, T(p.v_scale) * next, T(p.eps), p.place) * x);
+          }
+        }
+        if (p.v) store_block(p.v, bi * P, bj * P, rows, cols, v);
+        store_both(p.out, p.out_t, bi, bj, rows, cols, o);
+      });
 }
 
 template <class T>
@@ -207,30 +230,34 @@ static void sign_adaptation(const SignAdaptation& p, int64_t i0, int64_t i1) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
   alignas(64) Block<T> g, m, v;
   for (int64_t i = i0; p.pass == 0 && i < i1; i++) p.sums[i] = 0;
-  for_blocks<T>(p.m.rows, p.m.cols, i0, i1, [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
-    load_panel(p.g, bi, bj, rows, g);
-    load_block(p.m, bi * P, bj * P, rows, cols, m);
-    if (p.v) load_block(p.v, bi * P, bj * P, rows, cols, v);
-    const T beta1 = T(p.beta1), add1 = T(1 - p.beta1), beta2 = T(p.beta2), add2 = T(1 - p.beta2);
-    for (int i = 0; i < P * P; i += kLanes) {
-      const Vector<T> x = load(g + i), moment = beta1 * load(m + i) + add1 * x;
-      const Vector<T> mhat = T(p.m_scale) * moment;
-      if (p.pass == 0) {
-        const Vector<T> seen = p.seen_m ? mhat : x;
-        store(v + i, beta2 * load(v + i) + add2 * (seen * seen));
-        continue;
-      }
-      const Vector<T> mix = p.nesterov ? beta1 * moment + add1 * x : moment, top = p.top_m ? mhat : x;
-      Vector<T> gamma = Vector<T>{} + T(p.scale);
-      if (p.v) gamma *= ratio<T>(top * top, T(p.v_scale) * load(v + i), T(p.eps), p.place);
-      store(m + i, moment);
-      store(g + i, gamma * sign_of<T>(mix));
-    }
-    if (p.pass == 0) {
-      p.sums[bi] += block_sum(v);
-      return store_block(p.v, bi * P, bj * P, rows, cols, v);
-    }
-    store_block(p.m, bi * P, bj * P, rows, cols, m);
-    store_both(p.out, p.out_t, bi, bj, rows, cols, g);
-  });
+  for_blocks<T>(p.m.rows, p.m.cols, i0, i1,
+                [&](int64_t bi, int64_t bj, int rows, int cols) __attribute__((always_inline)) {
+                  load_panel(p.g, bi, bj, rows, g);
+                  load_block(p.m, bi * P, bj * P, rows, cols, m);
+                  if (p.v) load_block(p.v, bi * P, bj * P, rows, cols, v);
+                  const T beta1 = T(p.beta1), add1 = T(1 - p.beta1), beta2 = T(p.beta2),
+                          add2 = T(1 - p.beta2);
+                  for (int i = 0; i < P * P; i += kLanes) {
+                    const Vector<T> x = load(g + i), moment = beta1 * load(m + i) + add1 * x;
+                    const Vector<T> mhat = T(p.m_scale) * moment;
+                    if (p.pass == 0) {
+                      const Vector<T> seen = p.seen_m ? mhat : x;
+                      store(v + i, beta2 * load(v + i) + add2 * (seen * seen));
+                      continue;
+                    }
+                    const Vector<T> mix = p.nesterov ? beta1 * moment + add1 * x : moment,
+                                    top = p.top_m ? mhat : x;
+                    Vector<T> gamma = Vector<T>{} + T(p.scale);
+                    if (p.v)
+                      gamma *= ratio<T>(top * top, T(p.v_scale) * load(v + i), T(p.eps), p.place);
+                    store(m + i, moment);
+                    store(g + i, gamma * sign_of<T>(mix));
+                  }
+                  if (p.pass == 0) {
+                    p.sums[bi] += block_sum(v);
+                    return store_block(p.v, bi * P, bj * P, rows, cols, v);
+                  }
+                  store_block(p.m, bi * P, bj * P, rows, cols, m);
+                  store_both(p.out, p.out_t, bi, bj, rows, cols, g);
+                });
 }

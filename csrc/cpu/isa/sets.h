@@ -4,10 +4,18 @@
 #include "../tiles.h"
 
 namespace spectral_kernels::cpu {
-namespace baseline { const Kernels& table(); }
+namespace baseline {
+const Kernels& table();
+}
 #if defined(__x86_64__)
-namespace avx2 { const Kernels& table(); }
-namespace avx512 { const Kernels& table(); }
-namespace avx512bf16 { const Kernels& table(); }
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+namespace avx512bf16 {
+const Kernels& table();
+}
 #endif
 }  // namespace spectral_kernels::cpu

@@ -27,7 +27,8 @@ struct Simd {
 template <class T>
 using Vector = typename Simd<T>::Vector;
 typedef uint32_t Words __attribute__((vector_size(SK_VECTOR_BYTES)));
-typedef uint32_t UnalignedWords __attribute__((vector_size(SK_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t UnalignedWords
+    __attribute__((vector_size(SK_VECTOR_BYTES), aligned(4), may_alias));
 
 template <class T>
 SK_INLINE Vector<T> load(const T* p) {
@@ -40,8 +41,12 @@ SK_INLINE void store(T* p, Vector<T> v) {
 
 // ---------------------------------------------------------------- element formats
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 SK_INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 SK_INLINE float float_of(uint32_t u) { return __builtin_bit_cast(float, u); }
@@ -80,21 +85,37 @@ SK_INLINE F16 to_f16(float x) { return {uint16_t(_cvtss_sh(x, 0))}; }
 #endif
 
 template <class T>
-SK_INLINE void get(const float* p, T* out) { *out = T(*p); }
+SK_INLINE void get(const float* p, T* out) {
+  *out = T(*p);
+}
 template <class T>
-SK_INLINE void get(const double* p, T* out) { *out = T(*p); }
+SK_INLINE void get(const double* p, T* out) {
+  *out = T(*p);
+}
 template <class T>
-SK_INLINE void get(const BF16* p, T* out) { *out = T(to_float(*p)); }
+SK_INLINE void get(const BF16* p, T* out) {
+  *out = T(to_float(*p));
+}
 template <class T>
-SK_INLINE void get(const F16* p, T* out) { *out = T(to_float(*p)); }
+SK_INLINE void get(const F16* p, T* out) {
+  *out = T(to_float(*p));
+}
 template <class T>
-SK_INLINE void put(float* p, T x) { *p = float(x); }
+SK_INLINE void put(float* p, T x) {
+  *p = float(x);
+}
 template <class T>
-SK_INLINE void put(double* p, T x) { *p = double(x); }
+SK_INLINE void put(double* p, T x) {
+  *p = double(x);
+}
 template <class T>
-SK_INLINE void put(BF16* p, T x) { *p = to_bf16(float(x)); }
+SK_INLINE void put(BF16* p, T x) {
+  *p = to_bf16(float(x));
+}
 template <class T>
-SK_INLINE void put(F16* p, T x) { *p = to_f16(float(x)); }
+SK_INLINE void put(F16* p, T x) {
+  *p = to_f16(float(x));
+}
 
 // n consecutive elements; with a constant n the loops below become a few vector instructions.
 template <class S, class T>
@@ -122,7 +143,8 @@ SK_INLINE void put_row(F16* p, int n, const float* in) {
 
 // ---------------------------------------------------------------- P x P blocks
 
-// A block is P x P numbers in L1, row-major with row length P; whatever lies beyond the matrix is 0.
+// A block is P x P numbers in L1, row-major with row length P; whatever lies beyond the matrix is
+// 0.
 template <class T>
 using Block = T[Simd<T>::kPanel * Simd<T>::kPanel];
 
@@ -195,10 +217,14 @@ static void load_block_of(const Matrix& m, int64_t i0, int64_t j0, int rows, int
 template <class T>
 static void load_block(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols, T* block) {
   switch (m.dtype) {
-    case DType::kF32: return load_block_of<float, T>(m, i0, j0, rows, cols, block);
-    case DType::kF64: return load_block_of<double, T>(m, i0, j0, rows, cols, block);
-    case DType::kBF16: return load_block_of<BF16, T>(m, i0, j0, rows, cols, block);
-    case DType::kF16: return load_block_of<F16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF32:
+      return load_block_of<float, T>(m, i0, j0, rows, cols, block);
+    case DType::kF64:
+      return load_block_of<double, T>(m, i0, j0, rows, cols, block);
+    case DType::kBF16:
+      return load_block_of<BF16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF16:
+      return load_block_of<F16, T>(m, i0, j0, rows, cols, block);
   }
 }
 
@@ -227,10 +253,14 @@ template <class T>
 static void store_block(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols,
                         const T* block) {
   switch (m.dtype) {
-    case DType::kF32: return store_block_of<float, T>(m, i0, j0, rows, cols, block);
-    case DType::kF64: return store_block_of<double, T>(m, i0, j0, rows, cols, block);
-    case DType::kBF16: return store_block_of<BF16, T>(m, i0, j0, rows, cols, block);
-    case DType::kF16: return store_block_of<F16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF32:
+      return store_block_of<float, T>(m, i0, j0, rows, cols, block);
+    case DType::kF64:
+      return store_block_of<double, T>(m, i0, j0, rows, cols, block);
+    case DType::kBF16:
+      return store_block_of<BF16, T>(m, i0, j0, rows, cols, block);
+    case DType::kF16:
+      return store_block_of<F16, T>(m, i0, j0, rows, cols, block);
   }
 }
 
@@ -248,8 +278,9 @@ SK_INLINE uint32_t* pair_block(const Panels& p, int64_t bi, int64_t bj) {
 
 #if SK_HAS_BF16_DOT
 SK_INLINE void store_pairs(uint32_t* out, Vector<float> low, Vector<float> high) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
 }
@@ -311,8 +342,10 @@ SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restri
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      if constexpr (kAdd) sum[i][v] = load(c + i * P + v * kLanes);
-      else sum[i][v] = Vector<T>{};
+      if constexpr (kAdd)
+        sum[i][v] = load(c + i * P + v * kLanes);
+      else
+        sum[i][v] = Vector<T>{};
   for (; k > 0; k--, a += P, b += P) {
     Vector<T> row[NV];
 #pragma GCC unroll 4
@@ -338,8 +371,10 @@ SK_INLINE void register_tile(int64_t k, const uint32_t* __restrict a, const uint
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      if constexpr (kAdd) sum[i][v] = _mm512_loadu_ps(c + i * P + v * kLanes);
-      else sum[i][v] = _mm512_setzero_ps();
+      if constexpr (kAdd)
+        sum[i][v] = _mm512_loadu_ps(c + i * P + v * kLanes);
+      else
+        sum[i][v] = _mm512_setzero_ps();
   for (; k > 0; k--, a += P, b += P) {
     __m512bh row[NV];
 #pragma GCC unroll 4
@@ -392,7 +427,8 @@ SK_INLINE void scale_add(int rows, T alpha, T* c, T beta, const T* d) {
 }
 template <class T>
 SK_INLINE void scale(int rows, T alpha, T* c) {
-  for (int i = 0; i < rows * Simd<T>::kPanel; i += Simd<T>::kLanes) store(c + i, alpha * load(c + i));
+  for (int i = 0; i < rows * Simd<T>::kPanel; i += Simd<T>::kLanes)
+    store(c + i, alpha * load(c + i));
 }
 
 // Above the diagonal of c, the elements of t.
@@ -513,8 +549,10 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
 
 template <class T>
 SK_INLINE T power_of_two(int e) {
-  if constexpr (sizeof(T) == 4) return float_of(uint32_t(e + 127) << 23);
-  else return __builtin_bit_cast(double, uint64_t(e + 1023) << 52);
+  if constexpr (sizeof(T) == 4)
+    return float_of(uint32_t(e + 127) << 23);
+  else
+    return __builtin_bit_cast(double, uint64_t(e + 1023) << 52);
 }
 
 template <class T>
@@ -564,8 +602,10 @@ static void combine_blocks(const Combine& p, int64_t j0, int64_t j1) {
     const int cols = int(shape.cols - bj * P < P ? shape.cols - bj * P : P);
     for (int64_t bi = 0; bi < row_blocks; bi++) {
       const int rows = int(shape.rows - bi * P < P ? shape.rows - bi * P : P);
-      if (p.a) load_panel(p.a, bi, bj, rows, a);
-      else clear_block(a);
+      if (p.a)
+        load_panel(p.a, bi, bj, rows, a);
+      else
+        clear_block(a);
       if (p.b) {
         load_panel(p.b, bi, bj, rows, b);
         scale_add(P, T(p.alpha), a, T(p.beta), b);
@@ -593,7 +633,8 @@ static void scale_blocks(const Scale& p, int64_t j0, int64_t j1) {
   constexpr int P = Simd<T>::kPanel;
   for (int64_t bj = j0; bj < j1; bj++) {
     T col[P];
-    for (int j = 0; j < P; j++) col[j] = p.col && bj * P + j < p.x.cols ? T(p.col[bj * P + j]) : T(1);
+    for (int j = 0; j < P; j++)
+      col[j] = p.col && bj * P + j < p.x.cols ? T(p.col[bj * P + j]) : T(1);
     const T* x = panel_block<T>(p.x, 0, bj);
     T* out = panel_block<T>(p.out, 0, bj);
     for (int64_t i = 0; i < p.x.rows; i++, x += P, out += P) {
@@ -645,7 +686,8 @@ static U max_abs_of(const Matrix& given, int64_t r0, int64_t r1) {
   if (m.row_stride == 1 && m.col_stride != 1) m = m.transposed();
   const U* base = static_cast<const U*>(m.data);
   U most = 0;
-  if (m.col_stride == 1 && m.row_stride == m.cols) return max_masked<U, kMask>(base, m.rows * m.cols);
+  if (m.col_stride == 1 && m.row_stride == m.cols)
+    return max_masked<U, kMask>(base, m.rows * m.cols);
   for (int64_t i = 0; i < m.rows; i++) {
     const U* row = base + i * m.row_stride;
     U of_row = 0;
@@ -664,10 +706,14 @@ static U max_abs_of(const Matrix& given, int64_t r0, int64_t r1) {
 
 static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
   switch (m.dtype) {
-    case DType::kF32: return max_abs_of<uint32_t, 0x7fffffffu>(m, r0, r1);
-    case DType::kF64: return max_abs_of<uint64_t, 0x7fffffffffffffffull>(m, r0, r1);
-    case DType::kBF16: return uint64_t(max_abs_of<uint16_t, 0x7fff>(m, r0, r1)) << 16;
-    case DType::kF16: return bits_of(to_float(F16{max_abs_of<uint16_t, 0x7fff>(m, r0, r1)}));
+    case DType::kF32:
+      return max_abs_of<uint32_t, 0x7fffffffu>(m, r0, r1);
+    case DType::kF64:
+      return max_abs_of<uint64_t, 0x7fffffffffffffffull>(m, r0, r1);
+    case DType::kBF16:
+      return uint64_t(max_abs_of<uint16_t, 0x7fff>(m, r0, r1)) << 16;
+    case DType::kF16:
+      return bits_of(to_float(F16{max_abs_of<uint16_t, 0x7fff>(m, r0, r1)}));
   }
   return 0;
 }
