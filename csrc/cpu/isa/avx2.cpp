@@ -23,9 +23,7 @@ namespace spectral_kernels::cpu::avx2 {
 #define SK_BLOCK_K 256
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
-#include "elementwise.inl"
 #include "table.inl"
-#include "tiles.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx2
 #if defined(__clang__)

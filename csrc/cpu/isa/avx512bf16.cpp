@@ -26,9 +26,7 @@ namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_BLOCK_K 384
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
-#include "elementwise.inl"
 #include "table.inl"
-#include "tiles.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512bf16
 #if defined(__clang__)

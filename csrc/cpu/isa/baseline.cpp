@@ -23,8 +23,6 @@ namespace spectral_kernels::cpu::baseline {
 #define SK_BLOCK_K 256
 #define SK_HAS_F16C 0
 #define SK_HAS_BF16_DOT 0
-#include "elementwise.inl"
 #include "table.inl"
-#include "tiles.inl"
 const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::baseline

@@ -1,5 +1,7 @@
 // The elementwise parts of the fused steps, block by block. See tiles.inl for how this is compiled.
 
+#include "tiles.inl"
+
 #if defined(__x86_64__) && SK_VECTOR_BYTES == 64
 SK_INLINE Vector<float> square_root(Vector<float> x) {
   return (Vector<float>)_mm512_sqrt_ps((__m512)x);

@@ -1,5 +1,7 @@
 // The table of this instruction set.
 
+#include "elementwise.inl"
+
 static const Kernels kTable = {
     SK_NAME,
     {Simd<float>::kPanel, Simd<double>::kPanel, SK_HAS_BF16_DOT ? Simd<float>::kPanel : 0},
