@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
+from spectral_kernels import optim
 from spectral_kernels.eigenbasis import eigenbasis, refresh_eigenbasis
 from torch import Tensor
+from torch.optim import Optimizer
 
+from . import peers
 from .case import (
     OURS,
     Case,
@@ -19,13 +22,17 @@ from .case import (
     shape_name,
     square_shape,
 )
-from .inputs import drifted_factor, factor
+from .inputs import drifted_factor, factor, parameter_shapes
+from .steps import FREQUENCY, LR, Make, Steps, ours_with, public_with, rotated_work, start
 
 _SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
 _QUICK = ("512x512",)
+_AUTHORS = "SOAP's own code"
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    if op == "soap_step_":
+        return Case(op, shape, dtype, partial(_build_step, shape, dtype), **options)
     sizes = square_shape(shape)
     if op == "refresh_eigenbasis":
         return _refresh(sizes, dtype, **options)
@@ -110,11 +117,51 @@ def _build_refresh(
     )
 
 
+def _build_step(shape: str, dtype: torch.dtype) -> Problem:
+    shapes = parameter_shapes(shape)
+    steps = Steps(start(shapes), dtype)
+    ours, prepare = _maker(optim.SOAP), ours_with(_squares)
+    contenders = [steps.contender(OURS, ours, prepare)]
+    module = peers.find("soap")
+    if module is not None:
+        contenders.append(steps.contender(_AUTHORS, _maker(module.SOAP), public_with(_squares)))
+    for name in ("pytorch-optimizer", "heavyball"):
+        library = peers.find(name)
+        if library is not None:
+            contenders.append(steps.contender(name, _maker(library.SOAP), judged=False))
+
+    def plain() -> list[Tensor]:
+        return steps.on_reference(ours(1), prepare)
+
+    return Problem(
+        contenders,
+        error=steps.error(lambda: steps.oracle(ours(1), prepare)),
+        baseline=_AUTHORS if module is not None else plain,
+        work=({"fp32": rotated_work(shapes)},),
+        period=FREQUENCY,
+    )
+
+
+def _maker(cls: Callable[..., Optimizer]) -> Callable[[int], Make]:
+    """SOAP's arguments have the same names everywhere."""
+    return lambda every: lambda params: cls(
+        params, lr=LR, betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=every
+    )
+
+
+def _squares(momentum: Tensor) -> Tensor:
+    """A V of rank one with the momentum's row and column energies."""
+    rows, columns = momentum.square().mean(1), momentum.square().mean(0)
+    return torch.outer(rows, columns) / rows.mean()
+
+
 def _cases() -> Iterator[Case]:
     for op in ("eigenbasis", "refresh_eigenbasis"):
         for shape in _SHAPES:
             yield _case(op, shape, torch.float32, quick=shape in _QUICK)
     yield from _conditions(512)
+    yield _case("soap_step_", "small-list", torch.float32, quick=True)
+    yield _case("soap_step_", "gpt2-block", torch.float32)
 
 
 def _conditions(n: int) -> Iterator[Case]:
@@ -129,6 +176,14 @@ def _acceptance() -> Iterator[Case]:
     for n in (512, 1024):
         yield _refresh((n, n), torch.float32, goals={"torch.linalg.qr": 1.4, "SOAP's route": 2.0})
         yield from _conditions(n)
+    for shape in ("small-list", "gpt2-block"):
+        yield _case("soap_step_", shape, torch.float32, goals={_AUTHORS: 3.0})
 
 
-FAMILY = Family("eigenbasis", ("eigenbasis", "refresh_eigenbasis"), _cases, _case, _acceptance)
+FAMILY = Family(
+    "eigenbasis",
+    ("eigenbasis", "refresh_eigenbasis", "soap_step_"),
+    _cases,
+    _case,
+    _acceptance,
+)

@@ -44,8 +44,8 @@ def decaying(shape: Sequence[int], dtype: torch.dtype, low: float = 1e-4, seed: 
     s = torch.logspace(0.0, math.log10(low), min(m, n), dtype=torch.float64)
     x = torch.stack(
         [
-            (_orthonormal(m, min(m, n), seed + 2 * i) * s)
-            @ _orthonormal(n, min(m, n), seed + 2 * i + 1).mT
+            (orthonormal(m, min(m, n), seed + 2 * i) * s)
+            @ orthonormal(n, min(m, n), seed + 2 * i + 1).mT
             for i in range(math.prod(batch))
         ]
     )
@@ -59,7 +59,7 @@ def factor(
     *batch, n, _ = shape
     values = spectrum(n, low, rank)
     a = torch.stack(
-        [with_spectrum(_orthonormal(n, n, seed + i), values) for i in range(math.prod(batch))]
+        [with_spectrum(orthonormal(n, n, seed + i), values) for i in range(math.prod(batch))]
     )
     return a.reshape(*shape).to(dtype)
 
@@ -73,7 +73,7 @@ def drifted_factor(
     does not have the same answer.
     """
     values = spectrum(n, low, rank)
-    q = _orthonormal(n, n, seed)
+    q = orthonormal(n, n, seed)
     noise = gaussian((n, n), torch.float64, seed + 1)
     turned, triangle = torch.linalg.qr(q + 0.02 / math.sqrt(n) * noise)
     turned = turned * triangle.diagonal().sign()
@@ -96,7 +96,7 @@ def with_spectrum(q: Tensor, values: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _orthonormal(n: int, columns: int, seed: int) -> Tensor:
+def orthonormal(n: int, columns: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian((n, columns), torch.float64, seed + 1000))[0]
 
 

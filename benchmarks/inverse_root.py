@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, partial
+from typing import Any
 
 import torch
+from spectral_kernels import optim
 from spectral_kernels.inverse_root import inverse_root
 from torch import Tensor
 
@@ -23,14 +25,18 @@ from .case import (
     shape_name,
     square_shape,
 )
-from .inputs import factor, rate_of
+from .inputs import factor, parameter_shapes, rate_of
+from .steps import FREQUENCY, LR, Make, Steps, start
 
 _SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
 _QUICK = ("512x512", "64x128x128")
+_EIGEN, _NEWTON = "Distributed Shampoo eigen", "Distributed Shampoo Newton"
 _RIDGE = 1e-6  # the largest eigenvalue is 1
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    if op == "shampoo_step_":
+        return _shampoo(shape, dtype, FREQUENCY, **options)
     return _root(square_shape(shape), dtype, 4, **options)
 
 
@@ -83,8 +89,57 @@ def _distributed_shampoo(a: Tensor, p: int) -> Iterator[Contender]:
 
         return all_roots
 
-    yield Contender("Distributed Shampoo eigen", call(EigenConfig()))
-    yield Contender("Distributed Shampoo Newton", call(CoupledNewtonConfig()))
+    yield Contender(_EIGEN, call(EigenConfig()))
+    yield Contender(_NEWTON, call(CoupledNewtonConfig()))
+
+
+def _shampoo(shape: str, dtype: torch.dtype, every: int, **options: Any) -> Case:
+    build = partial(_build_step, shape, dtype, every)
+    variant = "root every step" if every == 1 else f"root every {every}"
+    return Case("shampoo_step_", shape, dtype, build, variant, **options)
+
+
+def _build_step(shape: str, dtype: torch.dtype, every: int) -> Problem:
+    """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
+    shapes = parameter_shapes(shape)
+    steps = Steps(start(shapes), dtype)
+    common = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
+
+    def ours(every: int) -> Make:
+        return lambda params: optim.Shampoo(
+            params,
+            **common,
+            ridge=_RIDGE,
+            relative_ridge=0.0,
+            graft="none",
+            precondition_frequency=every,
+            stagger=False,
+        )
+
+    contenders = [steps.contender(OURS, ours, every=every)]
+    public = peers.find("distributed-shampoo") is not None
+    if public:
+        from distributed_shampoo import CoupledNewtonConfig, DistributedShampoo, EigenConfig
+        from distributed_shampoo import RootInvShampooPreconditionerConfig as Config
+
+        def theirs(config: object) -> Callable[[int], Make]:
+            return lambda every: lambda params: DistributedShampoo(
+                params,
+                **common,
+                epsilon=_RIDGE,
+                max_preconditioner_dim=1024,
+                precondition_frequency=every,
+                preconditioner_config=Config(amortized_computation_config=config),
+            )
+
+        for name, config in ((_EIGEN, EigenConfig()), (_NEWTON, CoupledNewtonConfig())):
+            contenders.append(steps.contender(name, theirs(config), every=every))
+    return Problem(
+        contenders,
+        error=steps.error(lambda: steps.oracle(ours(1))),
+        baseline=_EIGEN if public else lambda: steps.on_reference(ours(1)),
+        period=every,
+    )
 
 
 def work(sizes: tuple[int, ...], dtype: torch.dtype, p: int, steps: int) -> tuple[Work, ...]:
@@ -109,18 +164,22 @@ def _cases() -> Iterator[Case]:
     for p in (1, 2, 3):
         yield _root((512, 512), torch.float32, p)
     yield _root((256, 256), torch.float64, 4)
+    yield _shampoo("small-list", torch.float32, FREQUENCY, quick=True)
+    yield _shampoo("1024x1024", torch.float32, FREQUENCY)
 
 
 def _acceptance() -> Iterator[Case]:
-    eigen, newton = "Distributed Shampoo eigen", "Distributed Shampoo Newton"
     yield _root(
         (1024, 1024),
         torch.float32,
         p=4,
-        goals={eigen: 0.85, newton: 9.0},
-        error_goals={eigen: 0.25},
+        goals={_EIGEN: 0.85, _NEWTON: 9.0},
+        error_goals={_EIGEN: 0.25},
     )
-    yield _root((64, 128, 128), torch.float32, p=4, goals={eigen: 3.5, newton: 16.0})
+    yield _root((64, 128, 128), torch.float32, p=4, goals={_EIGEN: 3.5, _NEWTON: 16.0})
+    for every, eigen, newton in ((1, 1.1, 9.0), (FREQUENCY, 1.6, 6.0)):
+        goals = {_EIGEN: eigen, _NEWTON: newton}
+        yield _shampoo("1024x1024", torch.float32, every, goals=goals)
 
 
-FAMILY = Family("inverse_root", ("inverse_root",), _cases, _case, _acceptance)
+FAMILY = Family("inverse_root", ("inverse_root", "shampoo_step_"), _cases, _case, _acceptance)

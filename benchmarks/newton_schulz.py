@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
-from spectral_kernels import coefficients, reference
+from spectral_kernels import coefficients, optim, reference
 from spectral_kernels.newton_schulz import newton_schulz, polar
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from . import peers
 from .case import (
@@ -23,7 +26,8 @@ from .case import (
     relative_error,
     shape_name,
 )
-from .inputs import decaying, gaussian, rate_of
+from .inputs import decaying, gaussian, parameter_shapes, rate_of
+from .steps import LR, Make, Steps, combined, start
 
 _SHAPES = ("128x128", "512x512", "768x768", "768x3072", "3072x768", "16x256x1024", "64x96x112")
 _QUICK = ("768x768", "768x3072", "64x96x112")
@@ -31,6 +35,8 @@ _MUON = coefficients.resolve("muon").rows
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+    if op == "muon_step_":
+        return Case(op, shape, dtype, partial(_build_step, shape, dtype), **options)
     sizes = parse_shape(shape)
     if op == "polar":
         return Case(op, shape_name(sizes), dtype, partial(_build_polar, sizes, dtype), **options)
@@ -129,6 +135,37 @@ def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
+def _build_step(shape: str, dtype: torch.dtype) -> Problem:
+    shapes = parameter_shapes(shape)
+    steps = Steps(start(shapes), dtype)
+
+    def muon(cls: Callable[..., Optimizer]) -> Callable[[int], Make]:
+        return lambda every: lambda params: cls(params, lr=LR, weight_decay=0.1)
+
+    contenders = [
+        steps.contender(OURS, muon(optim.Muon)),
+        steps.contender("torch.optim.Muon", muon(torch.optim.Muon)),
+    ]
+    library = peers.find("pytorch-optimizer")
+    if library is not None:
+        make = muon(partial(_marked, library.Muon))
+        contenders.append(steps.contender("pytorch-optimizer", make, judged=False))
+    library = peers.find("heavyball")
+    if library is not None:
+        contenders.append(steps.contender("heavyball", muon(library.Muon), judged=False))
+    return Problem(
+        contenders,
+        error=steps.error(lambda: steps.oracle(muon(optim.Muon)(1))),
+        baseline="torch.optim.Muon",
+        work=combined([work(matrix, torch.bfloat16, _MUON) for matrix in shapes]),
+    )
+
+
+def _marked(cls: Callable[..., Optimizer], params: list[Parameter], **options: Any) -> Optimizer:
+    """pytorch-optimizer's groups must say whether they are for Muon."""
+    return cls([{"params": params, "use_muon": True}], **options)
+
+
 def work(
     sizes: Sequence[int], dtype: torch.dtype, rows: Sequence[Sequence[float]]
 ) -> tuple[Work, ...]:
@@ -156,6 +193,9 @@ def _cases() -> Iterator[Case]:
         yield _newton_schulz((256, 1024), dtype, spectrum="decaying")
     for shape in ("256x256", "64x32x64"):
         yield _case("polar", shape, torch.float32)
+    yield _case("muon_step_", "small-list", torch.float32, quick=True)
+    yield _case("muon_step_", "gpt2-block", torch.float32)
+    yield _case("muon_step_", "gpt2-block", torch.bfloat16)
 
 
 def _acceptance() -> Iterator[Case]:
@@ -169,6 +209,10 @@ def _acceptance() -> Iterator[Case]:
     for sizes in ((64, 64, 128), (64, 96, 112), (64, 128, 128)):
         yield _newton_schulz(sizes, fp32, goals={"torch bmm": 2.8, "torch loop": 5.0})
         yield _newton_schulz(sizes, bf16, goals={"torch bmm": 1.5, "torch.optim.Muon": 8.0})
+    for shape, goal in (("small-list", 2.0), ("gpt2-block", 1.75)):
+        yield _case("muon_step_", shape, fp32, goals={"torch.optim.Muon": goal})
 
 
-FAMILY = Family("newton_schulz", ("newton_schulz", "polar"), _cases, _case, _acceptance)
+FAMILY = Family(
+    "newton_schulz", ("newton_schulz", "polar", "muon_step_"), _cases, _case, _acceptance
+)

@@ -72,11 +72,18 @@ def find(name: str) -> ModuleType | None:
     module = PEERS[name].module
     with _search(_paths.get(name)):
         try:
-            return importlib.import_module(module)
+            return _settled(importlib.import_module(module))
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == module.split(".")[0]:
                 return None
             raise
+
+
+def _settled(module: ModuleType) -> ModuleType:
+    """heavyball compiles and autotunes for minutes otherwise."""
+    if module.__name__ == "heavyball":
+        module.utils.compile_mode = None
+    return module
 
 
 def versions() -> dict[str, str]:

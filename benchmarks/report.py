@@ -57,7 +57,7 @@ def table(op: str, rows: Sequence[Row]) -> Table:
 def _lines(row: Row) -> list[list[str | Text]]:
     """The cells of a case: its name beside the contenders."""
     if row["failure"] is None:
-        entries = [[entry["name"], *_cells(row, entry)] for entry in row["contenders"]]
+        entries = [_cells(row, entry) for entry in row["contenders"]]
         entries += [_error_goal(goal) for goal in row.get("error_goals", ())]
     else:
         entries = [[OURS], [Text(row["failure"], style="red")]]
@@ -68,16 +68,17 @@ def _lines(row: Row) -> list[list[str | Text]]:
 
 
 def _cells(row: Row, entry: Row) -> list[str | Text]:
-    error = "" if entry["error"] is None else f"{entry['error']:.1e}"
-    if "median_s" not in entry:
-        return [error, Text(entry.get("failure", ""), style="red")]
+    name = entry["name"]
+    if "failure" in entry:
+        return [Text(f"{name}: {entry['failure']}", style="red")]
     half = (entry["high_s"] - entry["low_s"]) / (2 * entry["median_s"])
     spread = " once" if entry["samples"] == 1 else f" ±{half:3.0%}"
     share = row.get("share_of_peak")
     cells: list[str | Text] = [
-        error,
+        name,
+        "" if entry["error"] is None else f"{entry['error']:.1e}",
         seconds(entry["median_s"]) + spread,
-        f"{share:.0%}" if entry["name"] == OURS and share is not None else "",
+        f"{share:.0%}" if name == OURS and share is not None else "",
     ]
     if "speedup" not in entry:
         return cells

@@ -107,9 +107,10 @@ def _errors(problem: Problem) -> tuple[dict[str, float], dict[str, str]]:
     errors, failures = {}, {}
     for contender in problem.contenders:
         try:
-            output = (contender.output or contender.run)()
             if contender.judged:
-                errors[contender.name] = problem.error(output)
+                errors[contender.name] = problem.error((contender.output or contender.run)())
+            else:
+                contender.run()
         except Exception as error:
             failures[contender.name] = _sentence(error)
     return errors, failures

@@ -110,7 +110,7 @@ def fma_peak(kind: str) -> float | None:
     Args:
         kind: "fp32", "fp64" or "bf16" (the instruction set in use may lack it: then fp32's).
     """
-    if not hasattr(_extension.MODULE, "fma_peak"):
+    if _extension.MODULE is None:
         return None
     return float(_extension.MODULE.fma_peak(kind, _PEAK_MILLISECONDS))
 
