@@ -157,8 +157,8 @@ class MatrixOptimizer(Optimizer):
             group["params"] = [group["params"]]
         if isinstance(group["params"], (set, frozenset)):
             raise TypeError("parameters need an order, so that saved state finds them: not a set")
-        dims = {name: group[name] for name in ("batched", "matrix_dims") if name in group}
-        group.update(_rules.check(dims, {name: _rules.MATRIX[name] for name in dims}))
+        rules = {name: rule for name, rule in _rules.ROUTING.items() if name in group}
+        group.update(_rules.check(group, rules, f"param_groups[{index}]: "))
         members = list(group["params"])
         tensors = [member[1] if isinstance(member, tuple) else member for member in members]
         if len({id(tensor) for tensor in tensors}) < len(tensors):
@@ -191,13 +191,10 @@ class MatrixOptimizer(Optimizer):
 
     def _algorithm(self, where: str, name: str, tensor: Tensor, group: Group) -> str:
         algorithm = group.get("algorithm")
-        if algorithm is not None:
-            _checks.choice(f"{where}: algorithm", algorithm, _routing.ALGORITHMS)
-        elif tensor.ndim < 2:
+        if algorithm is None and tensor.ndim < 2:
             algorithm = "adamw"
-        elif group.get("batched") or group.get("matrix_dims") is not None:
-            algorithm = "matrix"
-        elif name and _routing.by_name(name):
+        declared = group.get("batched") or group.get("matrix_dims") is not None
+        if algorithm is None and name and not declared and _routing.by_name(name):
             algorithm = "adamw"
         if algorithm != "adamw":
             try:
@@ -332,7 +329,7 @@ class MatrixOptimizer(Optimizer):
                 and grad.shape == param.shape
                 and not grad.is_meta
             ):
-                check_grad(self._name(index, position), param, grad)
+                check_grad(self._name(index, position), param, grad, group["algorithm"])
             params.append(param)
             grads.append(grad)
         return params, grads
@@ -593,7 +590,7 @@ class MatrixOptimizer(Optimizer):
         regrouped = []
         for group in self.param_groups:
             at = [places[param] for param in group["params"]]
-            theirs = saved[at[0][0]]
+            theirs = saved[at[0][0]] if at else {}
             params = [theirs["params"][position] for _, position in at]
             regrouped.append({**theirs, "params": params})
         return regrouped
@@ -630,10 +627,12 @@ def check_param(name: str, param: Any) -> None:
         raise ValueError(f"{name} is written in place but has strides {param.stride()}")
 
 
-def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+def check_grad(name: str, param: Tensor, grad: Tensor, algorithm: str) -> None:
     """A gradient that can be used, whatever made the quick look doubt it."""
     name = f"the gradient of {name}"
     _checks.dense(name, grad)
+    if algorithm == "adamw" and grad.dtype != param.dtype:
+        raise TypeError(f"{name} is {grad.dtype}, the parameter {param.dtype}")
     if grad.is_meta:
         raise TypeError(f"{name} is on the meta device")
     if grad.shape != param.shape:

@@ -132,6 +132,14 @@ MATRIX: Mapping[str, Rule] = {
 }
 
 
+# What decides the algorithm of a parameter.
+ROUTING: Mapping[str, Rule] = {
+    "algorithm": choice("matrix", "adamw"),
+    "batched": MATRIX["batched"],
+    "matrix_dims": MATRIX["matrix_dims"],
+}
+
+
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> dict[str, Any]:
     """Every value that has a rule, normalised; errors say where."""
     checked = {}
