@@ -10,10 +10,11 @@ refused with a sentence and left alone. Inside `torch.compile` an optimizer keep
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType, TracebackType
 
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from .. import _dispatch
 from ._adapter import Adapter
 from ._imports import ImportHook
-from ._points import DEVICES, Calls, Options, Refused, Replacement, accelerated, put_in
+from ._points import Calls, Options, Refused, Replacement, put_in
 from .deva import Deva
 from .distributed_shampoo import DistributedShampoo
 from .soap import Soap
@@ -149,9 +150,15 @@ class Swap:
         self.undo()
 
     def __str__(self) -> str:
-        lines = [f"  replaced  {name}: {calls}" for name, calls in self.calls.items()]
-        lines += [f"  waiting   {name}: not imported yet" for name in self.waiting]
-        lines += [f"  refused   {name}: {reason}" for name, reason in self._refused.items()]
+        lines, owner = [], None
+        for replacement in self._replacements:
+            point = replacement.point
+            if point.owner is not owner:
+                owner = point.owner
+                lines.append(f"  replaced in {str(point).removesuffix('.' + point.name)}:")
+            lines.append(f"    {point.name}: {replacement.calls}")
+        lines += [f"  waiting for {name}, not imported yet" for name in self.waiting]
+        lines += [f"  refused {name}: {reason}" for name, reason in self._refused.items()]
         return "\n".join(["swap_in:", *(lines or ["  nothing replaced"])])
 
     def _wants(self, module_name: str) -> bool:
@@ -174,7 +181,7 @@ class Swap:
         with _lock:
             self._found.add(adapter)
             try:
-                if self._options.backend == "auto" and not any(map(accelerated, DEVICES)):
+                if not self._options.devices:
                     raise Refused(f"{_dispatch.unavailable('cpu')}, and plain torch is no faster")
                 one = adapter(self._options)
                 points = one.points(module)
@@ -183,12 +190,14 @@ class Swap:
                 self._refused[module.__name__] = str(refused)
 
 
-def _usable(backend: str) -> str:
+def _usable(backend: str) -> str | None:
     if backend not in ("auto", *_dispatch.BACKENDS):
         raise ValueError(
             f"backend must be one of auto, {', '.join(_dispatch.BACKENDS)}, not {backend!r}"
         )
-    reason = None if backend == "auto" else _dispatch.unavailable(backend)
+    if backend == "auto":
+        return None
+    reason = _dispatch.unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     return backend
@@ -203,36 +212,49 @@ def _resolve(
     if isinstance(target, str):
         named = [adapter for adapter in ADAPTERS if adapter.name.lower() == target.lower()]
         if not named:
-            names = ", ".join(adapter.name for adapter in ADAPTERS)
-            raise ValueError(f"unknown target {target!r}: expected one of {names}")
+            known = ", ".join(adapter.name for adapter in ADAPTERS)
+            raise ValueError(f"unknown target {target!r}: expected one of {known}")
         return named, None
     if isinstance(target, Optimizer):
         target = type(target)
     if isinstance(target, ModuleType):
-        modules = _modules_behind(target)
-    elif isinstance(target, type) and issubclass(target, Optimizer):
-        modules = [
-            module
-            for base in target.__mro__
-            if (module := sys.modules.get(base.__module__)) is not None
+        classes = [
+            value
+            for value in list(vars(target).values())
+            if isinstance(value, type) and issubclass(value, Optimizer)
         ]
+        names = {target.__name__}
+    elif isinstance(target, type) and issubclass(target, Optimizer):
+        classes, names = [base for base in target.__mro__ if base is not Optimizer], set()
     else:
         raise TypeError(
             f"target must be a module, an optimizer, its class, a name or None, not {target!r}"
         )
+    modules = _modules(names.union(*map(_code_of, classes)))
+    # An optimizer may call functions that its module imported by name.
+    names = {
+        value.__module__
+        for module in modules
+        if module.__name__.partition(".")[0] != "torch"
+        for value in list(vars(module).values())
+        if inspect.isfunction(value)
+    }
+    modules = _modules(names.union(module.__name__ for module in modules))
     adapters = [adapter for adapter in ADAPTERS if any(map(adapter.holds, modules))]
     if not adapters:
-        names = ", ".join(adapter.name for adapter in ADAPTERS)
-        raise ValueError(f"{target!r} holds nothing that can be swapped: known are {names}")
+        known = ", ".join(adapter.name for adapter in ADAPTERS)
+        raise ValueError(f"{target!r} holds nothing that can be swapped: known are {known}")
     return adapters, modules
 
 
-def _modules_behind(module: ModuleType) -> list[ModuleType]:
-    """A module and those that its classes and functions come from."""
-    names = {
-        value.__module__
-        for value in list(vars(module).values())
-        if isinstance(value, type) and issubclass(value, Optimizer)
+def _code_of(optimizer: type) -> set[str]:
+    """The modules that a class and its methods come from: torch renames its classes' module."""
+    return {optimizer.__module__} | {
+        inspect.unwrap(method).__globals__["__name__"]
+        for method in vars(optimizer).values()
+        if inspect.isfunction(method)
     }
-    names.discard(module.__name__)
-    return [module, *(sys.modules[name] for name in sorted(names) if name in sys.modules)]
+
+
+def _modules(names: Iterable[str]) -> list[ModuleType]:
+    return [sys.modules[name] for name in sorted(names) if name in sys.modules]

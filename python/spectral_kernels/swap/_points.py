@@ -18,9 +18,8 @@ from torch import Tensor
 from .. import _checks, _dispatch
 
 _MARK = "__spectral_kernels_replacement__"
-# Backends that are worth replacing plain torch with.
+# Backends that are worth replacing plain torch with, by kind of device.
 _FAST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-DEVICES = tuple(_FAST)
 
 
 class Refused(Exception):
@@ -29,15 +28,26 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `swap_in`."""
+    """The options of `swap_in`.
 
-    backend: str
+    Attributes:
+        backend: the `backend` argument of the library's functions; None chooses.
+        allow_ridge: see `swap_in`.
+        devices: kinds of device whose tensors are taken.
+    """
+
+    backend: str | None
     allow_ridge: bool
+    devices: frozenset[str] = field(init=False)
 
-    @property
-    def argument(self) -> str | None:
-        """The `backend` argument of the library's functions."""
-        return None if self.backend == "auto" else self.backend
+    def __post_init__(self) -> None:
+        devices = {
+            device
+            for device, backends in _FAST.items()
+            if self.backend is not None
+            or any(_dispatch.unavailable(name) is None for name in backends)
+        }
+        object.__setattr__(self, "devices", frozenset(devices))
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,7 @@ def put_in(points: Iterable[Point], prove: Callable[[], None]) -> list[Replaceme
     """
     checked = [(point, point.check()) for point in points]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             prove()
     except Refused:
         raise
@@ -225,25 +235,24 @@ def _name_of(owner: ModuleType | type) -> str:
 
 
 def unfit(
-    x: Tensor, options: Options, *, dtypes: Sequence[torch.dtype] = _checks.FLOATS
+    x: Tensor,
+    options: Options,
+    *,
+    dtypes: Sequence[torch.dtype] = _checks.FLOATS,
+    batches: bool = False,
 ) -> str | None:
-    """Why no fast kernel takes this matrix, or None."""
+    """Why no fast kernel takes this matrix (or batch of them), or None."""
     if type(x) not in (Tensor, torch.nn.Parameter):
         return f"a {type(x).__name__}"
-    if x.ndim != 2:
+    if x.ndim < 2 or (x.ndim > 2 and not batches):
         return f"{x.ndim}-D"
     if x.layout != torch.strided or x.dtype not in dtypes:
         return str(x.dtype if x.layout == torch.strided else x.layout).removeprefix("torch.")
     if x.requires_grad and torch.is_grad_enabled():
         return "needs a gradient"
-    if options.backend == "auto" and not accelerated(x.device.type):
+    if x.device.type not in options.devices:
         return f"no kernels for {x.device.type}"
     return None
-
-
-def accelerated(device: str) -> bool:
-    """Whether any backend of a kind of device is faster than plain torch."""
-    return any(_dispatch.unavailable(name) is None for name in _FAST.get(device, ()))
 
 
 def agree(what: str, mine: Tensor, theirs: Tensor, bound: float) -> None:

@@ -60,14 +60,14 @@ class Deva(Adapter):
             steps=steps,
             eps=math.sqrt(eps),
             norm="schatten8",
-            backend=self.options.argument,
+            backend=self.options.backend,
         )
 
     def msign_declines(self, x: Tensor, steps: int = 5, eps: float = 1e-20) -> str | None:
-        """Anything but a plain matrix."""
+        """Anything but plain matrices; the last two dimensions hold them, as in the original."""
         if steps < 1 or eps < 0.0:
             return f"steps={steps}, eps={eps}"
-        return unfit(x, self.options)
+        return unfit(x, self.options, batches=True)
 
     def prove(self, points: list[Point]) -> None:
         """msign of a wide and a tall matrix; the methods as for SOAP."""

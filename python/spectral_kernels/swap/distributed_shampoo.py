@@ -2,8 +2,8 @@
 
 Replaced in the modules that import them: `matrix_inverse_root` (coupled Newton and higher-order
 iterations), `matrix_eigendecomposition`, `matrix_orthogonalization` (Newton-Schulz); and in the
-lists of preconditioners the factor products, the preconditioning, and the loop over blocks, so that
-the roots of many blocks are computed together.
+lists of preconditioners the factor products, the preconditioning, the packing of triangles, and the
+loop over blocks, so that the roots of many blocks are computed together.
 
 An `EigenConfig` with epsilon = 1e-12 asks for eigenvalues down to rounding. It keeps the package's
 own decomposition, run on several factors at a time, one thread each. Only with allow_ridge=True it
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -101,7 +101,7 @@ class DistributedShampoo(Adapter):
         self._ahead = _Ahead()
 
     def points(self, module: ModuleType) -> list[Point]:
-        """Six functions of two modules."""
+        """Eight functions of two modules."""
         lists = _module("shampoo_preconditioner_list")
         spectral = _module("spectral_descent_preconditioner_list")
         self._types = _module("matrix_functions_types")
@@ -131,6 +131,8 @@ class DistributedShampoo(Adapter):
             root,
             eigendecomposition,
             Point(base, "update_preconditioners", self.update, self.update_declines),
+            Point(lists, "pack_upper_triangular", self.pack, self.pack_declines),
+            Point(lists, "unpack_upper_triangular", self.unpack, self.unpack_declines),
             Point(base, "_compute_outer_product_list", self.products, self.products_declines),
             Point(base, "_precondition_grad", self.precondition, self.precondition_declines),
             Point(
@@ -276,7 +278,7 @@ class DistributedShampoo(Adapter):
             relative_ridge=relative_ridge,
             method="iteration",
             return_info=True,
-            backend=self.options.argument,
+            backend=self.options.backend,
         )
         if root.denominator > 1:
             results = torch.linalg.matrix_power(results, root.denominator)
@@ -324,6 +326,30 @@ class DistributedShampoo(Adapter):
             and isinstance(config.rank_deficient_stability_config, self._types.PerturbationConfig)
         )
 
+    # Packed storage.
+
+    def pack(self, own: Callable[..., Tensor], matrix: Tensor) -> Tensor:
+        """`pack_upper_triangular`, by one gather."""
+        packed, _ = _packing(matrix.shape[0], matrix.device)
+        return matrix.reshape(-1).index_select(0, packed)
+
+    def pack_declines(self, matrix: Tensor) -> str | None:
+        """Anything but a square matrix."""
+        if matrix.ndim == 2 and matrix.shape[0] != matrix.shape[1]:
+            return "not square"
+        return unfit(matrix, self.options)
+
+    def unpack(self, own: Callable[..., Tensor], packed: Tensor, dim: int) -> Tensor:
+        """`unpack_upper_triangular`, by one gather."""
+        _, full = _packing(dim, packed.device)
+        return packed.index_select(0, full).view(dim, dim)
+
+    def unpack_declines(self, packed: Tensor, dim: int) -> str | None:
+        """Anything but a packed triangle."""
+        if packed.shape != (dim * (dim + 1) // 2,):
+            return "not packed"
+        return unfit(packed[None], self.options)
+
     # Products.
 
     def products(
@@ -337,7 +363,7 @@ class DistributedShampoo(Adapter):
     ) -> tuple[Tensor, ...]:
         """`_compute_outer_product_list`: G G^T and G^T G."""
         return tuple(
-            gram(x, backend=self.options.argument)
+            gram(x, backend=self.options.backend)
             for x, selected in zip((grad, grad.mT), preconditioned_dims_selector, strict=True)
             if selected
         )
@@ -371,7 +397,7 @@ class DistributedShampoo(Adapter):
         else:
             right = None if right is None else right.mT
         return kron_precondition(
-            grad.to(preconditioner_list[0].dtype), left, right, backend=self.options.argument
+            grad.to(preconditioner_list[0].dtype), left, right, backend=self.options.backend
         ).to(grad.dtype)
 
     def precondition_declines(
@@ -407,7 +433,7 @@ class DistributedShampoo(Adapter):
             coefficients=config.coefficients,
             steps=config.num_iterations,
             eps=1e-8,
-            backend=self.options.argument,
+            backend=self.options.backend,
         ).mul_(config.scale_by_dims_fn(A.shape[1], A.shape[0]))
 
     def orthogonalize_declines(self, A: Tensor, orthogonalization_config: Any = None) -> str | None:
@@ -459,6 +485,10 @@ class DistributedShampoo(Adapter):
                     original(x, selector, sides, dims),
                     _BOUND,
                 )
+        packed = self.pack(own["pack_upper_triangular"], spd)
+        agree("pack_upper_triangular", packed, own["pack_upper_triangular"](spd), 0.0)
+        original = own["unpack_upper_triangular"]
+        agree("unpack_upper_triangular", self.unpack(original, packed, 4), original(packed, 4), 0.0)
         self._prove_update(own["update_preconditioners"])
 
     def _prove_update(self, original: Callable[..., None]) -> None:
@@ -488,6 +518,17 @@ def _module(name: str) -> ModuleType:
     if module is None:
         raise Refused(f"{_PACKAGE} has no module {name} any more")
     return module
+
+
+@lru_cache(maxsize=16)
+def _packing(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the elements of a packed triangle stand in the matrix, and the reverse."""
+    rows, columns = torch.triu_indices(dim, dim, device=device)
+    packed = rows * dim + columns
+    full = torch.empty(dim, dim, dtype=torch.int64, device=device)
+    full[rows, columns] = full[columns, rows] = torch.arange(packed.numel(), device=device)
+    small = torch.int32 if dim < 1 << 15 else torch.int64
+    return packed.to(small), full.view(-1).to(small)
 
 
 def _batches(blocks: Sequence[Any]) -> Iterator[list[Any]]:

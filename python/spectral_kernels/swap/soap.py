@@ -145,7 +145,7 @@ class EigenbasisMethods:
             self._matrix(them, grad, merge_dims, max_precond_dim),
             None if left is None else left.mT,
             right,
-            backend=self.options.argument,
+            backend=self.options.backend,
         ).reshape(grad.shape)
 
     def project_back(
@@ -163,7 +163,7 @@ class EigenbasisMethods:
             self._matrix(them, grad, merge_dims, max_precond_dim),
             left,
             None if right is None else right.mT,
-            backend=self.options.argument,
+            backend=self.options.backend,
         ).reshape(grad.shape)
 
     def update_preconditioner(
@@ -206,7 +206,7 @@ class EigenbasisMethods:
             if _present(basis) is None:
                 bases.append([])
                 continue
-            values, new = refresh_eigenbasis(basis, factor, backend=self.options.argument)
+            values, new = refresh_eigenbasis(basis, factor, backend=self.options.backend)
             order = values.argsort(descending=True, stable=True)
             bases.append(new[:, order])
             matrix = matrix.index_select(axis, order)
@@ -243,9 +243,8 @@ class EigenbasisMethods:
                 return f"{type(them).__name__} has its own {name}"
         if not 0.0 <= state["shampoo_beta"] <= 1.0:
             return f"shampoo_beta={state['shampoo_beta']}"
-        return self._unfit(them, grad, state["Q"], merge_dims, max_precond_dim) or self._unfit(
-            them, grad, state["GG"], merge_dims, max_precond_dim
-        )
+        sides = [*state["Q"], *state["GG"]]
+        return self._unfit(them, grad, sides, merge_dims, max_precond_dim)
 
     def declines_refresh(
         self, them: Any, state: State, max_precond_dim: int = 10000, merge_dims: bool = False
@@ -254,16 +253,13 @@ class EigenbasisMethods:
         squares = state["exp_avg_sq"]
         if squares.dtype != torch.float32:
             return str(squares.dtype).removeprefix("torch.")
-        return self._unfit(them, squares, state["Q"], merge_dims, max_precond_dim) or self._unfit(
-            them, squares, state["GG"], merge_dims, max_precond_dim
-        )
+        sides = [*state["Q"], *state["GG"]]
+        return self._unfit(them, squares, sides, merge_dims, max_precond_dim)
 
     def _update_factors(self, grad: Tensor, factors: list[Any], beta: float) -> None:
         left, right = (_present(factor) for factor in factors)
         skipped = torch.zeros((), dtype=torch.int64, device=grad.device)
-        kron_factors_update_(
-            left, right, grad, beta, skipped=skipped, backend=self.options.argument
-        )
+        kron_factors_update_(left, right, grad, beta, skipped=skipped, backend=self.options.backend)
         if skipped:
             # The class lets a non-finite gradient into its factors.
             for factor, x in ((left, grad), (right, grad.mT)):
@@ -284,10 +280,11 @@ class EigenbasisMethods:
         reason = unfit(matrix, self.options, dtypes=_checks.FULL)
         if reason is not None:
             return reason
-        if all(_present(side) is None for side in sides):
+        present = [side for side in sides if isinstance(side, Tensor)]
+        if not present:
             return "no preconditioned dimension"
-        for side in sides:
-            if _present(side) is not None and side.dtype != x.dtype:
+        for side in present:
+            if side.dtype != x.dtype:
                 return f"{x.dtype} with {side.dtype} factors".replace("torch.", "")
         return None
 
@@ -340,4 +337,4 @@ def _trial(owner: type) -> dict[str, Tensor]:
 
 
 def _present(side: Any) -> Tensor | None:
-    return side if len(side) > 0 else None
+    return side if isinstance(side, Tensor) else None

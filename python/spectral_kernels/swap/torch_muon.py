@@ -85,7 +85,7 @@ class TorchMuon(Adapter):
             eps=eps,
             compute_dtype=torch.bfloat16,
             nonfinite="propagate",
-            backend=self.options.argument,
+            backend=self.options.backend,
         )
         if len(fused) == len(lists):
             return
@@ -147,7 +147,7 @@ class TorchMuon(Adapter):
             coefficients=ns_coefficients,
             steps=ns_steps,
             eps=eps,
-            backend=self.options.argument,
+            backend=self.options.backend,
         )
 
     def orthogonalize_declines(

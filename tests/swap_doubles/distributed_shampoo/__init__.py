@@ -1,0 +1,1 @@
+from distributed_shampoo.distributed_shampoo import DistributedShampoo as DistributedShampoo
