@@ -192,9 +192,10 @@ def exact(x: Tensor) -> np.ndarray:
 
 
 def error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
-    """The largest relative Frobenius error among the matrices of a batch."""
+    """The largest relative Frobenius error among the matrices of a batch, or that of a vector."""
     if isinstance(expected, Tensor):
         expected = exact(expected)
+    expected = np.atleast_2d(expected)
     difference = actual.double().numpy().astype(expected.dtype) - expected
     distance = np.sqrt((difference**2).sum((-2, -1)))
     norm = np.sqrt((expected**2).sum((-2, -1)))
@@ -602,7 +603,7 @@ def assert_step_rule(case: Case, backend: str, *, roundings: float = 4.0) -> Non
     for name in case.names(write=True):
         lists = (tree_leaves(x[name]) for x in (ours, truth, plain, single))
         for i, (x, expected, rounded, coarse) in enumerate(zip(*lists, strict=True)):
-            if not x.is_floating_point() or x.ndim < 2:
+            if not x.is_floating_point() or x.ndim == 0:
                 assert torch.equal(x, rounded), f"{name}[{i}] is {x}, not {rounded}"
                 continue
             u = unit_roundoff(x.dtype)
