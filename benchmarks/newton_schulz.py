@@ -174,7 +174,7 @@ def work(
     short, long, count = min(m, n), max(m, n), math.prod(batch)
     rate, steps = rate_of(dtype), len(rows)
     forms: list[Work] = [{rate: float(count * steps * (3 * short**2 * long + short**3))}]
-    restarts = () if rate == "bf16" else coefficients.gram_restarts(coefficients.resolve(rows))
+    restarts = () if rate == "bf16" else coefficients.gram_restarts(rows, m, n)
     if restarts is not None:
         passes = 1 + len(restarts)
         wide = count * 3 * passes * short**2 * long

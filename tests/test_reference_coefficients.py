@@ -124,13 +124,15 @@ def test_resolve_names_what_is_wrong(given, steps, error, words):
 
 
 def test_gram_restarts():
-    assert gram_restarts("muon") == (3,)
-    assert gram_restarts((3.4445, -4.7750, 2.0315)) == (3,)
-    assert gram_restarts("polar_express") == (2, 3)
-    assert gram_restarts("polar_express_8") == (1, 3, 5)
-    assert gram_restarts("deepseekv4") == (3, 6)
-    assert gram_restarts("cans") is None
-    assert gram_restarts(resolve("muon", 6)) is None
+    assert gram_restarts("muon", 768, 3072) == (3,)
+    assert gram_restarts("muon", 256, 512) == (2, 3, 4)
+    assert gram_restarts((3.4445, -4.7750, 2.0315), 64, 128) == (2, 3)
+    assert gram_restarts("polar_express", 64, 128) == (2, 3)
+    assert gram_restarts("polar_express_8", 768, 3072) == (1, 3, 5)
+    assert gram_restarts("deepseekv4", 64, 128) == (3, 6)
+    assert gram_restarts("deepseekv4", 768, 3072) is None
+    assert gram_restarts("cans", 64, 128) is None
+    assert gram_restarts(resolve("muon", 6), 64, 128) is None
 
 
 # Inverse-root rows.

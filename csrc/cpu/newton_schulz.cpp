@@ -166,18 +166,16 @@ class Iteration {
         inverse = inverse_norm(r, r16, r2);
         scale(row, inverse);
       }
-      // With 16-bit operands a X stays a term of its own, kept in fp32: rounding a I + Z would cost
-      // precision. A cubic row needs no square at all.
-      const bool separate = pairs || row.c == 0;
+      // a X stays a term of its own: a diagonal a I would swamp Z where the singular values are
+      // small (measured in fp32 at 512: up to three times the error). A cubic row needs no square
+      // at all.
       Product update = multiply(r16, x_.x, row.b);
       if (row.c != 0) {
-        form_polynomial(separate ? 0 : row.a, row.b, row.c, r16, t == 0 ? r2 : Panels{}, z);
+        form_polynomial(0, row.b, row.c, r16, t == 0 ? r2 : Panels{}, z);
         update = multiply(z, x_.x);
       }
-      if (separate) {
-        update.beta_panels = row.a;
-        update.add_panels = x_.x;
-      }
+      update.beta_panels = row.a;
+      update.add_panels = x_.x;
       if (t + 1 < steps) {
         update.out = next.x;
         update.out_t = next.xt;
@@ -209,30 +207,34 @@ class Iteration {
         row.b *= gram_scale;
         row.c *= gram_scale * gram_scale;
       }
-      const Panels poly = fresh ? q : w;
-      if (row.c != 0) {
-        form_polynomial(row.a, row.b, row.c, r, t == 0 && ns_.schatten8 ? t1 : Panels{}, poly);
-      } else {
-        combine(poly, r, row.b, {}, 0, row.a);
+      // Z = b R + c R²; Q <- a Q + Q Z, R <- (a I + Z) R (a I + Z), a I implicit but in a fresh Q.
+      if (row.c != 0)
+        form_polynomial(0, row.b, row.c, r, t == 0 && ns_.schatten8 ? t1 : Panels{}, w);
+      else
+        combine(w, r, row.b, {}, 0, 0);
+      if (fresh && restart_next) {  // one step by itself: X <- a X + Z X, as in the standard form
+        Product update = multiply(left_operand(w, q16), x_.x, inverse);
+        update.beta_panels = row.a * inverse;
+        update.add_panels = x_.x;
+        renew(update, next, r);
+        inverse = 1;
+        continue;
       }
-      if (!fresh) {
-        symmetric(q, w, 1, q2);
+      if (fresh) {
+        combine(q, w, 1, {}, 0, row.a);
+      } else {
+        symmetric(q, w, 1, row.a, q2);
         std::swap(q, q2);
       }
       if (restart_next) {
-        Product form = multiply(left_operand(q, q16), x_.x, inverse);
-        form.out = next.x;
-        form.out_t = next.xt;
-        run(form, threads_);
-        std::swap(x_, next);
+        renew(multiply(left_operand(q, q16), x_.x, inverse), next, r);
         inverse = 1;
-        form_gram(r, Panels{});
         fresh = true;
         continue;
       }
       if (!ends) {
-        symmetric(r, poly, gram_scale, t1);
-        symmetric(t1, poly, 1, r);
+        symmetric(r, w, gram_scale, row.a * gram_scale, t1);
+        symmetric(t1, w, 1, row.a, r);
       }
       fresh = false;
     }
@@ -249,6 +251,15 @@ class Iteration {
     return std::count(ns_.restarts.begin(), ns_.restarts.end(), int64_t(t)) > 0;
   }
 
+  // A restart: X and R anew.
+  void renew(Product form, NewtonSchulz::Input& next, const Panels& r) {
+    form.out = next.x;
+    form.out_t = next.xt;
+    run(form, threads_);
+    std::swap(x_, next);
+    form_gram(r, Panels{});
+  }
+
   void form_gram(const Panels& r, const Panels& copy) {
     Product p = square(x_.xt);
     p.out = r;
@@ -256,9 +267,12 @@ class Iteration {
     run(p, threads_);
   }
 
-  void symmetric(const Panels& a, const Panels& b, double alpha, const Panels& out) {
+  // out = alpha A B + beta A
+  void symmetric(const Panels& a, const Panels& b, double alpha, double beta, const Panels& out) {
     Product p = multiply(a, b, alpha);
     p.symmetric = true;
+    p.beta_panels = beta;
+    p.add_panels = a;
     p.out = out;
     run(p, threads_);
   }

@@ -83,7 +83,7 @@ def newton_schulz(
         x,
         rows.rows,
         method=_checks.choice("method", method, METHODS),
-        restarts=_restarts(rows, restarts, method, dtype),
+        restarts=_restarts(rows, restarts, method, dtype, x),
         compute_dtype=dtype,
         eps=_checks.number("eps", eps),
         norm=_checks.choice("norm", norm, NORMS),
@@ -174,30 +174,42 @@ def muon_step_(
     rows = _coefficients.resolve(coefficients, steps)
     dtype = torch.bfloat16 if compute_dtype is None else _compute_dtype(compute_dtype)
     counts, skips = counters(params, step_counts, skipped)
-    _dispatch.run(
-        "muon_step_",
-        params,
-        backend,
-        params,
-        grads,
-        momentum_buffers,
-        counts,
-        skips,
-        _checks.learning_rate(lr),
-        momentum=_checks.number("momentum", momentum, 0.0, 1.0),
-        nesterov=bool(nesterov),
-        weight_decay=_checks.number("weight_decay", weight_decay),
-        rows=rows.rows,
-        scales=scales_of(params, scale),
-        method=_checks.choice("method", method, METHODS),
-        restarts=_restarts(rows, restarts, method, dtype),
-        compute_dtype=dtype,
-        eps=_checks.number("eps", eps),
-        norm=_checks.choice("norm", norm, NORMS),
-        norm_factor=rows.norm_factor,
-        maximize=bool(maximize),
-        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
-    )
+    scales = scales_of(params, scale)
+    options = {
+        "momentum": _checks.number("momentum", momentum, 0.0, 1.0),
+        "nesterov": bool(nesterov),
+        "weight_decay": _checks.number("weight_decay", weight_decay),
+        "rows": rows.rows,
+        "method": _checks.choice("method", method, METHODS),
+        "compute_dtype": dtype,
+        "eps": _checks.number("eps", eps),
+        "norm": _checks.choice("norm", norm, NORMS),
+        "norm_factor": rows.norm_factor,
+        "maximize": bool(maximize),
+        "nonfinite": _checks.choice("nonfinite", nonfinite, NONFINITE),
+    }
+    rate = _checks.learning_rate(lr)
+    # One call for all; in full precision one for every set of restarts among the shapes.
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for i, param in enumerate(params):
+        classes.setdefault(_restarts(rows, restarts, method, dtype, param), []).append(i)
+    for steps_of_class, members in classes.items():
+        whole = len(members) == len(params)
+        lists = [
+            values if whole else [values[i] for i in members]
+            for values in (params, grads, momentum_buffers, counts)
+        ]
+        _dispatch.run(
+            "muon_step_",
+            params,
+            backend,
+            *lists,
+            skips,
+            rate,
+            scales=scales if whole else [scales[i] for i in members],
+            restarts=steps_of_class,
+            **options,
+        )
 
 
 def scale_factor(scale: str, m: int, n: int) -> float:
@@ -250,14 +262,15 @@ def _restarts(
     restarts: Sequence[int] | None,
     method: str,
     dtype: torch.dtype,
-) -> list[int]:
+    x: Tensor,
+) -> tuple[int, ...]:
     count = len(rows.rows)
     if restarts is not None:
-        return [_checks.integer("restarts", step, 1, count - 1) for step in restarts]
+        return tuple(_checks.integer("restarts", step, 1, count - 1) for step in restarts)
     if dtype not in _checks.FULL:
-        return []
-    measured = _coefficients.gram_restarts(rows)
+        return ()
+    measured = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1])
     if measured is not None:
-        return [step for step in measured if step < count]
+        return measured
     # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
-    return list(range(2, count, 2)) if method == "gram" else []
+    return tuple(range(2, count, 2)) if method == "gram" else ()

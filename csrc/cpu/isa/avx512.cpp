@@ -22,7 +22,7 @@ namespace spectral_kernels::cpu::avx512 {
 #define SK_MR 8
 #define SK_NV 2
 #define SK_PV 2
-#define SK_BLOCK_K 384
+#define SK_BLOCK_K 192
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
 #include "table.inl"

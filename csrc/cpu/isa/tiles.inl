@@ -341,11 +341,7 @@ SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restri
 #pragma GCC unroll 32
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++)
-      if constexpr (kAdd)
-        sum[i][v] = load(c + i * P + v * kLanes);
-      else
-        sum[i][v] = Vector<T>{};
+    for (int v = 0; v < NV; v++) sum[i][v] = Vector<T>{};
   for (; k > 0; k--, a += P, b += P) {
     Vector<T> row[NV];
 #pragma GCC unroll 4
@@ -358,7 +354,10 @@ SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restri
 #pragma GCC unroll 32
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(c + i * P + v * kLanes, sum[i][v]);
+    for (int v = 0; v < NV; v++) {
+      T* to = c + i * P + v * kLanes;
+      store(to, kAdd ? load(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 #if SK_HAS_BF16_DOT
@@ -370,11 +369,7 @@ SK_INLINE void register_tile(int64_t k, const uint32_t* __restrict a, const uint
 #pragma GCC unroll 32
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++)
-      if constexpr (kAdd)
-        sum[i][v] = _mm512_loadu_ps(c + i * P + v * kLanes);
-      else
-        sum[i][v] = _mm512_setzero_ps();
+    for (int v = 0; v < NV; v++) sum[i][v] = _mm512_setzero_ps();
   for (; k > 0; k--, a += P, b += P) {
     __m512bh row[NV];
 #pragma GCC unroll 4
@@ -389,7 +384,10 @@ SK_INLINE void register_tile(int64_t k, const uint32_t* __restrict a, const uint
 #pragma GCC unroll 32
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) _mm512_storeu_ps(c + i * P + v * kLanes, sum[i][v]);
+    for (int v = 0; v < NV; v++) {
+      float* to = c + i * P + v * kLanes;
+      _mm512_storeu_ps(to, kAdd ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][v]) : sum[i][v]);
+    }
 }
 #endif
 
