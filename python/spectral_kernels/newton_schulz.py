@@ -83,7 +83,7 @@ def newton_schulz(
         x,
         rows.rows,
         method=_checks.choice("method", method, METHODS),
-        restarts=_restarts(rows, restarts, method, dtype, x),
+        restarts=restarts_for((x,), rows, method, dtype, restarts),
         compute_dtype=dtype,
         eps=_checks.number("eps", eps),
         norm=_checks.choice("norm", norm, NORMS),
@@ -174,42 +174,30 @@ def muon_step_(
     rows = _coefficients.resolve(coefficients, steps)
     dtype = torch.bfloat16 if compute_dtype is None else _compute_dtype(compute_dtype)
     counts, skips = counters(params, step_counts, skipped)
-    scales = scales_of(params, scale)
-    options = {
-        "momentum": _checks.number("momentum", momentum, 0.0, 1.0),
-        "nesterov": bool(nesterov),
-        "weight_decay": _checks.number("weight_decay", weight_decay),
-        "rows": rows.rows,
-        "method": _checks.choice("method", method, METHODS),
-        "compute_dtype": dtype,
-        "eps": _checks.number("eps", eps),
-        "norm": _checks.choice("norm", norm, NORMS),
-        "norm_factor": rows.norm_factor,
-        "maximize": bool(maximize),
-        "nonfinite": _checks.choice("nonfinite", nonfinite, NONFINITE),
-    }
-    rate = _checks.learning_rate(lr)
-    # One call for all; in full precision one for every set of restarts among the shapes.
-    classes: dict[tuple[int, ...], list[int]] = {}
-    for i, param in enumerate(params):
-        classes.setdefault(_restarts(rows, restarts, method, dtype, param), []).append(i)
-    for steps_of_class, members in classes.items():
-        whole = len(members) == len(params)
-        lists = [
-            values if whole else [values[i] for i in members]
-            for values in (params, grads, momentum_buffers, counts)
-        ]
-        _dispatch.run(
-            "muon_step_",
-            params,
-            backend,
-            *lists,
-            skips,
-            rate,
-            scales=scales if whole else [scales[i] for i in members],
-            restarts=steps_of_class,
-            **options,
-        )
+    _dispatch.run(
+        "muon_step_",
+        params,
+        backend,
+        params,
+        grads,
+        momentum_buffers,
+        counts,
+        skips,
+        _checks.learning_rate(lr),
+        momentum=_checks.number("momentum", momentum, 0.0, 1.0),
+        nesterov=bool(nesterov),
+        weight_decay=_checks.number("weight_decay", weight_decay),
+        rows=rows.rows,
+        scales=scales_of(params, scale),
+        method=_checks.choice("method", method, METHODS),
+        restarts=restarts_for(params, rows, method, dtype, restarts),
+        compute_dtype=dtype,
+        eps=_checks.number("eps", eps),
+        norm=_checks.choice("norm", norm, NORMS),
+        norm_factor=rows.norm_factor,
+        maximize=bool(maximize),
+        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
+    )
 
 
 def scale_factor(scale: str, m: int, n: int) -> float:
@@ -235,6 +223,28 @@ def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) ->
     return [_checks.number("scale", scale)] * len(params)
 
 
+def restarts_for(
+    params: Sequence[Tensor],
+    rows: _coefficients.Coefficients,
+    method: str,
+    dtype: torch.dtype,
+    restarts: Sequence[int] | None = None,
+) -> list[int]:
+    """Steps before which the Gram form restarts, one set that keeps every entry accurate."""
+    count = len(rows.rows)
+    if restarts is not None:
+        return [_checks.integer("restarts", step, 1, count - 1) for step in restarts]
+    if dtype not in _checks.FULL:
+        return []
+    shapes = {(p.shape[-2], p.shape[-1]) for p in params}
+    measured = [_coefficients.gram_restarts(rows, m, n) for m, n in shapes]
+    known = [steps for steps in measured if steps is not None]
+    if len(known) == len(measured):
+        return sorted(set().union(*known))
+    # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
+    return list(range(2, count, 2)) if method == "gram" else []
+
+
 def counters(
     params: Sequence[Tensor], step_counts: Sequence[Tensor] | None, skipped: Tensor | None
 ) -> tuple[Sequence[Tensor], Tensor]:
@@ -255,22 +265,3 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
             f"compute_dtype must be float64, float32, bfloat16 or float16, not {dtype!r}"
         )
     return dtype
-
-
-def _restarts(
-    rows: _coefficients.Coefficients,
-    restarts: Sequence[int] | None,
-    method: str,
-    dtype: torch.dtype,
-    x: Tensor,
-) -> tuple[int, ...]:
-    count = len(rows.rows)
-    if restarts is not None:
-        return tuple(_checks.integer("restarts", step, 1, count - 1) for step in restarts)
-    if dtype not in _checks.FULL:
-        return ()
-    measured = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1])
-    if measured is not None:
-        return measured
-    # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
-    return tuple(range(2, count, 2)) if method == "gram" else ()
