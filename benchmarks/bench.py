@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,9 +60,11 @@ def measure(
     budget: float,
     *,
     check: bool = True,
+    limit: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """All cases on every number of threads, with a progress bar."""
+    """All cases on every number of threads, with a progress bar; none is begun after `limit` s."""
     rows = []
+    start = time.monotonic()
     with Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -72,6 +76,8 @@ def measure(
         task = progress.add_task("", total=len(cases) * len(threads))
         for count in threads:
             for case in cases:
+                if time.monotonic() - start > limit:
+                    return rows
                 progress.update(task, description=f"{case.key}, threads={count}")
                 rows.append(run.run_case(case, count, budget, check=check))
                 progress.advance(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,15 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
     shown = [row for row in rows if any("speedup" in e for e in row["contenders"])]
     if not shown:
         return
-    names = list(
-        dict.fromkeys(e["name"] for row in shown for e in row["contenders"] if "speedup" in e)
+    kinds = list(
+        dict.fromkeys(
+            _kind(e["name"]) for row in shown for e in row["contenders"] if "speedup" in e
+        )
     )
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    styles = {
+        kind: {"color": COLOURS[i % len(COLOURS)], "marker": "os^D"[i // len(COLOURS) % 4], "ms": 5}
+        for i, kind in enumerate(kinds)
+    }
     several = len({row["threads"] for row in shown}) > 1
     figure, axes = plt.subplots(figsize=(8.0, 1.3 + 0.24 * len(shown)), layout="constrained")
     for y, row in enumerate(shown):
@@ -49,7 +55,7 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
         axes.plot([1.0, max(values, key=lambda v: abs(math.log(v)))], [y, y], "#bbbbbb", lw=1)
         for entry in row["contenders"]:
             if "speedup" in entry:
-                axes.plot(entry["speedup"], y, "o", color=colour[entry["name"]], ms=5)
+                axes.plot(entry["speedup"], y, ls="", **styles[_kind(entry["name"])])
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_xscale("log")
     _plain_ticks(axes, [e["speedup"] for row in shown for e in row["contenders"] if "speedup" in e])
@@ -59,9 +65,18 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("time of the other / our time (right of 1: we are faster)")
     axes.set_title(title, loc="left")
-    handles = [plt.Line2D([], [], marker="o", ls="", color=colour[n], label=n) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(names)))
+    handles = [plt.Line2D([], [], ls="", label=kind, **styles[kind]) for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)))
     save(figure, path)
+
+
+def _kind(contender: str) -> str:
+    """What shares a colour: torch's own functions do, loops and projects do not."""
+    if contender == "torch loop":
+        return "torch, matrix by matrix"
+    if contender.startswith("torch") and contender != "torch.optim.Muon":
+        return "torch's own functions"
+    return contender
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
@@ -71,6 +86,74 @@ def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(low / 1.2, high * 1.2)
+
+
+def losses(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Training loss, a running mean, against steps and against seconds."""
+    figure, (by_step, by_time) = plt.subplots(
+        1, 2, figsize=(9.0, 4.2), sharey=True, layout="constrained"
+    )
+    for result, style in zip(results, _styles(results), strict=True):
+        smooth = _running_mean(result["losses"])
+        by_step.plot(range(1, len(smooth) + 1), smooth, label=result["name"], **style)
+        by_time.plot(result["seconds"], smooth, **style)
+    by_step.set_xlabel("step")
+    by_time.set_xlabel("seconds of training")
+    by_step.set_ylabel(f"training loss, nats a character (mean of {_WINDOW} steps)")
+    finals = [_running_mean(result["losses"])[-1] for result in results]
+    by_step.set_ylim(min(finals) - 0.1, max(finals) + 1.2)
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    save(figure, path)
+
+
+def step_times(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """What a step's time goes to: the model, and the optimizer."""
+    figure, axes = plt.subplots(figsize=(8.0, 0.9 + 0.34 * len(results)), layout="constrained")
+    optimizer = [1e3 * _mean(result["optimizer_seconds"]) for result in results]
+    whole = [1e3 * result["seconds"][-1] / len(result["seconds"]) for result in results]
+    model = [total - part for total, part in zip(whole, optimizer, strict=True)]
+    rows = range(len(results))
+    axes.barh(rows, model, color="#c8c8c8", height=0.62, label="model, forward and backward")
+    axes.barh(rows, optimizer, left=model, color=COLOURS[0], height=0.62, label="optimizer")
+    for row, total, part in zip(rows, whole, optimizer, strict=True):
+        axes.text(total + max(whole) * 0.01, row, f"{part:.1f} ms", va="center", fontsize=8)
+    axes.set_yticks(rows, [result["name"] for result in results])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, max(whole) * 1.12)
+    axes.set_xlabel("time of a step, ms (the figure is the optimizer's part)")
+    axes.set_title(title, loc="left")
+    axes.legend(loc="lower right")
+    save(figure, path)
+
+
+_WINDOW = 20
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    sums = list(itertools.accumulate(values, initial=0.0))
+    return [
+        (sums[i] - sums[max(0, i - _WINDOW)]) / min(i, _WINDOW) for i in range(1, len(values) + 1)
+    ]
+
+
+def _styles(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A colour an optimizer; its variants (after a comma in the name) dashed and dotted."""
+    kinds: dict[str, int] = {}
+    styles = []
+    for result in results:
+        kind = result["name"].partition(",")[0]
+        seen = kinds.setdefault(kind, 0)
+        kinds[kind] += 1
+        colour = COLOURS[list(kinds).index(kind)]
+        line = ("-", (0, (4, 3)), (0, (1, 1.5)))[min(seen, 2)]
+        styles.append({"color": colour, "ls": line, "lw": 1.4, "zorder": 3 - 0.1 * seen})
+    return styles
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def save(figure: Any, path: Path) -> None:

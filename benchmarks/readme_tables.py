@@ -1,0 +1,139 @@
+"""Writes result files into the tables of a Markdown file.
+
+    python -m spectral_kernels.benchmarks.readme_tables README.md
+    python -m spectral_kernels.benchmarks.readme_tables --check README.md
+
+A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is relative to
+the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several values by comma.
+Of a training's file all runs are shown. `--check` writes nothing and fails where a table is not what
+its file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import demo, run
+from .case import OURS
+from .report import seconds
+
+_TABLE = re.compile(r"(<!-- table (\S+)([^>]*?) *-->\n).*?(<!-- end table -->)", re.DOTALL)
+_KEYS = ("op", "shape", "dtype", "threads", "isa", "variant")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("markdown", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="only say what is not up to date")
+    options = parser.parse_args(argv)
+    stale = []
+    for path in options.markdown:
+        before = path.read_text()
+        after = rewritten(before, path.parent)
+        if after != before:
+            stale.append(path)
+            if not options.check:
+                path.write_text(after)
+    if options.check:
+        for path in stale:
+            print(f"{path}: tables differ from their result files", file=sys.stderr)
+    return 1 if options.check and stale else 0
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """The Markdown with every table made anew.
+
+    Raises:
+        ValueError: an unknown key, or a table without rows.
+        FileNotFoundError: a result file that does not exist.
+    """
+    return _TABLE.sub(
+        lambda found: found[1] + _table(folder / found[2], _choice(found[3])) + found[4], text
+    )
+
+
+def _choice(keys: str) -> dict[str, list[str]]:
+    chosen = {}
+    for pair in keys.split():
+        key, _, values = pair.partition("=")
+        if key not in _KEYS:
+            raise ValueError(f"a table is chosen by {', '.join(_KEYS)}, not {key!r}")
+        chosen[key] = values.split(",")
+    return chosen
+
+
+def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
+    record = run.read(path)
+    if "runs" in record:
+        lines = [*_training(record["runs"])]
+    else:
+        rows = [
+            row
+            for row in record["rows"]
+            if all(str(row[key]) in values for key, values in chosen.items())
+        ]
+        if not rows:
+            raise ValueError(f"{path} has no rows with {dict(chosen)}")
+        lines = [_HEADING, _RULE, *(line for row in rows for line in _lines(row))]
+    facts = record["machine"]
+    lines.append("")
+    lines.append(
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}, torch {facts['torch']}, "
+        f"{facts['date'][:10]}; errors against float64."
+        if "runs" not in record
+        else f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, {facts['date'][:10]}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+_HEADING = (
+    "| operation | threads | ours | of peak | error | against | its time | its error | speed-up |"
+)
+_RULE = "|---|---|---|---|---|---|---|---|---|"
+
+
+def _lines(row: Mapping[str, Any]) -> list[str]:
+    """One line a contender."""
+    if row["failure"]:
+        return [f"| {row['key']} | {row['threads']} | {row['failure']} | | | | | | |"]
+    ours = next(entry for entry in row["contenders"] if entry["name"] == OURS)
+    share = row.get("share_of_peak")
+    begin = (
+        f"| {row['key']} | {row['threads']} | {seconds(ours['median_s'])} | "
+        f"{f'{share:.0%}' if share is not None else ''} | {_error(ours)} |"
+    )
+    others = [entry for entry in row["contenders"] if "speedup" in entry]
+    return [
+        f"{begin} {entry['name']} | {seconds(entry['median_s'])} | {_error(entry)} | "
+        f"{entry['speedup']:.2f}x |"
+        for entry in others
+    ] or [f"{begin} | | | |"]
+
+
+def _error(entry: Mapping[str, Any]) -> str:
+    return "" if entry["error"] is None else f"{entry['error']:.1e}"
+
+
+def _training(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| optimizer | held-back loss | optimizer, ms a step | share of the step | whole run, s |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        share = sum(result["optimizer_seconds"]) / result["seconds"][-1]
+        lines.append(
+            f"| {result['name']} | {result['held_back_loss']:.3f} | "
+            f"{demo.optimizer_milliseconds(result):.1f} | {share:.0%} | "
+            f"{result['seconds'][-1]:.1f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
