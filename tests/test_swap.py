@@ -22,10 +22,11 @@ from spectral_kernels import _dispatch, swap_in
 from swap_support import DOUBLES, doubles, gradient, one_thread, parameters, steps
 from torch import Tensor
 from torch.optim import _muon
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["doubles", "one_thread"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 MUON = ["torch.optim._muon._single_tensor_muon", "torch.optim._muon._zeropower_via_newtonschulz"]
 METHODS = ["project", "project_back", "update_preconditioner", "get_orthogonal_matrix_QR"]
@@ -57,7 +58,8 @@ def test_undo_restores_every_object() -> None:
     assert _muon._single_tensor_muon is not own[0]
     swap.undo()
     assert (_muon._single_tensor_muon, _muon._zeropower_via_newtonschulz) == own
-    assert swap.replaced == [] and "nothing replaced" in str(swap)
+    assert swap.replaced == []
+    assert "replaced for a while in torch.optim._muon:" in str(swap)
     swap.undo()
 
 
@@ -168,6 +170,16 @@ def test_without_kernels_everything_is_refused(monkeypatch: Any) -> None:
     with swap_in() as swap:
         assert swap.replaced == []
         assert "the compiled part was not built" in swap.refused["torch.optim._muon"]
+
+
+def test_changed_defaults_are_refused(doubles: None, monkeypatch: Any) -> None:
+    muon = importlib.import_module("optimizers.muon")
+    monkeypatch.setattr(muon.msign, "__defaults__", (6, 1e-20))
+    with swap_in("DeVA") as swap:
+        assert swap.replaced == []
+        assert swap.refused == {
+            "optimizers.muon": "optimizers.muon.msign has steps=6, not 5 as expected"
+        }
 
 
 def test_soap_with_changed_code_is_refused(doubles: None, monkeypatch: Any) -> None:
@@ -405,7 +417,7 @@ def test_unknown_targets(target: Any, error: type[Exception], message: str) -> N
         swap_in(target)
 
 
-def test_backends(native: None) -> None:
+def test_backends() -> None:
     with pytest.raises(ValueError, match="not 'fast'"):
         swap_in(backend="fast")
     if _dispatch.unavailable("cuda"):
@@ -434,7 +446,7 @@ torch.optim.Muon([p]).step()
 # What is left to the optimizers.
 
 
-def test_calls_that_are_left(native: None) -> None:
+def test_calls_that_are_left() -> None:
     with swap_in("torch.optim.Muon") as swap:
         p = parameters(((6, 9),), torch.float64)
         steps(torch.optim.Muon(p), p, 2)
@@ -539,9 +551,9 @@ def test_shampoos_decompositions_run_side_by_side(kind: str, doubles: None) -> N
             assert torch.get_num_threads() == (1 if swapped else 2)
             return own(a)
 
-        blocks = [getattr(lists, kind)((n, n + 1), types.EigenConfig(), 1e-12) for n in (8, 9, 10)]
+        blocks = [getattr(lists, kind)((n, n), types.EigenConfig(), 1e-12) for n in (8, 9, 10)]
         every = lists.BaseShampooPreconditionerList(blocks)
-        grads = tuple(gradient((n, n + 1), n).float() for n in (8, 9, 10))
+        grads = tuple(gradient((n, n), n).float() for n in (8, 9, 10))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.linalg, "eigh", watched)
             every.update_preconditioners(grads, torch.tensor(1.0), True)
@@ -557,10 +569,25 @@ def test_shampoos_decompositions_run_side_by_side(kind: str, doubles: None) -> N
     with swap_in("distributed_shampoo"):
         mine, several = run()
     assert one == {threading.get_ident()} and several.isdisjoint(one)
-    flat = torch.utils._pytree.tree_leaves
-    for x, y in zip(flat(mine), flat(theirs), strict=True):
-        # Both sides have null spaces, so magnitudes of the roots only.
-        assert x.shape == y.shape and bool(x.isfinite().all())
+    for x, y in zip(tree_leaves(mine), tree_leaves(theirs), strict=True):
+        # Eigenvectors have no sign.
+        assert torch.allclose(x.abs(), y.abs(), atol=1e-4)
+
+
+def test_equal_factors_with_different_roots_stay_apart(doubles: None) -> None:
+    importlib.import_module("distributed_shampoo")
+    lists = sys.modules["distributed_shampoo.preconditioner.shampoo_preconditioner_list"]
+    types = sys.modules["distributed_shampoo.preconditioner.matrix_functions_types"]
+    blocks = [lists.RootFactors((4, 4), types.CoupledNewtonConfig(), 1e-2) for _ in range(2)]
+    blocks[1].roots = (2.0, 2.0)
+    blocks[1].epsilon = 1e-4
+    with swap_in("distributed_shampoo"):
+        every = lists.BaseShampooPreconditionerList(blocks)
+        grads = (torch.zeros(4, 4), torch.zeros(4, 4))
+        every.update_preconditioners(grads, torch.tensor(1.0), True)
+    for block, expected in zip(blocks, (1e-2**-0.25, 1e-4**-0.5), strict=True):
+        for root in block.inv_factor_matrices:
+            assert torch.allclose(root, expected * torch.eye(4), rtol=1e-4)
 
 
 def test_shampoos_batches_are_bounded(doubles: None, monkeypatch: Any) -> None:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 __all__ = ["code", "one_thread"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 STEPS = 25
 SHAPES = ((24, 24), (17, 40), (40, 17), (1, 9))
@@ -219,7 +219,7 @@ def test_soap(code: str) -> None:
     assert calls["get_orthogonal_matrix_QR"].taken == (STEPS - 1) // 4 * len(SQUARE)
 
 
-def test_soap_runs_on_the_kernels(code: str, native: None) -> None:
+def test_soap_runs_on_the_kernels(code: str) -> None:
     make = soap()
     with swap_in("SOAP"):
         call_counts(reset=True)
@@ -299,11 +299,16 @@ def exact_msign(x: Tensor, steps: int = 5, eps: float = 1e-20) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["DeVASchattenNorm", "DeVASchattenNormSignStablization", "DeVASchattenNormIns"]
+    ("code", "name"),
+    [
+        ("double", "DeVASchattenNorm"),
+        ("public", "DeVASchattenNorm"),
+        ("public", "DeVASchattenNormSignStablization"),
+        ("public", "DeVASchattenNormIns"),
+    ],
+    indirect=["code"],
 )
 def test_deva(name: str, code: str, monkeypatch: Any) -> None:
-    if code == "double" and name != "DeVASchattenNorm":
-        pytest.skip("the stand-in has one class")
     module = importlib.import_module("optimizers.deva")
 
     def make(params: Sequence[Tensor]) -> Optimizer:

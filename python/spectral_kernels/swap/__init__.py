@@ -14,7 +14,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType, TracebackType
 
 from torch.optim import Optimizer
@@ -90,6 +90,7 @@ class Swap:
         self._adapters = adapters
         self._options = options
         self._replacements: list[Replacement] = []
+        self._put_back: list[Replacement] = []
         self._refused: dict[str, str] = {}
         self._found: set[type[Adapter]] = set()
         self._hook = ImportHook(self._wants, self._imported) if waits else None
@@ -115,8 +116,8 @@ class Swap:
 
     @property
     def calls(self) -> Mapping[str, Calls]:
-        """Calls of every replaced function, by its name in `replaced`."""
-        return {str(replacement.point): replacement.calls for replacement in self._replacements}
+        """Calls of every function that is replaced or was, by its name in `replaced`."""
+        return {str(one.point): one.calls for one in (*self._put_back, *self._replacements)}
 
     def undo(self) -> None:
         """Puts everything back and stops waiting. A second call does nothing.
@@ -136,7 +137,8 @@ class Swap:
                 self._hook = None
             for replacement in reversed(self._replacements):
                 replacement.take_out()
-            self._replacements.clear()
+            self._put_back += self._replacements
+            self._replacements = []
 
     def __enter__(self) -> Swap:
         return self
@@ -150,13 +152,10 @@ class Swap:
         self.undo()
 
     def __str__(self) -> str:
-        lines, owner = [], None
-        for replacement in self._replacements:
-            point = replacement.point
-            if point.owner is not owner:
-                owner = point.owner
-                lines.append(f"  replaced in {str(point).removesuffix('.' + point.name)}:")
-            lines.append(f"    {point.name}: {replacement.calls}")
+        lines = [
+            *_listed("replaced in", self._replacements),
+            *_listed("replaced for a while in", self._put_back),
+        ]
         lines += [f"  waiting for {name}, not imported yet" for name in self.waiting]
         lines += [f"  refused {name}: {reason}" for name, reason in self._refused.items()]
         return "\n".join(["swap_in:", *(lines or ["  nothing replaced"])])
@@ -188,6 +187,16 @@ class Swap:
                 self._replacements += put_in(points, lambda: one.prove(points))
             except Refused as refused:
                 self._refused[module.__name__] = str(refused)
+
+
+def _listed(title: str, replacements: list[Replacement]) -> Iterator[str]:
+    owner = None
+    for replacement in replacements:
+        point = replacement.point
+        if point.owner is not owner:
+            owner = point.owner
+            yield f"  {title} {str(point).removesuffix('.' + point.name)}:"
+        yield f"    {point.name}: {replacement.calls}"
 
 
 def _usable(backend: str) -> str | None:

@@ -91,16 +91,27 @@ class Point:
             raise Refused(f"{self} is no function any more but {own!r}")
         if hasattr(own, _MARK):
             raise Refused(f"{self} has been replaced by an earlier swap_in; undo that one first")
-        expected = list(inspect.signature(self.fast).parameters)[1:]
+        expected = list(inspect.signature(self.fast).parameters.values())[1:]
         if isinstance(self.owner, type) and not isinstance(raw, staticmethod):
-            expected[0] = "self"
-        require_parameters(str(self), own, expected)
+            expected[0] = expected[0].replace(name="self")
+        require_parameters(str(self), own, [parameter.name for parameter in expected])
+        found = inspect.signature(own).parameters
+        for ours in expected:
+            theirs = found[ours.name].default
+            # None stands for a default of the package's own type, which `declines` looks at.
+            if ours.default is not None and ours.default != theirs:
+                raise Refused(
+                    f"{self} has {ours.name}={theirs!r}, not {ours.default!r} as expected"
+                )
         return own
 
 
 def require_parameters(what: str, function: Callable[..., Any], expected: Sequence[str]) -> None:
     """Refuses a function whose parameters have other names or another order."""
-    found = list(inspect.signature(function).parameters)
+    try:
+        found = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"the parameters of {what} are unknown: {error}") from error
     if found != list(expected):
         raise Refused(
             f"{what}({', '.join(found)}) is not the version that this was written for, "

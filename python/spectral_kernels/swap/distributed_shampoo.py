@@ -14,15 +14,15 @@ iterative configurations are replaced where they converge, not where few iterati
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,51 +43,59 @@ _CONFIGS = (
     "EighEigendecompositionConfig",
     "NewtonSchulzOrthogonalizationConfig",
 )
+_FIELDS = (
+    "amortized_computation_config",
+    "epsilon",
+    "factor_matrices",
+    "roots",
+    "use_trace_scaling",
+)
 # Fewer iterations than this floor the small eigenvalues, which is then part of the method.
 _CONVERGING_ITERATIONS = 30
 _CONVERGED_TOLERANCE = 1e-3
 _RELATIVE_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # Statuses of inverse_root: converged, and fell back to an eigendecomposition.
 _ACCEPTED = (0, 2)
-# Elements of the factors that are copied at a time: 64 MiB in float32.
+# Elements of stored factors whose roots are computed together: 64 MiB in float32.
 _BATCH_ELEMENTS = 1 << 24
 _BOUND = 1e-3
 
 
-@dataclass
-class _Computed:
-    """A result that was computed ahead, for the call with the same factor."""
+class _Ask(NamedTuple):
+    """What a block asks for: the root or, for root None, the eigendecomposition of a factor."""
 
     factor: Tensor
-    result: Any
+    root: Fraction | None
+    config: Any
+    epsilon: float
 
-
-class _Results:
-    """Results by factor: equal in every bit, since it is computed anew before the call."""
-
-    def __init__(self, results: Iterable[_Computed] = ()) -> None:
-        self._by_key: dict[Any, list[_Computed]] = {}
-        for computed in results:
-            self._by_key.setdefault(self._key(computed.factor), []).append(computed)
-
-    def find(self, factor: Tensor) -> _Computed | None:
-        """The result of this factor."""
-        if not self._by_key:
-            return None
-        for computed in self._by_key.get(self._key(factor), ()):
-            if torch.equal(computed.factor, factor):
-                return computed
-        return None
-
-    @staticmethod
-    def _key(factor: Tensor) -> Any:
-        return factor.shape, factor.dtype, factor.device, *factor.diagonal()[:4].tolist()
+    def key(self) -> Any:
+        """The same for the same question; different, mostly, for other factors."""
+        factor = self.factor
+        kind = factor.shape, factor.dtype, factor.device, self.root, id(self.config), self.epsilon
+        return kind, *factor.diagonal()[:4].tolist()
 
 
 class _Ahead(threading.local):
+    """Answers that were computed ahead; None where an iteration did not converge."""
+
     def __init__(self) -> None:
-        self.roots = _Results()
-        self.decompositions = _Results()
+        self._answers: dict[Any, list[tuple[_Ask, Any]]] = {}
+
+    def set(self, answers: Iterable[tuple[_Ask, Any]]) -> None:
+        """Forgets the old answers."""
+        self._answers = {}
+        for ask, answer in answers:
+            self._answers.setdefault(ask.key(), []).append((ask, answer))
+
+    def find(self, ask: _Ask) -> tuple[_Ask, Any] | None:
+        """The answer for a factor that is equal in every bit, being computed anew for the call."""
+        if not self._answers:
+            return None
+        for known in self._answers.get(ask.key(), ()):
+            if torch.equal(known[0].factor, ask.factor):
+                return known
+        return None
 
 
 class DistributedShampoo(Adapter):
@@ -119,6 +127,9 @@ class DistributedShampoo(Adapter):
             if not hasattr(blocks, name):
                 raise Refused(f"{blocks.__name__} has no {name} any more")
             require_parameters(f"{blocks.__name__}.{name}", getattr(blocks, name), parameters)
+        missing = set(_FIELDS).difference(inspect.get_annotations(blocks))
+        if missing:
+            raise Refused(f"{blocks.__name__} has no {', '.join(sorted(missing))} any more")
         root = Point(lists, "matrix_inverse_root", self.root, self.root_declines)
         eigendecomposition = Point(
             lists,
@@ -154,23 +165,21 @@ class DistributedShampoo(Adapter):
         epsilon: float = 0.0,
     ) -> Tensor:
         """`matrix_inverse_root`: computed ahead, or by one call of `inverse_root`."""
-        computed = self._ahead.roots.find(A)
-        if computed is None:
-            computed = self._roots([A], root, *self._ridge(root_inv_config, epsilon, A.dtype))[0]
-        if computed is None:
-            result = own(A=A, root=root, root_inv_config=root_inv_config, epsilon=epsilon)
-            return result
-        result = computed.result
+        ask = _Ask(A, root, root_inv_config, epsilon)
+        known = self._ahead.find(ask) or self._roots([ask])[0]
+        result: Tensor | None = known[1]
+        if result is None:
+            return own(A=A, root=root, root_inv_config=root_inv_config, epsilon=epsilon)
         return result
 
     def root_declines(
         self, A: Tensor, root: Fraction, root_inv_config: Any = None, epsilon: float = 0.0
     ) -> str | None:
         """Configurations whose result is not that of a converged iteration."""
-        if self._ahead.roots.find(A) is not None:
+        ask = _Ask(A, root, root_inv_config, epsilon)
+        if self._ahead.find(ask) is not None:
             return None
-        reason = unfit(A, self.options, dtypes=_checks.FULL)
-        return reason or self._root_declines(root, root_inv_config, epsilon)
+        return unfit(A, self.options, dtypes=_checks.FULL) or self._root_declines(ask)
 
     def eigendecomposition(
         self,
@@ -181,9 +190,9 @@ class DistributedShampoo(Adapter):
         eigenvectors_estimate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`matrix_eigendecomposition`, computed ahead."""
-        computed = self._ahead.decompositions.find(A)
-        assert computed is not None
-        values, vectors = computed.result
+        known = self._ahead.find(_Ask(A, None, eigendecomposition_config, epsilon))
+        assert known is not None
+        values, vectors = known[1]
         return values, vectors
 
     def eigendecomposition_declines(
@@ -194,7 +203,7 @@ class DistributedShampoo(Adapter):
         eigenvectors_estimate: Tensor | None = None,
     ) -> str | None:
         """What was not computed ahead."""
-        if self._ahead.decompositions.find(A) is None:
+        if self._ahead.find(_Ask(A, None, eigendecomposition_config, epsilon)) is None:
             return "eigendecomposition of one factor"
         return None
 
@@ -231,85 +240,85 @@ class DistributedShampoo(Adapter):
     @contextlib.contextmanager
     def _computed_ahead(self, blocks: Sequence[Any], bias_correction2: Any) -> Iterator[None]:
         """Inside, the functions above find what these blocks will ask for."""
-        groups: dict[Any, list[Tensor]] = {}
-        eigen: list[tuple[Tensor, Callable[[], Any]]] = []
-        decompositions: list[tuple[Tensor, Callable[[], Any]]] = []
+        iterative: dict[Any, list[_Ask]] = {}
+        decomposed: list[_Ask] = []
         for block in blocks:
             if block.use_trace_scaling:
                 continue
-            config, epsilon = block.amortized_computation_config, block.epsilon
             rooted = hasattr(block, "inv_factor_matrices")
             for index, stored in enumerate(block.factor_matrices):
-                factor = block._unpack_matrix(stored / bias_correction2)
-                if unfit(factor, self.options, dtypes=_checks.FULL) is not None:
+                ask = _Ask(
+                    block._unpack_matrix(stored / bias_correction2),
+                    Fraction(block.roots[index]) if rooted else None,
+                    block.amortized_computation_config,
+                    block.epsilon,
+                )
+                if unfit(ask.factor, self.options, dtypes=_checks.FULL) is not None:
                     continue
-                root = Fraction(block.roots[index]) if rooted else Fraction(1)
-                if rooted and self._root_declines(root, config, epsilon) is None:
-                    ridge = self._ridge(config, epsilon, factor.dtype)
-                    key = (root, ridge, factor.shape, factor.dtype, factor.device)
-                    groups.setdefault(key, []).append(factor)
-                elif self._plain_eigh(config) and factor.device.type == "cpu":
-                    if rooted:
-                        eigen.append(
-                            (factor, partial(self._own_root, factor, root, config, epsilon))
-                        )
-                    else:
-                        decompositions.append(
-                            (factor, partial(self._own_eigendecomposition, factor, epsilon, config))
-                        )
-        roots: list[_Computed] = []
-        for (root, ridge, *_), factors in groups.items():
-            roots += [x for x in self._roots(factors, root, *ridge) if x is not None]
-        self._ahead.roots = _Results(roots + _in_parallel(eigen))
-        self._ahead.decompositions = _Results(_in_parallel(decompositions))
+                if rooted and self._root_declines(ask) is None:
+                    iterative.setdefault(ask.key()[0], []).append(ask)
+                elif self._plain_eigh(ask.config) and ask.factor.device.type == "cpu":
+                    decomposed.append(ask)
+        answers = _in_parallel(decomposed, self._own_answer)
+        for asks in iterative.values():
+            answers += self._roots(asks)
+        self._ahead.set(answers)
         try:
             yield
         finally:
-            self._ahead.roots = self._ahead.decompositions = _Results()
+            self._ahead.set(())
 
-    def _roots(
-        self, factors: list[Tensor], root: Fraction, ridge: float, relative_ridge: float
-    ) -> list[_Computed | None]:
-        """(A + delta I)^(-1/root) of factors of one shape; None where it did not converge."""
+    def _own_answer(self, ask: _Ask) -> Any:
+        """By the package's own code."""
+        if ask.root is None:
+            return self._own_eigendecomposition(ask.factor, ask.epsilon, ask.config)
+        return self._own_root(ask.factor, ask.root, ask.config, ask.epsilon)
+
+    def _roots(self, asks: list[_Ask]) -> list[tuple[_Ask, Tensor | None]]:
+        """(A + delta I)^(-1/root) of factors of one shape, root and configuration."""
+        first = asks[0]
+        assert first.root is not None
+        ridge, relative_ridge = self._ridge(first)
         results, info = inverse_root(
-            torch.stack(factors),
-            root.numerator,
+            torch.stack([ask.factor for ask in asks]),
+            first.root.numerator,
             ridge=ridge,
             relative_ridge=relative_ridge,
             method="iteration",
             return_info=True,
             backend=self.options.backend,
         )
-        if root.denominator > 1:
-            results = torch.linalg.matrix_power(results, root.denominator)
+        if first.root.denominator > 1:
+            results = torch.linalg.matrix_power(results, first.root.denominator)
         return [
-            _Computed(factor, result) if status in _ACCEPTED else None
-            for factor, result, status in zip(factors, results, info.status.tolist(), strict=True)
+            (ask, result if status in _ACCEPTED else None)
+            for ask, result, status in zip(asks, results, info.status.tolist(), strict=True)
         ]
 
-    def _ridge(self, config: Any, epsilon: float, dtype: torch.dtype) -> tuple[float, float]:
-        if isinstance(config, self._types.CoupledHigherOrderConfig):
-            return float(config.abs_epsilon), float(config.rel_epsilon)
-        if isinstance(config, self._types.EigenConfig):
-            return float(epsilon), _RELATIVE_RIDGE[dtype]
-        return float(epsilon), 0.0
+    def _ridge(self, ask: _Ask) -> tuple[float, float]:
+        if isinstance(ask.config, self._types.CoupledHigherOrderConfig):
+            return float(ask.config.abs_epsilon), float(ask.config.rel_epsilon)
+        if isinstance(ask.config, self._types.EigenConfig):
+            return float(ask.epsilon), _RELATIVE_RIDGE[ask.factor.dtype]
+        return float(ask.epsilon), 0.0
 
-    def _root_declines(self, root: Fraction, config: Any, epsilon: float) -> str | None:
-        if not (1 <= root.numerator <= 8 and root.denominator <= 8):
+    def _root_declines(self, ask: _Ask) -> str | None:
+        root, config = ask.root, ask.config
+        if root is None or not (1 <= root.numerator <= 8 and root.denominator <= 8):
             return f"root {root}"
+        if min(self._ridge(ask)) < 0.0:
+            return "a negative epsilon"
         if isinstance(config, self._types.EigenConfig):
             if not self.options.allow_ridge:
                 return "EigenConfig without allow_ridge"
-            if not self._plain_eigh(config) or epsilon < 0.0:
+            if not self._plain_eigh(config):
                 return "EigenConfig with a pseudo-inverse or on another device"
             return None
-        iterative = (self._types.CoupledNewtonConfig, self._types.CoupledHigherOrderConfig)
-        if not isinstance(config, iterative):
+        newton = isinstance(config, self._types.CoupledNewtonConfig)
+        if not newton and not isinstance(config, self._types.CoupledHigherOrderConfig):
             return type(config).__name__
-        if isinstance(config, self._types.CoupledNewtonConfig) and root.denominator != 1:
+        if newton and root.denominator != 1:
             return f"root {root}"
-        if min(self._ridge(config, epsilon, torch.float32)) < 0.0:
-            return "a negative epsilon"
         if (
             config.max_iterations < _CONVERGING_ITERATIONS
             or config.tolerance > _CONVERGED_TOLERANCE
@@ -546,32 +555,31 @@ def _batches(blocks: Sequence[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _in_parallel(jobs: list[tuple[Tensor, Callable[[], Any]]]) -> list[_Computed]:
-    """The results of jobs on one factor each, one a thread, without those that fail.
+def _in_parallel(asks: list[_Ask], answer: Callable[[_Ask], Any]) -> list[tuple[_Ask, Any]]:
+    """The answers, one a thread, without those that fail; none for a single thread.
 
     LAPACK gains little from several threads within a decomposition.
     """
     total = torch.get_num_threads()
-    workers = min(total, len(jobs))
+    workers = min(total, len(asks))
     if workers < 2:
         return []
 
     def start() -> None:
         torch.set_num_threads(total // workers)
 
-    def attempt(job: tuple[Tensor, Callable[[], Any]]) -> _Computed | None:
-        factor, compute = job
+    def attempt(ask: _Ask) -> tuple[_Ask, Any] | None:
         try:
             with torch.no_grad():
-                return _Computed(factor, compute())
+                return ask, answer(ask)
         except Exception:
             # The package calls the function again itself, and handles what it raises.
             return None
 
-    jobs = sorted(jobs, key=lambda job: -job[0].numel())
+    largest_first = sorted(asks, key=lambda ask: -ask.factor.numel())
     try:
         with ThreadPoolExecutor(workers, initializer=start) as pool:
-            return [computed for computed in pool.map(attempt, jobs) if computed is not None]
+            return [known for known in pool.map(attempt, largest_first) if known is not None]
     finally:
         # set_num_threads is meant for a thread, but threads that start later take its last value.
         torch.set_num_threads(total)

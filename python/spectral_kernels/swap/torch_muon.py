@@ -124,8 +124,10 @@ class TorchMuon(Adapter):
             return f"momentum={momentum}"
         if weight_decay < 0.0 or not (isinstance(lr, Tensor) or lr >= 0.0):
             return f"lr={lr}, weight_decay={weight_decay}"
-        if len({id(param) for param in params}) < len(params):
-            return "the same parameter twice"
+        if isinstance(lr, Tensor) and not lr.is_floating_point():
+            return f"lr of {lr.dtype}"
+        if len({param.data_ptr() for param in params}) < len(params):
+            return "parameters that share memory"
         reasons = [
             self._unfit(*entry) for entry in zip(params, grads, muon_momentum_bufs, strict=True)
         ]

@@ -13,7 +13,11 @@ from distributed_shampoo.preconditioner.matrix_functions import (
 
 
 class BaseShampooKroneckerFactorsUnwrapped:
-    use_trace_scaling = False
+    factor_matrices: tuple[torch.Tensor, ...]
+    roots: tuple[float, ...]
+    amortized_computation_config: object
+    epsilon: float
+    use_trace_scaling: bool = False
 
     def __init__(self, shape, config, epsilon):
         self.factor_matrices = tuple(torch.zeros(n * (n + 1) // 2) for n in shape)
