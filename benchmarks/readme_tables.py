@@ -3,10 +3,10 @@
     python -m spectral_kernels.benchmarks.readme_tables README.md
     python -m spectral_kernels.benchmarks.readme_tables --check README.md
 
-A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is relative to
-the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several values by comma.
-Of a training's file all runs are shown. `--check` writes nothing and fails where a table is not what
-its file says.
+A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is relative
+to the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several values by
+comma. Of a training's file all runs are shown. `--check` writes nothing and fails where a table is
+not what its file says.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _choice(keys: str) -> dict[str, list[str]]:
 def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
     record = run.read(path)
     if "runs" in record:
-        lines = [*_training(record["runs"])]
+        lines = _training(record["runs"])
     else:
         rows = [
             row
@@ -80,22 +80,15 @@ def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
         ]
         if not rows:
             raise ValueError(f"{path} has no rows with {dict(chosen)}")
-        lines = [_HEADING, _RULE, *(line for row in rows for line in _lines(row))]
+        lines = [
+            "| operation | threads | time | of peak | error | against | time | error | speed-up |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(line for row in rows for line in _lines(row)),
+        ]
     facts = record["machine"]
-    lines.append("")
-    lines.append(
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}, torch {facts['torch']}, "
-        f"{facts['date'][:10]}; errors against float64."
-        if "runs" not in record
-        else f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, {facts['date'][:10]}."
-    )
+    place = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}"
+    lines += ["", f"{place}, torch {facts['torch']}, {facts['date'][:10]}."]
     return "\n".join(lines) + "\n"
-
-
-_HEADING = (
-    "| operation | threads | ours | of peak | error | against | its time | its error | speed-up |"
-)
-_RULE = "|---|---|---|---|---|---|---|---|---|"
 
 
 def _lines(row: Mapping[str, Any]) -> list[str]:
