@@ -99,7 +99,7 @@ def losses(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         by_time.plot(result["seconds"], smooth, **style)
     by_step.set_xlabel("step")
     by_time.set_xlabel("seconds of training")
-    by_step.set_ylabel(f"training loss, nats a character (mean of {_WINDOW} steps)")
+    by_step.set_ylabel(f"training loss, nats (mean of {_WINDOW} steps)")
     finals = [_running_mean(result["losses"])[-1] for result in results]
     by_step.set_ylim(min(finals) - 0.1, max(finals) + 1.2)
     figure.legend(loc="outside lower center", ncols=4)
@@ -109,9 +109,12 @@ def losses(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 def step_times(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """What a step's time goes to: the model, and the optimizer."""
-    figure, axes = plt.subplots(figsize=(8.0, 0.9 + 0.34 * len(results)), layout="constrained")
-    optimizer = [1e3 * _mean(result["optimizer_seconds"]) for result in results]
-    whole = [1e3 * result["seconds"][-1] / len(result["seconds"]) for result in results]
+    figure, axes = plt.subplots(figsize=(8.0, 1.2 + 0.34 * len(results)), layout="constrained")
+    optimizer = [1e3 * steady(result["optimizer_seconds"]) for result in results]
+    whole = [
+        1e3 * steady([b - a for a, b in itertools.pairwise([0.0, *result["seconds"]])])
+        for result in results
+    ]
     model = [total - part for total, part in zip(whole, optimizer, strict=True)]
     rows = range(len(results))
     axes.barh(rows, model, color="#c8c8c8", height=0.62, label="model, forward and backward")
@@ -124,7 +127,7 @@ def step_times(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     axes.set_xlim(0, max(whole) * 1.12)
     axes.set_xlabel("time of a step, ms (the figure is the optimizer's part)")
     axes.set_title(title, loc="left")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     save(figure, path)
 
 
@@ -148,12 +151,14 @@ def _styles(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         kinds[kind] += 1
         colour = COLOURS[list(kinds).index(kind)]
         line = ("-", (0, (4, 3)), (0, (1, 1.5)))[min(seen, 2)]
-        styles.append({"color": colour, "ls": line, "lw": 1.4, "zorder": 3 - 0.1 * seen})
+        styles.append({"color": colour, "ls": line, "lw": 1.4, "zorder": 3 + seen})
     return styles
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def steady(values: Sequence[float]) -> float:
+    """The mean of all but the first, which sets up; all others count, refreshes too."""
+    kept = values[1:] or values
+    return sum(kept) / len(kept)
 
 
 def save(figure: Any, path: Path) -> None:

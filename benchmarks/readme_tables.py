@@ -3,10 +3,10 @@
     python -m spectral_kernels.benchmarks.readme_tables README.md
     python -m spectral_kernels.benchmarks.readme_tables --check README.md
 
-A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is relative
-to the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several values by
-comma. Of a training's file all runs are shown. `--check` writes nothing and fails where a table is
-not what its file says.
+A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is
+relative to the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several
+values by comma. Of a training's file all runs are shown. `--check` writes nothing and fails where a
+table is not what its file says.
 """
 
 from __future__ import annotations
