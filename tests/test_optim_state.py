@@ -189,6 +189,7 @@ def test_replaced_memory_and_state_are_noticed(make):
     """p.data = ..., and state that somebody replaces or drops, between steps."""
     params, others = ([parameter(7, 9), parameter(3, 2, 3, 3)] for _ in range(2))
     optimizer, other = make(params), make(others)
+    replaced = []
     for seed in range(6):
         with_grads(params, seed)
         with_grads(others, seed)
@@ -197,10 +198,13 @@ def test_replaced_memory_and_state_are_noticed(make):
                 param.data = param.detach().clone()
         if seed == 3:
             for param in params:
-                optimizer.state[param] = copy.deepcopy(optimizer.state[param])
+                replaced.append((optimizer.state[param], copy.deepcopy(optimizer.state[param])))
+                optimizer.state[param] = replaced[-1][1]
         if seed == 4:
+            for old, new in replaced:
+                assert old["step"].max() + 1 == new["step"].max()
             optimizer.state.clear()
-            other.state.clear()
+            other = make(others)
         optimizer.step()
         other.step()
     assert_same(params, others)

@@ -346,7 +346,7 @@ class MatrixOptimizer(Optimizer):
             warnings.warn(
                 f"{type(self).__name__} has no matrix to update: all parameters with a gradient go "
                 "to AdamW (were they flattened by a wrapper?)",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _plan(self, index: int, group: Group, params: list[Tensor]) -> Plan:

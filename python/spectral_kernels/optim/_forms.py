@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -27,18 +28,22 @@ class Form:
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
+    def ordered(self) -> bool:
+        """Whether no dimension moves."""
+        return self.order == tuple(range(len(self.order)))
+
+    @cached_property
     def trivial(self) -> bool:
         """Whether the parameter is its matrices."""
-        count = len(self.order)
-        return len(self.shape) == count and self.order == tuple(range(count))
+        return self.ordered and len(self.shape) == len(self.order)
 
     def view(self, x: Tensor) -> Tensor | None:
         """The matrices of x without a copy, or None where its strides forbid it."""
         if self.trivial:
             return x
         try:
-            return x.permute(self.order).view(self.shape)
+            return (x if self.ordered else x.permute(self.order)).view(self.shape)
         except RuntimeError:
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from .. import inverse_root as _inverse_root
 from . import _rules
 from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
 from ._forms import Form, Layout, Slot, side, step_slot
-from ._schedule import due, next_step
+from ._schedule import due
 
 SIDES = ("both", "left", "right", "shorter")
 
@@ -218,10 +219,9 @@ class Shampoo(MatrixOptimizer):
 
     def _cut(self, matrices: Tensor, values: Values) -> list[Tensor]:
         m, n = matrices.shape[-2:]
-        blocks = _blocks(m, n, values)
-        if len(blocks) == 1:
+        if max(m, n) <= (values["block_size"] or math.inf):
             return [matrices]
-        return [matrices[..., rows, cols] for rows, cols in blocks]
+        return [matrices[..., rows, cols] for rows, cols in _blocks(m, n, values)]
 
     def _entries(
         self, matrices: Tensor, state: Values, form: Form, layout: Layout, values: Values
@@ -266,13 +266,14 @@ class Shampoo(MatrixOptimizer):
 
     def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
         failures, counts = part.lists[-2], part.lists[-1]
-        refresh = due(
-            counts, part.offsets, values["precondition_frequency"], stagger=values["stagger"]
-        )
         # Before the first applied step the roots are the identity.
-        refresh = [
-            flag or int(next_step(count) == 1) for flag, count in zip(refresh, counts, strict=True)
-        ]
+        refresh = due(
+            counts,
+            part.offsets,
+            values["precondition_frequency"],
+            stagger=values["stagger"],
+            at_first=True,
+        )
         watched = [
             (part.names[i], failures[i], failures[i].clone(), counts[i], counts[i].clone())
             for i, flag in enumerate(refresh)
