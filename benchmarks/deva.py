@@ -27,12 +27,13 @@ def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
 
 def _deva(shape: str, dtype: torch.dtype, *, reference: bool, **options: Any) -> Case:
     """With `reference` the public trajectory, which is the same work but for a few scalars."""
-    build = partial(_build_step, shape, dtype, reference)
+    build = partial(_build_step, parameter_shapes(shape), dtype, reference)
     return Case("deva_step_", shape, dtype, build, "reference" if reference else "", **options)
 
 
-def _build_step(shape: str, dtype: torch.dtype, reference: bool) -> Problem:
-    shapes = parameter_shapes(shape)
+def _build_step(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, reference: bool
+) -> Problem:
     steps = Steps(start(shapes), dtype)
     ours = _maker(partial(optim.DeVA, reference=reference, stagger=False))
     prepare = ours_with(_squares)

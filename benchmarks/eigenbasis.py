@@ -32,7 +32,9 @@ _AUTHORS = "SOAP's own code"
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
     if op == "soap_step_":
-        return Case(op, shape, dtype, partial(_build_step, shape, dtype), **options)
+        return Case(
+            op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
+        )
     sizes = square_shape(shape)
     if op == "refresh_eigenbasis":
         return _refresh(sizes, dtype, **options)
@@ -117,8 +119,7 @@ def _build_refresh(
     )
 
 
-def _build_step(shape: str, dtype: torch.dtype) -> Problem:
-    shapes = parameter_shapes(shape)
+def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Problem:
     steps = Steps(start(shapes), dtype)
     ours, prepare = _maker(optim.SOAP), ours_with(_squares)
     contenders = [steps.contender(OURS, ours, prepare)]

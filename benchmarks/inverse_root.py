@@ -94,14 +94,13 @@ def _distributed_shampoo(a: Tensor, p: int) -> Iterator[Contender]:
 
 
 def _shampoo(shape: str, dtype: torch.dtype, every: int, **options: Any) -> Case:
-    build = partial(_build_step, shape, dtype, every)
+    build = partial(_build_step, parameter_shapes(shape), dtype, every)
     variant = "root every step" if every == 1 else f"root every {every}"
     return Case("shampoo_step_", shape, dtype, build, variant, **options)
 
 
-def _build_step(shape: str, dtype: torch.dtype, every: int) -> Problem:
+def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: int) -> Problem:
     """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
-    shapes = parameter_shapes(shape)
     steps = Steps(start(shapes), dtype)
     common = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
 

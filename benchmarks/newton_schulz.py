@@ -36,7 +36,9 @@ _MUON = coefficients.resolve("muon").rows
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
     if op == "muon_step_":
-        return Case(op, shape, dtype, partial(_build_step, shape, dtype), **options)
+        return Case(
+            op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
+        )
     sizes = parse_shape(shape)
     if op == "polar":
         return Case(op, shape_name(sizes), dtype, partial(_build_polar, sizes, dtype), **options)
@@ -135,8 +137,7 @@ def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
-def _build_step(shape: str, dtype: torch.dtype) -> Problem:
-    shapes = parameter_shapes(shape)
+def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Problem:
     steps = Steps(start(shapes), dtype)
 
     def muon(cls: Callable[..., Optimizer]) -> Callable[[int], Make]:

@@ -1,0 +1,445 @@
+"""The benchmarks themselves: that they measure what they say, and refuse speed without accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the extra 'cli' is not installed")
+pytest.importorskip("matplotlib", reason="the extra 'cli' is not installed")
+
+from rich.console import Console  # noqa: E402
+from spectral_kernels import coefficients  # noqa: E402
+from spectral_kernels.benchmarks import (  # noqa: E402
+    demo,
+    growth,
+    inputs,
+    inverse_root,
+    newton_schulz,
+    peers,
+    plots,
+    readme_tables,
+    report,
+    run,
+    steps,
+    sweep,
+    timing,
+)
+from spectral_kernels.benchmarks.case import (  # noqa: E402
+    OURS,
+    Case,
+    Contender,
+    Problem,
+    list_error,
+    parse_shape,
+    relative_error,
+    square_shape,
+    within_rule,
+)
+
+BUDGET = 0.01  # little more than the least number of rounds
+
+
+@pytest.fixture(autouse=True)
+def alone_and_on_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    peers.point(["none"])
+    yield
+    peers.point([])
+    torch.set_num_threads(before)
+
+
+def small_case(op: str, dtype: torch.dtype = torch.float32) -> Case:
+    family = next(family for family in run.FAMILIES if op in family.ops)
+    shape = "8x12+12x8" if op.endswith("_step_") else "2x24x24"
+    return family.case(op, shape, dtype)
+
+
+def broken_case(error: float) -> Case:
+    """Ours differs from torch by a relative error."""
+    x = torch.eye(8)
+    return Case(
+        "gram",
+        "8x8",
+        torch.float32,
+        build=lambda: Problem(
+            [
+                Contender(OURS, lambda: x * (1.0 + error)),
+                Contender("torch", lambda: x * (1.0 + 1e-6)),
+            ],
+            error=lambda out: relative_error(out, x.double()),
+            baseline="torch",
+        ),
+        goals={"torch": 1e9},
+    )
+
+
+@pytest.mark.parametrize("op", run.OPS)
+def test_every_operator_has_a_case_that_runs_and_keeps_the_rule(op):
+    row = run.run_case(small_case(op), threads=1, budget=BUDGET)
+    assert row["failure"] is None
+    assert row["contenders"][0]["name"] == OURS
+    for entry in row["contenders"]:
+        assert entry["median_s"] > 0.0
+        assert entry["low_s"] <= entry["median_s"] <= entry["high_s"]
+    json.dumps(row)
+
+
+@pytest.mark.parametrize("op", ["gram", "newton_schulz", "kron_factors_update_", "muon_step_"])
+def test_16_bit_cases(op):
+    row = run.run_case(small_case(op, torch.bfloat16), threads=1, budget=BUDGET)
+    assert row["failure"] is None
+
+
+def test_every_operator_is_measured_by_one_family():
+    from spectral_kernels import _dispatch
+
+    assert sorted(run.OPS) == sorted(_dispatch.OPERATORS)
+
+
+def test_no_two_cases_have_one_key():
+    for cases in ([c for f in run.FAMILIES for c in f.cases()], sweep.cases(4)):
+        keys = [case.key for case in cases]
+        assert len(set(keys)) == len(keys)
+
+
+def test_the_acceptance_list_has_goals():
+    cases = [case for family in run.FAMILIES for case in family.acceptance()]
+    assert {case.op for case in cases} >= {
+        "gram",
+        "newton_schulz",
+        "muon_step_",
+        "kron_factors_update_",
+        "inverse_root",
+        "refresh_eigenbasis",
+        "deva_step_",
+        "soap_step_",
+        "shampoo_step_",
+    }
+    assert all(case.goals for case in cases)
+
+
+def test_a_broken_accuracy_rule_shows_no_speed():
+    row = run.run_case(broken_case(1e-3), threads=1, budget=BUDGET)
+    assert "more than twice plain torch's" in row["failure"]
+    assert all("median_s" not in entry for entry in row["contenders"])
+    text = rendered(report.table("gram", [row]))
+    assert "more than twice" in text
+    assert "x  " not in text.split("more than twice")[1]
+
+
+def test_a_nan_breaks_the_rule():
+    row = run.run_case(broken_case(math.nan), threads=1, budget=BUDGET)
+    assert row["failure"] is not None
+
+
+def test_a_kept_rule_shows_speed_and_a_missed_goal():
+    row = run.run_case(broken_case(1.5e-6), threads=1, budget=BUDGET)
+    assert row["failure"] is None
+    assert ">= 1e+09x" in rendered(report.table("gram", [row]))
+    assert any("missed: gram 8x8 float32" in line for line in report.summary([row]))
+
+
+def test_a_contender_that_cannot_run_is_named_and_the_rest_goes_on():
+    def broken() -> torch.Tensor:
+        raise RuntimeError("no such kernel\nwith details")
+
+    case = broken_case(1e-6)
+    problem = case.build()
+    problem.contenders.append(Contender("other", broken))
+    row = run.run_case(dataclasses.replace(case, build=lambda: problem), 1, BUDGET)
+    assert row["failure"] is None
+    assert row["contenders"][2]["failure"] == "RuntimeError: no such kernel"
+    assert "no such kernel" in rendered(report.table("gram", [row]))
+
+
+def test_ours_that_cannot_run_fails_the_case():
+    def broken() -> Problem:
+        raise ValueError("no")
+
+    row = run.run_case(dataclasses.replace(broken_case(0.0), build=broken), 1, BUDGET)
+    assert row["failure"] == "ValueError: no"
+    assert "failed: gram 8x8 float32: ValueError: no" in "\n".join(report.summary([row]))
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    run.run_case(small_case("gram"), threads=before + 1, budget=BUDGET)
+    assert torch.get_num_threads() == before
+
+
+def test_the_rule():
+    half_ulp = 2.0**-24
+    assert within_rule(2e-6 + half_ulp, 1e-6, torch.float32)
+    assert not within_rule(2.2e-6, 1e-6, torch.float32)
+    assert not within_rule(1e-8, 0.0, torch.float64)
+    assert not within_rule(math.nan, 1.0, torch.float32)
+
+
+def test_relative_error_is_of_the_worst_matrix():
+    exact = torch.stack([torch.eye(3), 100.0 * torch.eye(3)]).double()
+    off = exact.clone()
+    off[0] *= 1.1
+    assert relative_error(off, exact) == pytest.approx(0.1)
+    assert list_error(list(off), list(exact)) == pytest.approx(0.1 / math.sqrt(10001))
+
+
+def test_shapes():
+    assert parse_shape("64x128x32") == (64, 128, 32)
+    assert square_shape("96") == (96, 96)
+    for wrong in ("", "12", "axb", "0x4", "3x-1"):
+        with pytest.raises(ValueError, match="shape must be like"):
+            parse_shape(wrong)
+    assert inputs.parameter_shapes("3x4+5x6") == ((3, 4), (5, 6))
+
+
+def test_measure_takes_turns_and_keeps_all_calls():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timings = timing.measure(calls, budget=BUDGET, period=2)
+    assert set(timings) == set("abc")
+    timed = order[6:]  # after two calls each to warm up
+    assert len(timed) >= 3 * 2 * 5
+    for i in range(0, len(timed), 3):
+        assert sorted(timed[i : i + 3]) == list("abc")
+
+
+def test_a_period_is_averaged_over_its_phases():
+    summary = timing._summary([1.0, 1.0, 10.0] * 5, period=3)
+    assert summary.median == pytest.approx(4.0)
+    assert summary.samples == 15
+
+
+def test_a_hopeless_contender_is_timed_once(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-6)
+    slow = []
+
+    def crawl() -> None:
+        slow.append(1)
+        for _ in range(1000):
+            next(clock)
+
+    timings = timing.measure({"fast": lambda: None, "slow": crawl}, budget=1e-6)
+    assert len(slow) == 1
+    assert timings["slow"].samples == 1
+    assert timings["fast"].samples > 1
+
+
+def test_load_counts_others_only():
+    if timing._busy_seconds() is None:
+        pytest.skip("no /proc/stat")
+    with timing.Load() as load:
+        random_work = random.Random(0)
+        for _ in range(200_000):
+            random_work.random()
+    assert load.others is None or 0.0 <= load.others <= 1.0
+
+
+def test_the_fma_peak_is_a_rate():
+    peak = timing.fma_peak("fp32")
+    assert peak is None or 0.5 < peak < 1e4
+
+
+@pytest.mark.parametrize(("p", "products"), [(1, 3), (2, 4), (3, 5), (4, 5)])
+def test_work_of_a_root_grows_by_its_products_a_step(p, products):
+    flops = [inverse_root.work((10, 10), torch.float32, p, steps) for steps in (5, 6)]
+    (first,), (second,) = flops
+    assert second["fp32"] - first["fp32"] == products * 10**3
+
+
+def test_work_of_newton_schulz_is_that_of_the_cost_table():
+    (standard, gram) = newton_schulz.work((3, 10, 40), torch.float64, newton_schulz._MUON)
+    assert standard["fp64"] == 3 * (15 * 10**2 * 40 + 5 * 10**3)
+    # 3 s^2 l a pass over X, 17 s^3 less 3 s^3 for every restart.
+    restarts = len(coefficients.gram_restarts("muon", 10, 40))
+    assert gram["fp64"] == 3 * (3 * (1 + restarts) * 10**2 * 40 + (17 - 3 * restarts) * 10**3)
+
+
+def test_inputs_have_their_spectra():
+    a = inputs.factor((2, 16, 16), torch.float64, 1e-3, rank=12)
+    values = torch.linalg.eigvalsh(a)
+    assert torch.equal(a, a.mT)
+    torch.testing.assert_close(values[:, -1], torch.ones(2, dtype=torch.float64))
+    assert values[:, :4].abs().max() < 1e-14
+    s = torch.linalg.svdvals(inputs.decaying((8, 12), torch.float64, low=1e-2))
+    torch.testing.assert_close(s, torch.logspace(0, -2, 8, dtype=torch.float64))
+    q, drifted = inputs.drifted_factor(24, 1e-4)
+    diagonal = (q.mT @ drifted @ q).diagonal()
+    assert (diagonal.diff() <= 1e-15).all()
+
+
+def test_trainings_start_alike_and_move():
+    begin = steps.start(((6, 10),))
+    compared = steps.Steps(begin, torch.float32)
+    moved = compared.oracle(lambda params: torch.optim.SGD(params, lr=0.1))
+    wanted = -0.1 * (begin.gradients[0][0].float() + begin.gradients[1][0].float()).double()
+    torch.testing.assert_close(moved[0], wanted, rtol=1e-5, atol=1e-8)
+    assert moved[0].abs().max() > 0
+
+
+def test_results_are_written_read_and_compared(tmp_path):
+    row = run.run_case(small_case("gram"), 1, BUDGET)
+    path = tmp_path / "r.json"
+    run.write(path, "bench", {"cpu": "x"}, [row])
+    assert run.read(path)["rows"] == json.loads(json.dumps([row]))
+    text = rendered(report.comparison([row], [row]))
+    assert "1.00x as fast" in text
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a result file"):
+        run.read(path)
+
+
+def test_pictures_are_drawn(tmp_path):
+    rows = [run.run_case(small_case(op), 1, BUDGET) for op in ("gram", "newton_schulz")]
+    plots.speedups(rows, tmp_path / "speed.png", "here")
+    results = [training(run_.name) for run_ in demo.RUNS]
+    plots.losses(results, tmp_path / "loss.png", "here")
+    plots.step_times(results, tmp_path / "time.png", "here")
+    for name in ("speed", "loss", "time"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_without_comparisons(tmp_path):
+    plots.speedups([], tmp_path / "speed.png", "here")
+    assert not (tmp_path / "speed.png").exists()
+
+
+def test_growth_fits_the_exponent_of_the_upper_half():
+    sizes = [64, 128, 256, 512, 1024]
+    assert growth.exponent(sizes, [2e-9 * n**3 for n in sizes]) == pytest.approx(3.0)
+    assert growth.exponent(sizes, [1e-3 + 1e-30 * n for n in sizes]) == pytest.approx(0.0)
+    assert growth.exponent([64], [1.0]) is None
+
+
+def test_growth_draws(tmp_path):
+    family = run.FAMILIES[0]
+    rows = [
+        run.run_case(family.case("gram", f"{n}x{n}", torch.float32), 1, BUDGET, check=False)
+        for n in (8, 16)
+    ]
+    groups = {("gram", "float32"): rows}
+    growth.draw(groups, groups, tmp_path / "growth.png", "here")
+    assert (tmp_path / "growth.png").exists()
+    assert "gram" in rendered(growth._table("n", groups, axis=-1))
+
+
+def test_a_sweep_is_the_same_every_time_and_bounded():
+    cases = sweep.cases(20)
+    assert [case.key for case in cases] == [case.key for case in sweep.cases(20)]
+    sizes = [parse_shape(case.shape) for case in cases if case.op == "newton_schulz"]
+    assert len(sizes) == 20
+    assert any(len(shape) == 3 for shape in sizes)
+    assert any(size % 32 for shape in sizes for size in shape)
+    assert max(max(shape) / min(shape[-2:]) for shape in sizes) > 4
+
+
+def test_readme_tables(tmp_path):
+    rows = [run.run_case(small_case(op), 1, BUDGET) for op in ("gram", "newton_schulz")]
+    facts = {"cpu": "EPYC", "cores": 2, "isa": "avx2", "torch": "2.13", "date": "2026-11-22T01:02"}
+    run.write(tmp_path / "r.json", "bench", facts, rows)
+    markdown = tmp_path / "README.md"
+    text = "# Head\n<!-- table r.json op=gram threads=1 -->\nold\n<!-- end table -->\ntail\n"
+    markdown.write_text(text)
+    assert readme_tables.main(["--check", str(markdown)]) == 1
+    assert markdown.read_text() == text
+    assert readme_tables.main([str(markdown)]) == 0
+    written = markdown.read_text()
+    assert written.count("| gram 2x24x24 float32 | 1 |") == 1
+    assert "newton_schulz" not in written and "old" not in written
+    assert written.startswith("# Head\n<!-- table r.json op=gram threads=1 -->\n| operation |")
+    assert written.endswith("<!-- end table -->\ntail\n")
+    assert readme_tables.main(["--check", str(markdown)]) == 0
+    markdown.write_text(text.replace("op=gram", "op=none"))
+    with pytest.raises(ValueError, match="has no rows"):
+        readme_tables.main([str(markdown)])
+
+
+def test_peers_are_found_where_they_are_pointed_at(tmp_path):
+    (tmp_path / "soap.py").write_text("class SOAP: pass\n")
+    assert peers.find("soap") is None
+    before = list(sys.path)
+    peers.point([f"soap={tmp_path}"])
+    try:
+        assert peers.find("soap").SOAP.__name__ == "SOAP"
+        assert peers.versions()["soap"] == "a checkout"
+    finally:
+        sys.modules.pop("soap", None)
+        peers._paths.clear()
+    assert sys.path == before
+
+
+def test_a_peer_that_lacks_a_requirement_says_so(tmp_path):
+    (tmp_path / "soap.py").write_text("import something_that_is_not_installed\n")
+    peers.point([f"soap={tmp_path}"])
+    try:
+        with pytest.raises(ModuleNotFoundError, match="something_that_is_not_installed"):
+            peers.find("soap")
+    finally:
+        peers._paths.clear()
+
+
+def training(name: str) -> dict:
+    return {
+        "name": name,
+        "losses": [4.0 - 0.01 * i for i in range(30)],
+        "seconds": [0.1 * (i + 1) for i in range(30)],
+        "optimizer_seconds": [5.0] + [0.02] * 29,
+        "held_back_loss": 3.5,
+    }
+
+
+def test_the_closing_table():
+    results = [training(one.name) for one in demo.RUNS]
+    results[2]["optimizer_seconds"] = [0.005] * 30
+    results[3]["held_back_loss"] = 3.6
+    text = rendered(demo.closing_table(results))
+    assert "4.00x" in text  # the first step does not count
+    assert [line.split("  ")[1] for line in text.splitlines() if "our" in line] == [
+        "our Muon",
+        "our Shampoo",
+        "our SOAP",
+        "our DeVA",
+    ]
+    assert demo.verdict(results) == [
+        "swap_in moves the held-back loss by 0.0000, another seed by 0.1000"
+    ]
+
+
+@pytest.fixture(scope="module")
+def char_gpt() -> types.ModuleType:
+    module = demo.load_example()
+    module.WIDTH, module.LAYERS, module.BATCH, module.CONTEXT = 32, 1, 4, 16
+    return module
+
+
+def test_the_example_trains_with_every_optimizer(char_gpt):
+    text = char_gpt.Text.load()
+    first = {}
+    for name in char_gpt.OPTIMIZERS:
+        history = char_gpt.train(name, text, 4)
+        assert len(history.losses) == len(history.seconds) == len(history.optimizer_seconds) == 4
+        assert math.isfinite(history.held_back_loss)
+        first[name] = history.losses[0]
+    assert len(set(first.values())) == 1  # one seed, one start
+    with pytest.raises(ValueError, match="must be one of adamw"):
+        char_gpt.make_optimizers("sgd", char_gpt.CharGPT(8))
+
+
+def test_the_example_learns(char_gpt):
+    losses = char_gpt.train("muon", char_gpt.Text.load(), 60).losses
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.4
+
+
+def rendered(renderable: object) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
