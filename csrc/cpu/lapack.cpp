@@ -14,8 +14,34 @@
 
 #include <algorithm>
 
+#include "parallel.h"
+
+// MKL's own switch, where torch was built with MKL and lets its symbols out.
+#if defined(__linux__)
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#endif
+
 namespace spectral_kernels::cpu {
 namespace {
+
+// Once torch.set_num_threads has been called, MKL splits its work for that many threads even inside
+// a parallel region, where it gets only one; so it is told as well.
+class OneMklThread {
+ public:
+#if defined(__linux__)
+  OneMklThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneMklThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+#else
+  OneMklThread() : before_(0) {}
+#endif
+  OneMklThread(const OneMklThread&) = delete;
+  OneMklThread& operator=(const OneMklThread&) = delete;
+
+ private:
+  int before_;
+};
 
 at::Tensor view(double* data, int64_t rows, int64_t cols) {
   return at::from_blob(data, {rows, cols}, at::kDouble);
@@ -38,9 +64,21 @@ bool converged(const F& f) {
 
 void lapack_jobs(int64_t jobs, const std::function<void(int64_t)>& job) {
   if (jobs == 0) return;
+  if (forked_from_threads()) {
+    const int threads = at::get_num_threads();
+    const OneMklThread one;
+    at::set_num_threads(1);
+    for (int64_t i = 0; i < jobs; i++) job(i);
+    at::set_num_threads(threads);
+    return;
+  }
+  mark_threads_used();
   const int threads = std::max(2, at::get_num_threads());
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < jobs; i++) job(i);
+  for (int64_t i = 0; i < jobs; i++) {
+    const OneMklThread one;
+    job(i);
+  }
 }
 
 bool eigh(int64_t n, double* a, double* values, double* vectors) {

@@ -1,6 +1,6 @@
 // LAPACK through torch, with the same bits for any number of threads. MKL's threaded factorizations
-// round differently on one and on two threads; inside an active parallel region they run on one. So
-// every call is made from a region of at least two threads, one matrix a thread.
+// round differently on one and on two threads. So every call is made from an active parallel region
+// of at least two threads, one matrix a thread, with MKL itself set to one.
 #pragma once
 
 #include <cstdint>

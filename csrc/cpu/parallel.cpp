@@ -2,6 +2,10 @@
 
 #include <ATen/Parallel.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -12,7 +16,24 @@
 
 namespace spectral_kernels::cpu {
 
-int available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+namespace {
+
+std::atomic<bool> used_threads{false};
+std::atomic<bool> forked{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = used_threads.load(); });
+#endif
+
+}  // namespace
+
+bool forked_from_threads() { return forked.load(std::memory_order_relaxed); }
+
+void mark_threads_used() { used_threads.store(true, std::memory_order_relaxed); }
+
+int available_threads() {
+  return forked_from_threads() || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>& job) {
   const int64_t workers = std::min<int64_t>({jobs, threads, available_threads()});
@@ -20,6 +41,7 @@ void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>
     for (int64_t i = 0; i < jobs; i++) job(i);
     return;
   }
+  mark_threads_used();
   std::atomic<int64_t> next{0};
   constexpr int64_t kOneWorkerEach = 1;
   at::parallel_for(0, workers, kOneWorkerEach, [&](int64_t, int64_t) {

@@ -8,6 +8,11 @@
 
 namespace spectral_kernels::cpu {
 
+// Whether this is a child of a process that had used threads here: the child has their bookkeeping
+// but not the threads, and would wait for them for ever. Everything runs serially then.
+bool forked_from_threads();
+void mark_threads_used();
+
 // Threads that a parallel section started here would get; 1 inside another one.
 int available_threads();
 
