@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -111,8 +112,8 @@ def _counts(rows: Sequence[Row]) -> list[int]:
 
 
 def _table(title: str, groups: Mapping[tuple[str, str], list[Row]], axis: int) -> Table:
-    out = Table(title=title, title_justify="left", title_style="bold")
-    out.add_column("operator")
+    out = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    out.add_column("operator", no_wrap=True)
     out.add_column("dtype")
     for heading in ("threads", "smallest", "largest", "a", "torch's a", "gain"):
         out.add_column(heading, justify="right")
@@ -163,7 +164,7 @@ def draw(
             axes.set_xlabel(label)
         axes_row[0].set_ylabel("time of one call, ms")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(2, columns)))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     plots.save(figure, path)
 
@@ -185,4 +186,5 @@ def _panel(axes: plt.Axes, rows: Sequence[Row], axis: int) -> None:
                     label=f"{label}, {many}",
                 )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yscale("log")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "cpu": _cpu(),
-        "backends": {
-            name: _or_reason(lambda name=name: _dispatch.unavailable(name) or "available")
-            for name in _dispatch.BACKENDS
-        },
+        "backends": {name: _or_reason(partial(_backend, name)) for name in _dispatch.BACKENDS},
         "gpu": _gpu(),
         "environment": {
             name: value
@@ -103,6 +101,10 @@ def _or_reason(value: Callable[[], Any]) -> Any:
         return value()
     except Exception as error:
         return f"unknown: {error}"
+
+
+def _backend(name: str) -> str:
+    return _dispatch.unavailable(name) or "available"
 
 
 def _versions() -> dict[str, Any]:
