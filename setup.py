@@ -11,7 +11,7 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError:
     sys.exit(
-        "spectral-kernels is compiled against the torch that will run it: install torch first, then\n"
+        "spectral-kernels is compiled against the torch that will run it: install torch first,\n"
         '    pip install ninja pybind11 "setuptools>=77" wheel\n'
         "    pip install --no-build-isolation ."
     )
@@ -26,20 +26,22 @@ def compiler_found() -> bool:
 
 def extensions() -> list:
     """The compiled part, or nothing where it cannot be compiled."""
+    if os.environ.get("SPECTRAL_KERNELS_CUDA", "auto") == "1":
+        sys.exit("SPECTRAL_KERNELS_CUDA=1: this version has no CUDA C++ kernels yet")
     if sys.platform == "win32" or not compiler_found():
         print(
-            "spectral-kernels: no C++ compiler, so only the Python part is installed; every function "
-            "runs on the 'reference' backend, slowly."
+            "spectral-kernels: no C++ compiler, so only the Python part is installed; every "
+            "function runs on the 'reference' backend, slowly."
         )
         return []
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
     headers = [str(p.relative_to(ROOT)) for s in ("*.h", "*.inl") for p in (ROOT / "csrc").rglob(s)]
-    # torch's own -std is the right one for its headers. Contraction to fused multiply-adds is what the
-    # micro-kernels are written for. No -march, no -ffast-math: instruction sets are chosen at run time.
-    flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-    if os.environ.get("SPECTRAL_KERNELS_DEBUG", "0") not in ("", "0"):
-        flags += ["-O1", "-g"]
+    # torch's own -std is the right one for its headers. Contraction to fused multiply-adds is what
+    # the micro-kernels are written for, and Python's -fwrapv keeps loops from being vectorized. No
+    # -march, no -ffast-math: instruction sets are chosen at run time.
+    flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
     print(f"spectral-kernels: {len(sources)} C++ files, CPU kernels; CUDA: not built")
     return [
         CppExtension(

@@ -1,4 +1,4 @@
-"""Input checks of the public functions: TypeError or ValueError with the value, before any write."""
+"""Input checks of the public functions: TypeError or ValueError, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def dense(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> No
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if is_traceable_wrapper_subclass(x):
         raise TypeError(
-            f"{name} is a {type(x).__name__}, which has no storage of its own: pass its full, plain "
-            "tensor (x.full_tensor() of a DTensor)"
+            f"{name} is a {type(x).__name__}, which has no storage of its own: pass its full, "
+            "plain tensor (x.full_tensor() of a DTensor)"
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, not {x.layout}")

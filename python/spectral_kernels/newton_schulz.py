@@ -35,18 +35,19 @@ def newton_schulz(
 ) -> Tensor:
     """An approximate polar factor: every singular value s of X / |X| becomes p_K(... p_1(s)).
 
-    With p_t(s) = a s + b s^3 + c s^5, a step is X <- a X + (b R + c R^2) X, R = X X^T. The Gram form
-    iterates on R alone, W = a I + b R + c R^2, Q <- Q W, R <- W R W, and returns Q X; it is the same
-    in exact arithmetic and cheaper for wide or tall matrices. X is first scaled by a power of two, so
-    any scale of X gives the same bits, as long as eps does not act and nothing becomes subnormal.
+    With p_t(s) = a s + b s^3 + c s^5, a step is X <- a X + (b R + c R^2) X, R = X X^T. The Gram
+    form iterates on R alone, W = a I + b R + c R^2, Q <- Q W, R <- W R W, and returns Q X; it is
+    the same in exact arithmetic and cheaper for wide or tall matrices. X is first scaled by a power
+    of two, so any scale of X gives the same bits, as long as eps does not act and nothing becomes
+    subnormal.
 
     Args:
-        x: (..., m, n) float64, float32, bfloat16 or float16; any strides. Tall matrices are iterated
-            on transposed, without a copy.
-        coefficients: a name of `spectral_kernels.coefficients.names()`, "polar_express(l0, steps)", one
-            (a, b, c) for every step, or a sequence of rows.
-        steps: number of steps of a named set or a single row (default: its length; 5). A sequence of
-            rows fixes it.
+        x: (..., m, n) float64, float32, bfloat16 or float16; any strides. Tall matrices are
+            iterated on transposed, without a copy.
+        coefficients: a name of `spectral_kernels.coefficients.names()`, "polar_express(l0, steps)",
+            one (a, b, c) for every step, or a sequence of rows.
+        steps: number of steps of a named set or a single row (default: its length; 5). A sequence
+            of rows fixes it.
         method: "standard", "gram", or "auto": the cheaper one that keeps the accuracy below.
         restarts: steps before which the Gram form recomputes X and R (fp32 loses up to two digits
             without); None takes the set measured for the coefficients, or every second step where
@@ -94,8 +95,8 @@ def newton_schulz(
 def polar(x: Tensor, *, backend: str | None = None) -> Tensor:
     """The polar factor U V^T of X = U S V^T over the singular values that are not null.
 
-    A singular value s counts as null up to max(m, n) eps s_max, with eps of x's dtype (of float32 for
-    16-bit x). The result is a partial isometry: 0 on the null space.
+    A singular value s counts as null up to max(m, n) eps s_max, with eps of x's dtype (of float32
+    for 16-bit x). The result is a partial isometry: 0 on the null space.
 
     Args:
         x: (..., m, n) float64, float32, bfloat16 or float16; any strides.

@@ -25,8 +25,8 @@ def gram(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         ValueError: x has fewer than two dimensions.
         RuntimeError: x requires grad, or the backend that was asked for cannot run.
 
-    Accuracy: fp32 and 16-bit products accumulate in fp32; an element differs from the exact one by at
-    most n u |x_i| |x_j| before it is rounded to x's dtype. Integers are exact while they fit.
+    Accuracy: fp32 and 16-bit products accumulate in fp32; an element differs from the exact one by
+    at most n u |x_i| |x_j| before it is rounded to x's dtype. Integers are exact while they fit.
     """
     _checks.matrix("x", x)
     _checks.no_autograd("x", x, "gram")
