@@ -14,6 +14,7 @@ from optim_support import (
     assert_same,
     batches,
     model,
+    needs_kernels,
     parameter,
     snapshot,
     tensors,
@@ -170,6 +171,7 @@ def test_F35_state_tensors_stay_the_same_objects(make):
 
 
 def test_F28_state_has_the_layout_of_the_parameter(make_few):
+    needs_kernels()
     plain = parameter(6, 8)
     turned = nn.Parameter(parameter(6, 8).detach().mT.contiguous().mT)
     optimizers = make_few([plain]), make_few([turned])
