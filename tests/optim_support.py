@@ -112,7 +112,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Any]:
 
 
 def needs_kernels() -> None:
-    """For comparisons of layouts: the reference's products are torch's, whose bits depend on them."""
+    """For comparisons of layouts, on which the bits of torch's products depend."""
     if sk.explain("muon_step_", torch.zeros(2, 2)).backend == "reference":
         pytest.skip("the reference's bits depend on strides")
 

@@ -424,8 +424,8 @@ class MatrixOptimizer(Optimizer):
         layouts = [adamw_layout(param, amsgrad=values["amsgrad"]) for param in params]
         for param, layout in zip(params, layouts, strict=True):
             state = self.state[param]
-            if state.keys() < layout.keys():
-                missing = {name: layout[name] for name in layout if name not in state}
+            missing = {name: layout[name] for name in layout if name not in state}
+            if missing:
                 state.update(_new_state(param, None, missing))
         states = [self.state[param] for param in params]
         torch_adamw(
