@@ -10,7 +10,9 @@
 //     step_counts[i] is 0-dim, or has the batch's shape; a skipped matrix does not advance it
 //     (0-dim: it advances if any matrix of the entry was updated). `skipped` is an int64 counter of
 //     skipped matrices.
-//   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ...
+//   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ... The restarts of a list are flat too:
+//   entry i
+//     has those from restart_ends[i - 1] up to restart_ends[i]; no ends, no restarts.
 //   - nonfinite is "skip", "propagate" or "raise".
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
@@ -53,7 +55,8 @@ TORCH_LIBRARY(spectral_kernels, m) {
       "muon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] step_counts, Tensor(d!) skipped, Tensor lr, *, float momentum, bool nesterov, "
       "float weight_decay, float[] rows, float[] scales, str method, int[] restarts, "
-      "ScalarType compute_dtype, float eps, str norm, float norm_factor, bool maximize, "
+      "int[] restart_ends, ScalarType compute_dtype, float eps, str norm, float norm_factor, bool "
+      "maximize, "
       "str nonfinite) -> ()");
 
   // kron_factor

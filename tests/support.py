@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -378,7 +379,7 @@ class Case:
     def flat(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the overload itself, whose rows are flat."""
 
-        def flattened(rows: Any) -> list[float]:
+        def flattened(rows: Any) -> list[Any]:
             return [value for row in rows for value in row]
 
         args, options = list(self.args), dict(self.options)
@@ -386,6 +387,9 @@ class Case:
             args[1] = flattened(args[1])
         if "rows" in options:
             options["rows"] = flattened(options["rows"])
+        if self.op == "muon_step_":
+            options["restart_ends"] = list(accumulate(map(len, options["restarts"])))
+            options["restarts"] = flattened(options["restarts"])
         return tuple(args), options
 
     def run(self, backend: str | None = None) -> list[Tensor]:
@@ -431,7 +435,6 @@ _STEP_OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,
         "rows": MUON,
         "method": "auto",
-        "restarts": [3],
         "compute_dtype": torch.float32,
         "eps": 0.0,
         "norm": "frobenius",
@@ -503,12 +506,14 @@ def new_step(
     """The first step of a list of matrices: Gaussian params and gradients, fresh state."""
     dtypes = [dtype] * len(shapes) if isinstance(dtype, torch.dtype) else list(dtype)
     merged: dict[str, Any] = {**_STEP_OPTIONS[op], "maximize": False, "nonfinite": "skip"}
-    assert not set(options) - {*merged, "refresh", "scales"}, (
+    assert not set(options) - {*merged, "refresh", "restarts", "scales"}, (
         f"{op} has no {set(options) - {*merged}}"
     )
     if op in ("muon_step_", "deva_step_"):
         merged["scales"] = [1.0 + 0.25 * i for i in range(len(shapes))]
-    if op != "muon_step_":
+    if op == "muon_step_":
+        merged["restarts"] = ([(3,), (2, 4), (2,), ()] * len(shapes))[: len(shapes)]
+    else:
         merged["refresh"] = [1] * len(shapes)
     merged.update(options)
     params = [

@@ -494,7 +494,7 @@ def test_muon_step(dtype, nesterov, compute_dtype, backend):
         {"momentum": 0.0},
         {"weight_decay": 0.0, "momentum": 0.5},
         {"norm": "schatten8"},
-        {"method": "gram", "restarts": [2, 4]},
+        {"method": "gram", "restarts": [(2, 4), (2,), (1, 3), (2, 3), (1, 2, 3, 4)]},
         {"method": "standard", "rows": resolve("quintic").rows},
         {"eps": 100.0},
         {"norm_factor": 1.5},
@@ -551,6 +551,7 @@ def test_muon_step_of_mixed_dtypes(backend):
                 for name in alone.names(write=True)[:2] + ["grads", "step_counts"]
             },
             scales=alone.options["scales"][i : i + 1],
+            restarts=alone.options["restarts"][i : i + 1],
         )
         one.run(backend.name)
         assert same_bits(one["params"][0], together["params"][i]), shape
@@ -568,6 +569,7 @@ def test_empty_entries_of_a_muon_step(empty, position, backend):
         nothing = torch.zeros(()) if name == "step_counts" else torch.zeros(empty)
         with_empty[name].insert(position, nothing)
     with_empty.options["scales"].insert(position, 1.0)
+    with_empty.options["restarts"].insert(position, ())
     with_empty.run(backend.name)
     for name in ("params", "grads", "momentum_buffers", "step_counts"):
         del with_empty[name][position]

@@ -129,7 +129,9 @@ def test_gram_restarts():
     assert gram_restarts((3.4445, -4.7750, 2.0315), 64, 128) == (2, 3)
     assert gram_restarts("polar_express", 64, 128) == (2, 3)
     assert gram_restarts("polar_express_8", 768, 3072) == (1, 3, 5)
-    assert gram_restarts("deepseekv4", 64, 128) == (3, 6)
+    assert gram_restarts("polar_express_8", 64, 128) == (1, 2, 3, 5)
+    assert gram_restarts("muon", 15, 128) is None
+    assert gram_restarts("deepseekv4", 64, 128) == (2, 4, 6)
     assert gram_restarts("deepseekv4", 768, 3072) is None
     assert gram_restarts("cans", 64, 128) is None
     assert gram_restarts(resolve("muon", 6), 64, 128) is None

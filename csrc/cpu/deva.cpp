@@ -333,9 +333,9 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   const Variance kind = variance_of(std::string(variance));
   check_squares(exp_avg_sqs, params, kind);
   if (kind != Variance::kNone)
-    check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
+    check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
   else
-    check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases});
+    check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,

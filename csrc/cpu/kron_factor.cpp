@@ -189,7 +189,7 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
   check_side(right_root, "right_root", grad, n);
   check_writable(left, "left");
   check_writable(right, "right");
-  check_distinct({left, right, grad});
+  check_distinct({left, right}, grad);
   TORCH_CHECK_TYPE(
       left.numel() == 0 || right.numel() == 0 || left.scalar_type() == right.scalar_type(),
       "left is ", left.scalar_type(), " but right is ", right.scalar_type());

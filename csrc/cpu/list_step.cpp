@@ -1,7 +1,9 @@
 #include "list_step.h"
 
+#include <ATen/MemoryOverlap.h>
+
+#include <algorithm>
 #include <cmath>
-#include <unordered_set>
 
 #include "parallel.h"
 
@@ -48,8 +50,6 @@ void check_step(at::TensorList params, at::TensorList grads, at::TensorList step
     check_matrix(grads[i], "grads");
     check_writable(params[i], "params");
     check_same_shape(params[i], "params", grads[i], "grads");
-    TORCH_CHECK_VALUE(params[i].numel() == 0 || params[i].data_ptr() != grads[i].data_ptr(),
-                      "params[", i, "] and grads[", i, "] are the same tensor");
     const at::Tensor& count = step_counts[i];
     TORCH_CHECK_TYPE(count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble ||
                          count.scalar_type() == at::kLong,
@@ -102,13 +102,38 @@ void raise_nonfinite(const std::vector<Item>& items,
                         ")");
 }
 
-void check_distinct(std::initializer_list<at::TensorList> lists) {
-  std::unordered_set<const void*> seen;
-  for (const at::TensorList& list : lists)
-    for (const at::Tensor& t : list)
-      if (t.numel() > 0)
-        TORCH_CHECK_VALUE(seen.insert(t.const_data_ptr()).second, "a tensor of shape ", t.sizes(),
-                          " is given twice among those that are written");
+void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read) {
+  struct Span {
+    uintptr_t begin, end;
+    const at::Tensor* tensor;
+    bool written;
+  };
+  std::vector<Span> spans;
+  const auto add = [&](const at::Tensor& t, bool is_written) {
+    if (t.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    spans.push_back({begin, begin + uintptr_t(last + 1) * t.element_size(), &t, is_written});
+  };
+  for (const at::TensorList& list : written)
+    for (const at::Tensor& t : list) add(t, true);
+  for (const at::Tensor& t : read) add(t, false);
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < spans.size(); i++) {
+    for (size_t j = i + 1; j < spans.size() && spans[j].begin < spans[i].end; j++) {
+      if (!spans[i].written && !spans[j].written) continue;
+      // Slices of one tensor may interleave without sharing an element, which torch leaves open.
+      const at::MemOverlapStatus status =
+          at::get_overlap_status(*spans[i].tensor, *spans[j].tensor);
+      TORCH_CHECK_VALUE(spans[i].begin != spans[j].begin && status != at::MemOverlapStatus::Full &&
+                            status != at::MemOverlapStatus::Partial,
+                        "tensors of shapes ", spans[i].tensor->sizes(), " and ",
+                        spans[j].tensor->sizes(),
+                        " overlap in memory, or are the same, and one of them is written");
+    }
+  }
 }
 
 double scalar(const at::Tensor& t) {

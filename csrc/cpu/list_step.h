@@ -55,8 +55,8 @@ void check_factors(at::TensorList factors, const char* name, at::TensorList para
 // nonfinite="raise": before anything is written.
 void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists);
-// No tensor twice among all that are written.
-void check_distinct(std::initializer_list<at::TensorList> lists);
+// No tensor that is written overlaps another, or one that is read.
+void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
 
 // The value of a scalar tensor on the CPU.
 double scalar(const at::Tensor& t);

@@ -51,8 +51,6 @@ Kind NewtonSchulz::kind() const {
 
 namespace {
 
-bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
-
 // Multiply-adds with one triangle of every symmetric product, 16-bit ones counted at the relative
 // rate of their instructions.
 struct Cost {
@@ -89,10 +87,9 @@ Cost cost_of(const NewtonSchulz& ns, int64_t s, int64_t l) {
 
 bool NewtonSchulz::gram(int64_t s, int64_t l) const {
   if (method != "auto") return method == "gram";
-  // In full precision the Gram form keeps the accuracy of the standard one only with restarts that
-  // are known for the rows (decided where the rows come from); a 16-bit X leaves room for it in any
-  // case.
-  if (restarts.empty() && !is_16_bit(compute_dtype)) return false;
+  // The Gram form keeps the accuracy of the standard one only with restarts that are known for the
+  // rows (decided where the rows come from).
+  if (restarts.empty()) return false;
   const Cost cost = cost_of(*this, s, l);
   return cost.gram < cost.standard;
 }
@@ -454,35 +451,45 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   ns.iterate(input, pack.shift, last, workspace, threads);
 }
 
+void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries) {
+  bool rising = ends.empty() || (ends.size() == entries && ends.back() == int64_t(restarts.size()));
+  for (size_t i = 0; rising && i < ends.size(); i++) rising = ends[i] >= (i == 0 ? 0 : ends[i - 1]);
+  TORCH_CHECK_VALUE(rising, "restart_ends must rise to ", restarts.size(), " in ", entries,
+                    " entries, or be empty, got ", ends);
+}
+
 void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                 at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
                 double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
                 at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
-                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
-                bool maximize, c10::string_view nonfinite) {
+                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
+                c10::string_view norm, double norm_factor, bool maximize,
+                c10::string_view nonfinite) {
   count_call("muon_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
-  check_distinct({params, momentum_buffers});
+  check_distinct({params, momentum_buffers}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const MuonStep step{scalar(lr), momentum, weight_decay, nesterov, maximize};
   std::vector<Item> items = items_of(params);
-  // One rule for every dtype of parameter, fp64 excepted, which is always computed in itself.
-  const auto dtype_for = [&](const at::Tensor& p) {
-    return p.scalar_type() == at::kDouble ? at::kDouble : compute_dtype;
-  };
-  const auto make = [&](at::ScalarType type) {
-    return NewtonSchulz(rows, std::string(method), restarts, type, eps, std::string(norm),
-                        norm_factor);
-  };
-  const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
+  check_restart_ends(restarts, restart_ends, params.size());
+  std::vector<NewtonSchulz> iterations;  // one an entry
+  for (size_t i = 0; i < params.size(); i++) {
+    const int64_t first = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
+    const int64_t past = restart_ends.empty() ? 0 : restart_ends[i];
+    // One rule for every dtype of parameter, fp64 excepted, which is always computed in itself.
+    const bool wide = params[i].scalar_type() == at::kDouble;
+    iterations.emplace_back(
+        rows, std::string(method), restarts.slice(size_t(first), size_t(past - first)),
+        wide ? at::kDouble : compute_dtype, eps, std::string(norm), norm_factor);
+  }
   std::vector<double> work;
   for (const Item& item : items) {
     const at::Tensor& p = params[size_t(item.entry)];
     const int64_t s = std::min(p.size(-2), p.size(-1)), l = std::max(p.size(-2), p.size(-1));
-    work.push_back((dtype_for(p) == at::kDouble ? ns64 : ns).work(s, l));
+    work.push_back(iterations[size_t(item.entry)].work(s, l));
   }
   const auto largest_of = [&](const Item& item, int threads) {
     const double g = max_abs(MatrixBatch(grads[size_t(item.entry)])[item.index], threads);
@@ -505,8 +512,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
     if (largest == 0) {
       scale_in_place(param, 1 - step.lr * step.weight_decay);
     } else {
-      muon_update(dtype_for(params[e]) == at::kDouble ? ns64 : ns, step, param, grad, buffer,
-                  largest, scales[e], threads);
+      muon_update(iterations[e], step, param, grad, buffer, largest, scales[e], threads);
     }
     progress.updated(item);
   });

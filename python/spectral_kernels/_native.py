@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """`torch.ops.spectral_kernels.<name>`, with rows of coefficients flattened for its schema."""
+    """`torch.ops.spectral_kernels.<name>`, with nested sequences flattened for its schema."""
     packet = getattr(torch.ops.spectral_kernels, name)
     if name == "newton_schulz":
 
@@ -17,12 +18,24 @@ def operator(name: str) -> Callable[..., Any]:
             return packet(x, _flat(rows), **options)
 
         return newton_schulz
-    if name in ("muon_step_", "deva_step_"):
+    if name == "muon_step_":
 
-        def step(*lists: Any, rows: Any, **options: Any) -> None:
+        def muon_step_(*lists: Any, rows: Any, restarts: Any, **options: Any) -> None:
+            packet(
+                *lists,
+                rows=_flat(rows),
+                restarts=[step for steps in restarts for step in steps],
+                restart_ends=list(itertools.accumulate(len(steps) for steps in restarts)),
+                **options,
+            )
+
+        return muon_step_
+    if name == "deva_step_":
+
+        def deva_step_(*lists: Any, rows: Any, **options: Any) -> None:
             packet(*lists, rows=_flat(rows), **options)
 
-        return step
+        return deva_step_
     return packet
 
 

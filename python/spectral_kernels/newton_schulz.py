@@ -84,7 +84,7 @@ def newton_schulz(
         x,
         rows.rows,
         method=_checks.choice("method", method, METHODS),
-        restarts=restarts_for((x,), rows, method, dtype, restarts),
+        restarts=restarts_for(x, rows, method, dtype, restarts),
         compute_dtype=dtype,
         eps=_checks.number("eps", eps),
         norm=_checks.choice("norm", norm, NORMS),
@@ -191,7 +191,7 @@ def muon_step_(
         rows=rows.rows,
         scales=scales_of(params, scale),
         method=_checks.choice("method", method, METHODS),
-        restarts=restarts_for(params, rows, method, dtype, restarts),
+        restarts=restarts_of(params, rows, method, dtype, restarts),
         compute_dtype=dtype,
         eps=_checks.number("eps", eps),
         norm=_checks.choice("norm", norm, NORMS),
@@ -225,25 +225,39 @@ def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) ->
 
 
 def restarts_for(
+    x: Tensor,
+    rows: _coefficients.Coefficients,
+    method: str,
+    dtype: torch.dtype,
+    restarts: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Steps before which the Gram form of a matrix of x's shape restarts."""
+    count = len(rows.rows)
+    if restarts is not None:
+        return tuple(_checks.integer("restarts", step, 1, count - 1) for step in restarts)
+    if dtype not in _checks.FULL:
+        # The rounding noise of a rank-deficient Gram matrix, negative eigenvalues included, grows
+        # with every step: three steps keep it below that of plain torch, five need not.
+        return tuple(range(2, count, 3))
+    measured = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1])
+    if measured is not None:
+        return measured
+    # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
+    return tuple(range(2, count, 2)) if method == "gram" else ()
+
+
+def restarts_of(
     params: Sequence[Tensor],
     rows: _coefficients.Coefficients,
     method: str,
     dtype: torch.dtype,
     restarts: Sequence[int] | None = None,
-) -> list[int]:
-    """Steps before which the Gram form restarts, one set that keeps every entry accurate."""
-    count = len(rows.rows)
-    if restarts is not None:
-        return [_checks.integer("restarts", step, 1, count - 1) for step in restarts]
-    if dtype not in _checks.FULL:
-        return []
-    shapes = {(p.shape[-2], p.shape[-1]) for p in params}
-    measured = [_coefficients.gram_restarts(rows, m, n) for m, n in shapes]
-    known = [steps for steps in measured if steps is not None]
-    if len(known) == len(measured):
-        return sorted(set().union(*known))
-    # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
-    return list(range(2, count, 2)) if method == "gram" else []
+) -> tuple[tuple[int, ...], ...]:
+    """`restarts_for` of every entry of a list step, where float64 is computed in itself."""
+    full = torch.float64
+    return tuple(
+        restarts_for(p, rows, method, full if p.dtype == full else dtype, restarts) for p in params
+    )
 
 
 def counters(

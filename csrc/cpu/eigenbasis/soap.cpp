@@ -70,7 +70,7 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   check_state(exp_avgs, "exp_avgs", params, false);
   check_state(exp_avg_sqs, "exp_avg_sqs", params, false);
   check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
-  check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases});
+  check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const SoapStep step{scalar(lr), beta1,           beta2,        shampoo_beta,
                       eps,        weight_decay,    correct_bias, normalize_grads,

@@ -399,7 +399,8 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
                       "root_failures[", i, "] must be contiguous, of shape ",
                       at::IntArrayRef(expected), ", got ", root_failures[i].sizes());
   }
-  check_distinct({params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares});
+  check_distinct({params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares},
+                 grads);
   check_one_of(std::string(graft_eps_mode), "graft_eps_mode", {"relative", "absolute"});
   check_one_of(std::string(kl_order), "kl_order", {"sequential", "simultaneous"});
   TORCH_CHECK_VALUE(!kl || root == 2,

@@ -140,7 +140,7 @@ class Muon(MatrixOptimizer):
             "rows": rows.rows,
             "scales": _newton_schulz.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
             "method": values["method"],
-            "restarts": _newton_schulz.restarts_for(part.lists[0], rows, values["method"], dtype),
+            "restarts": _newton_schulz.restarts_of(part.lists[0], rows, values["method"], dtype),
             "compute_dtype": dtype,
             "eps": values["eps"],
             "norm": "frobenius",

@@ -145,7 +145,7 @@ def muon_step_(
     rows: Sequence[Sequence[float]],
     scales: Sequence[float],
     method: str,
-    restarts: Sequence[int],
+    restarts: Sequence[Sequence[int]],
     compute_dtype: torch.dtype,
     eps: float,
     norm: str,
@@ -170,7 +170,8 @@ def muon_step_(
         lr: one number.
         momentum, weight_decay: numbers.
         nesterov: whether N looks one step ahead.
-        rows, method, restarts, compute_dtype, eps, norm, norm_factor: see `newton_schulz`.
+        rows, method, compute_dtype, eps, norm, norm_factor: see `newton_schulz`.
+        restarts: those of every entry, or empty for none at all.
         scales: one factor an entry, from the shape of its matrices.
         maximize: G <- -G.
         nonfinite: a matrix with a non-finite gradient or momentum keeps every bit and is counted
@@ -186,11 +187,14 @@ def muon_step_(
     check_list("scales", scales, len(params))
     check_range("momentum", momentum, 0.0, 1.0)
     check_range("weight_decay", weight_decay)
-    _check_options(rows, method, restarts, compute_dtype, eps, norm, norm_factor)
+    restarts = restarts or [()] * len(params)
+    check_list("restarts", restarts, len(params))
+    for steps in restarts:
+        _check_options(rows, method, steps, compute_dtype, eps, norm, norm_factor)
     raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
     rate = float(lr)
-    for param, grad, buffer, count, scale in zip(
-        params, grads, momentum_buffers, step_counts, scales, strict=True
+    for param, grad, buffer, count, scale, steps in zip(
+        params, grads, momentum_buffers, step_counts, scales, restarts, strict=True
     ):
         progress = Progress(count, skipped)
         for index in matrices(param) if param.numel() else ():
@@ -204,7 +208,7 @@ def muon_step_(
                 (1.0 - momentum) * g + momentum * m if nesterov else m,
                 rows,
                 method=method,
-                restarts=restarts,
+                restarts=steps,
                 compute_dtype=torch.float64 if param.dtype == torch.float64 else compute_dtype,
                 eps=eps,
                 norm=norm,
