@@ -105,7 +105,7 @@ class RootProblem {
       const bool ridged = delta_ >= 4 * u_ * nu_;
       if (options_.method == "iteration" || ridged) {
         const double low = ridged ? delta_ / nu_ : 4 * u_;
-        for (const double attempt : {low, low / 16})
+        for (const double attempt : {std::max(low, lower_end()), low / 16})
           if (iterate(attempt, residual_limit(kind_, low), out)) return result_;
         eigen(out);
         if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
@@ -177,6 +177,25 @@ class RootProblem {
     symmetric(power, m, alpha, out);
     if (own_power) release(power);
     if (own_square) release(square);
+  }
+
+  // A power of two below the smallest eigenvalue of B / nu, or 0 (see the reference). Rows for a
+  // spectrum that goes further down than B's are more of them and lose accuracy.
+  double lower_end() {
+    const size_t n = size_t(n_);
+    std::vector<char> matrix(n * n * (kind_ == Kind::kF64 ? sizeof(double) : sizeof(float)));
+    const DType dtype = kind_ == Kind::kF64 ? DType::kF64 : DType::kF32;
+    Combine unpack;
+    unpack.a = b_;
+    unpack.alpha = 1 / nu_;
+    unpack.store = Matrix{matrix.data(), n_, n_, n_, 1, dtype};
+    run(unpack, threads_);
+    const std::vector<double> signs = probe_signs(n_);
+    double growth = 0;
+    lapack_jobs(1, [&](int64_t) {
+      growth = inverse_norm(n_, matrix.data(), dtype, signs.data(), kProbes);
+    });
+    return growth > 0 ? std::exp2(std::floor(std::log2(0.5 / growth))) : 0;
   }
 
   // True, with the root written, if the residual and the diagonal accept it.
