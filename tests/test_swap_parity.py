@@ -81,7 +81,8 @@ def test_muon(options: dict[str, Any], dtype: torch.dtype, monkeypatch: Any) -> 
         yardstick = moved_exactly(make, monkeypatch)
     exact = moved_exactly(make, monkeypatch)
     for x, y, of_y, true in zip(mine, theirs, yardstick, exact, strict=True):
-        assert distance(x, true) <= 2 * distance(y, of_y) + 1e-6
+        # And a rounding of bfloat16, in which torch iterates: on one row it may be lucky.
+        assert distance(x, true) <= 2 * distance(y, of_y) + 2.0**-9
 
 
 def moved_exactly(make: Make, monkeypatch: Any) -> list[Tensor]:

@@ -107,7 +107,9 @@ def entry(one: Case, i: int) -> Case:
     """Entry i of the lists of a step, alone."""
     lists = [name for name in ("grads", *one.names(write=True)) if name != "skipped"]
     options = {
-        name: [one.options[name][i]] for name in ("scales", "refresh") if name in one.options
+        name: [one.options[name][i]]
+        for name in ("scales", "restarts", "refresh")
+        if name in one.options
     }
     return one.clone().with_(**{name: [one[name][i]] for name in lists}, **options).clone()
 
