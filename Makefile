@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-CXX_FILES := $(SOURCES)
+CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*)
 
 .PHONY: demo test test-long lint format bench papers clean setup
 

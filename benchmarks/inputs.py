@@ -100,11 +100,15 @@ def orthonormal(n: int, columns: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian((n, columns), torch.float64, seed + 1000))[0]
 
 
+# Instruction sets with 16-bit products.
+_BF16_ISAS = ("avx512bf16", "amx")
+
+
 def rate_of(dtype: torch.dtype) -> str:
     """The rate that products of a storage dtype run at: 16-bit only where it has instructions."""
     if dtype == torch.float64:
         return "fp64"
     module = _extension.MODULE
-    if dtype == torch.bfloat16 and module is not None and module.current_isa() == "avx512bf16":
+    if dtype == torch.bfloat16 and module is not None and module.current_isa() in _BF16_ISAS:
         return "bf16"
     return "fp32"

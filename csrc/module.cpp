@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("supported_isas", &cpu::supported_isas);
+  m.def("refused_isas", &cpu::refused_isas, "(name, reason) of the compiled sets that do not run.");
   m.def("current_isa", [] { return std::string(cpu::kernels().name); });
   m.def("set_isa_cap", &cpu::set_isa_cap, pybind11::arg("name"),
         "Use the best instruction set up to `name`; '' goes back to the environment's choice.");

@@ -17,8 +17,13 @@ from spectral_kernels import _dispatch, _extension
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
-BACKENDS = (*(f"cpu-{isa}" for isa in ISAS), "reference")
+from support import refusal  # noqa: E402 (found by the path above)
+
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+# Sets that this processor lacks are no parameters: a skip of every test in every such set would
+# bury the other skips. The summary names them, and test_tiles.py skips them once.
+REFUSED = {isa: why for isa in ISAS if _extension.MODULE is not None and (why := refusal(isa))}
+BACKENDS = (*(f"cpu-{isa}" for isa in ISAS if isa not in REFUSED), "reference")
 
 # One example of a list step takes a few milliseconds; a slow machine is no failure.
 settings.register_profile(
@@ -51,11 +56,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if name == "cpu" and _extension.MODULE is None:
         pytest.skip(_extension.REASON)
     if isa:
-        module = _extension.MODULE
-        if isa not in module.supported_isas():
-            pytest.skip(f"this processor has no {isa}")
-        module.set_isa_cap(isa)
-        assert module.current_isa() == isa
+        _extension.MODULE.set_isa_cap(isa)
+        assert _extension.MODULE.current_isa() == isa
     torch.set_num_threads(1)
     _dispatch.call_counts(reset=True)
     try:
@@ -119,3 +121,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if name in counts:
             figures = ", ".join(f"{count} {outcome}" for outcome, count in counts[name].items())
             terminalreporter.write_line(f"{name:15} {figures}")
+    for isa, why in REFUSED.items():
+        terminalreporter.write_line(f"{f'cpu-{isa}':15} none: {why}")

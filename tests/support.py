@@ -82,6 +82,14 @@ def with_eigenvalues(values: Tensor, seed: int = 0) -> Tensor:
     return 0.5 * (a + a.mT)
 
 
+def refusal(isa: str) -> str | None:
+    """Why the CPU kernels cannot run with an instruction set here; None if they can."""
+    if isa in _extension.MODULE.supported_isas():
+        return None
+    refused = dict(_extension.MODULE.refused_isas())
+    return refused.get(isa, "not compiled for this processor")
+
+
 # Generated inputs.
 
 

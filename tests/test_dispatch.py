@@ -175,6 +175,14 @@ def test_cap_takes_the_best_set_up_to_it(native):
     assert os.environ.get("SPECTRAL_KERNELS_CPU_ISA") or module.current_isa() == supported[-1]
 
 
+def test_every_set_runs_or_says_why_not(native):
+    module = _extension.MODULE
+    refused = dict(module.refused_isas())
+    assert [*module.supported_isas(), *refused] == module.compiled_isas()
+    reasons = ("the processor has no ", "the system does not permit ", "it stands on ")
+    assert all(why.startswith(reasons) for why in refused.values())
+
+
 def test_environment_caps_the_instruction_set(native):
     code = "import spectral_kernels; from spectral_kernels import _C; print(_C.current_isa())"
     assert python(code, SPECTRAL_KERNELS_CPU_ISA="baseline").stdout.strip() == "baseline"

@@ -144,10 +144,15 @@ def _cpu() -> dict[str, Any]:
     return facts | {
         "instruction_sets_compiled": _or_reason(module.compiled_isas),
         "instruction_sets_supported": _or_reason(module.supported_isas),
+        "instruction_sets_refused": _or_reason(partial(_refused, module)),
         "instruction_set_in_use": _or_reason(module.current_isa),
         "instruction_set_cap": f"{_PREFIX}CPU_ISA={cap}" if cap else "none",
         "instruction_set_of_torch": _or_reason(torch.backends.cpu.get_cpu_capability),
     }
+
+
+def _refused(module: Any) -> list[str]:
+    return [f"{name} ({why})" for name, why in module.refused_isas()] or ["none"]
 
 
 def _gpu() -> dict[str, str]:

@@ -1,8 +1,18 @@
 #include "select.h"
 
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 #include "sets.h"
 
@@ -12,24 +22,55 @@ namespace {
 struct Set {
   const char* name;
   const Kernels& (*table)();
-  bool (*supported)();
+  std::string (*refusal)();  // why it cannot run here; empty where it can
 };
+
+#if defined(__x86_64__)
+std::string unless(bool has, const char* what) {
+  return has ? "" : "the processor has no " + std::string(what);
+}
+
+// Linux lends the tile registers only to a process that asks for them. Granted once, the permission
+// is that of all its threads and children.
+std::string tiles_refusal() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0;
+  if (!known || (d & kBf16) == 0 || (d & kTile) == 0) return unless(false, "AMX-BF16");
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
+  return "the system does not permit the tile registers (arch_prctl: " +
+         std::string(std::strerror(errno)) + ")";
+#else
+  return "the tile registers are used on Linux only";
+#endif
+}
+#endif
 
 // From the least to the most capable; a set runs only where all before it do.
 const Set kSets[] = {
-    {"baseline", baseline::table, [] { return true; }},
+    {"baseline", baseline::table, [] { return std::string(); }},
 #if defined(__x86_64__)
     {"avx2", avx2::table,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+       return unless(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("f16c"),
+                     "AVX2 with FMA and F16C");
      }},
     {"avx512", avx512::table,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+       return unless(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+                     "AVX-512 F, BW, DQ and VL");
      }},
-    {"avx512bf16", avx512bf16::table, [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
+    {"avx512bf16", avx512bf16::table,
+     [] { return unless(__builtin_cpu_supports("avx512bf16"), "AVX512-BF16"); }},
+    {"amx", amx::table,
+     [] {
+       static const std::string refusal = tiles_refusal();
+       return refusal;
+     }},
 #endif
 };
 
@@ -42,7 +83,7 @@ std::string known_names() {
 const Kernels* best_up_to(const std::string& cap) {
   const Kernels* best = nullptr;
   for (const Set& set : kSets) {
-    if (!set.supported()) break;
+    if (!set.refusal().empty()) break;
     best = &set.table();
     if (cap == set.name) break;
   }
@@ -87,10 +128,20 @@ std::vector<std::string> compiled_isas() {
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Set& set : kSets) {
-    if (!set.supported()) break;
+    if (!set.refusal().empty()) break;
     names.emplace_back(set.name);
   }
   return names;
+}
+
+std::vector<std::pair<std::string, std::string>> refused_isas() {
+  std::vector<std::pair<std::string, std::string>> refused;
+  for (const Set& set : kSets) {
+    const std::string why =
+        refused.empty() ? set.refusal() : "it stands on " + refused.front().first;
+    if (!why.empty()) refused.emplace_back(set.name, why);
+  }
+  return refused;
 }
 
 void set_isa_cap(const std::string& name) {

@@ -7,7 +7,7 @@ namespace spectral_kernels::cpu {
 namespace baseline {
 const Kernels& table();
 }
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(SK_EMULATE_TILES)
 namespace avx2 {
 const Kernels& table();
 }
@@ -15,6 +15,9 @@ namespace avx512 {
 const Kernels& table();
 }
 namespace avx512bf16 {
+const Kernels& table();
+}
+namespace amx {
 const Kernels& table();
 }
 #endif

@@ -702,7 +702,7 @@ static U max_abs_of(const Matrix& given, int64_t r0, int64_t r1) {
   return most;
 }
 
-static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
+[[maybe_unused]] static uint64_t max_abs_bits(const Matrix& m, int64_t r0, int64_t r1) {
   switch (m.dtype) {
     case DType::kF32:
       return max_abs_of<uint32_t, 0x7fffffffu>(m, r0, r1);

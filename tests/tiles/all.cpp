@@ -1,0 +1,16 @@
+// Every kernel of the instruction set that is named, or of the best one.
+#include "../../csrc/cpu/isa/select.h"
+#include "programs.h"
+
+int main(int count, char** arguments) {
+  using namespace spectral_kernels::cpu;
+  const std::string wanted = count > 1 ? arguments[1] : "";
+  set_isa_cap(wanted);
+  const Kernels& kernels = spectral_kernels::cpu::kernels();
+  check(wanted.empty() || kernels.name == wanted, wanted + " runs here");
+  for (const Kind kind : {Kind::kF32, Kind::kF64, Kind::kBF16}) check_products(kernels, kind);
+  check_packing(kernels);
+  check_elementwise(kernels);
+  std::printf("%s: %d checks, %d failures\n", kernels.name, checks, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,162 @@
+// Products of packed matrices against plain loops.
+#include "programs.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+struct Size {
+  int64_t m, n, k;
+};
+
+std::string named(const char* what, Kind kind, const Size& s) {
+  static const char* const kNames[] = {"f32", "f64", "bf16"};
+  return std::string(what) + " " + kNames[int(kind)] + " " + std::to_string(s.m) + "x" +
+         std::to_string(s.n) + "x" + std::to_string(s.k);
+}
+
+// All blocks of a product, `edge` at a time.
+void run(const Kernels& kernels, const Product& p, int64_t edge) {
+  const int64_t P = kernels.panel[int(p.a.kind)];
+  const int64_t m = ceil_div(p.a.cols, P), n = ceil_div(p.b.cols, P);
+  std::vector<double> scratch(size_t(edge * edge * P * P + 8), std::nan(""));
+  void* aligned = reinterpret_cast<void*>((uintptr_t(scratch.data()) + 63) / 64 * 64);
+  for (int64_t i = 0; i < m; i += edge)
+    for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge)
+      kernels.product[int(p.a.kind)](p, i, std::min(i + edge, m), j, std::min(j + edge, n),
+                                     aligned);
+}
+
+double plus(double x, bool diagonal, double gamma) { return x + (diagonal ? gamma : 0); }
+
+// C = 2 AᵀB - D + 3 E + 5 I, everywhere it can be written to.
+void check_general(const Kernels& kernels, Kind kind, const Size& s) {
+  const bool wide = kind == Kind::kF64;
+  const Kind full = wide ? Kind::kF64 : Kind::kF32;
+  const Dense a = integers(s.k, s.m), b = integers(s.k, s.n), d = integers(s.m, s.n),
+              e = integers(s.m, s.n);
+  const Packed pa(kernels, kind, a), pb(kernels, kind, b), pe(kernels, kind, e);
+  const Strided<float> added(d, false);
+  Packed out(kernels, kind, s.m, s.n), out_t(kernels, full, s.n, s.m),
+      scaled(kernels, full, s.m, s.n), copy(kernels, full, s.m, s.n);
+  Strided<double> store(d, true);
+  Product p;
+  p.a = pa.panels;
+  p.b = pb.panels;
+  p.alpha = 2;
+  p.beta = -1;
+  p.beta_panels = 3;
+  p.gamma = 5;
+  p.add = added.matrix;
+  p.add_panels = pe.panels;
+  p.out = out.panels;
+  p.out_t = out_t.panels;
+  p.scaled = scaled.panels;
+  p.alpha2 = 0.5;
+  p.gamma2 = 7;
+  p.copy = copy.panels;
+  p.store = store.matrix;
+  run(kernels, p, 2);
+  const Dense ab = product(a, b);
+  const Dense c = dense(s.m, s.n, [&](int64_t i, int64_t j) {
+    return plus(2 * ab(i, j) - d(i, j) + 3 * e(i, j), i == j, 5);
+  });
+  compare_packed(named("product, out", kind, s), out, c, 0);
+  compare_packed(named("product, out_t", kind, s), out_t, transposed(c), 0);
+  compare_packed(named("product, copy", kind, s), copy, c, 0);
+  compare(named("product, store", kind, s), store, c, 0);
+  check(store.margins_are_whole(), named("product, around store", kind, s));
+  const Dense half =
+      dense(s.m, s.n, [&](int64_t i, int64_t j) { return plus(0.5 * c(i, j), i == j, 7); });
+  compare(named("product, scaled", kind, s), scaled, half, 0);
+}
+
+// C = AᵀA by its lower triangle.
+void check_symmetric(const Kernels& kernels, Kind kind, const Size& s) {
+  const Dense a = integers(s.k, s.m);
+  const Packed pa(kernels, kind, a);
+  Packed out(kernels, kind, s.m, s.m);
+  Strided<float> store(integers(s.m, s.m), false);
+  Product p;
+  p.a = p.b = pa.panels;
+  p.symmetric = true;
+  p.out = out.panels;
+  p.store = store.matrix;
+  run(kernels, p, 2);
+  const Dense c = product(a, a);
+  compare_packed(named("symmetric, out", kind, s), out, c, 0);
+  compare(named("symmetric, store", kind, s), store, c, 0);
+}
+
+bool in(Triangle shape, int64_t i, int64_t j) {
+  return shape == Triangle::kNone || (shape == Triangle::kUpper ? i <= j : i >= j);
+}
+
+// Triangular operands. Blocks on their zero side are NaN: they must not be read.
+void check_triangles(const Kernels& kernels, Kind kind, int64_t n) {
+  const int64_t P = kernels.panel[int(kind)];
+  const Triangle shapes[] = {Triangle::kNone, Triangle::kUpper, Triangle::kLower};
+  for (Triangle a_shape : shapes)
+    for (Triangle b_shape : shapes) {
+      const auto cut = [&](Triangle shape) {
+        const Dense x = integers(n, n);
+        return dense(n, n, [&](int64_t i, int64_t j) { return in(shape, i, j) ? x(i, j) : 0.0; });
+      };
+      const auto poisoned = [&](Triangle shape, const Dense& x) {
+        return dense(n, n, [&](int64_t i, int64_t j) {
+          return in(shape, i / P, j / P) ? x(i, j) : std::numeric_limits<double>::quiet_NaN();
+        });
+      };
+      const Dense a = cut(a_shape), b = cut(b_shape);
+      const Packed pa(kernels, kind, poisoned(a_shape, a)), pb(kernels, kind, poisoned(b_shape, b));
+      Packed out(kernels, kind == Kind::kF64 ? kind : Kind::kF32, n, n);
+      Product p;
+      p.a = pa.panels;
+      p.b = pb.panels;
+      p.a_shape = a_shape;
+      p.b_shape = b_shape;
+      p.out = out.panels;
+      run(kernels, p, 3);
+      compare_packed(named("triangles", kind, {n, n, n}), out, product(a, b), 0);
+    }
+}
+
+// Real numbers: within the rounding of a sum of k terms, and the same bits however it is cut.
+void check_rounding(const Kernels& kernels, Kind kind, const Size& s) {
+  Dense a = gaussian(s.k, s.m), b = gaussian(s.k, s.n);
+  for (Dense* x : {&a, &b})
+    for (double& value : x->values) value = rounded(value, kind);
+  const Packed pa(kernels, kind, a), pb(kernels, kind, b);
+  const Kind full = kind == Kind::kF64 ? Kind::kF64 : Kind::kF32;
+  const auto result = [&](int64_t edge) {
+    Packed out(kernels, full, s.m, s.n);
+    Product p;
+    p.a = pa.panels;
+    p.b = pb.panels;
+    p.out = out.panels;
+    run(kernels, p, edge);
+    return dense(s.m, s.n, [&](int64_t i, int64_t j) { return out(i, j); });
+  };
+  const Dense whole = result(6), exact = product(a, b);
+  check(whole.values == result(1).values, named("the same bits block by block", kind, s));
+  const double unit = full == Kind::kF64 ? 1.1e-16 : 6e-8;
+  compare(named("rounding", kind, s), whole, exact, 4 * unit * std::sqrt(double(s.k)) * 4);
+}
+
+}  // namespace
+
+void check_products(const Kernels& kernels, Kind kind) {
+  if (kernels.product[int(kind)] == nullptr) return;
+  const int64_t P = kernels.panel[int(kind)];
+  const Size sizes[] = {{1, 1, 1},           {P, P, 32},          {P - 1, P + 1, 31},
+                        {2 * P + 3, 17, 33}, {5, 3 * P, 2},       {P + 16, P + 15, 385},
+                        {3 * P + 1, 2, 770}, {2 * P, 2 * P, 1537}};
+  for (const Size& s : sizes) {
+    check_general(kernels, kind, s);
+    check_symmetric(kernels, kind, s);
+    check_rounding(kernels, kind, s);
+  }
+  for (int64_t n : {P, 5 * P, 13 * P + 5}) check_triangles(kernels, kind, n);
+  check(kernels.multiply_adds[int(kind)](3) > 0, "multiply_adds counts its operations");
+}
+
+}  // namespace spectral_kernels::cpu

@@ -1,0 +1,14 @@
+// The parts of this program.
+#pragma once
+
+#include <algorithm>
+
+#include "dense.h"
+
+namespace spectral_kernels::cpu {
+
+void check_products(const Kernels& kernels, Kind kind);
+void check_packing(const Kernels& kernels);
+void check_elementwise(const Kernels& kernels);
+
+}  // namespace spectral_kernels::cpu
