@@ -7,12 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import growth, peers, plots, report, run, sweep
+from . import growth, ladder, peers, plots, report, run, sweep
 from .case import Case
 
 
@@ -24,8 +25,12 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         threads = run.thread_counts(options.threads)
         cases = sweep.cases(options.sweep) if options.sweep else run.select(options)
         older = run.read(options.compare)["rows"] if options.compare else None
-        if options.isa:
-            run.cap_instruction_set(options.isa, argv)
+        isas = ladder.sets(options.isa) if options.isa else []
+        if options.growth and len(isas) > 1:
+            raise ValueError("--growth takes one instruction set")
+        if len(isas) == 1:
+            run.cap_instruction_set(isas[0], argv)
+            cases = ladder.with_goals(cases)
     except (ValueError, OSError) as error:
         print(f"spectral-kernels bench: {error}", file=sys.stderr)
         return 2
@@ -33,6 +38,8 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         for case in cases:
             console.print(case.key, highlight=False)
         return 0
+    if len(isas) > 1:
+        return ladder.main(isas, options, argv, console)
     facts = run.machine()
     for line in report.machine_lines(facts):
         console.print(line, highlight=False, style="dim")
@@ -40,7 +47,11 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         return growth.main(options, facts, console)
     kind = "acceptance" if options.acceptance else "sweep" if options.sweep else "bench"
     rows = measure(cases, threads, console, run.QUICK_BUDGET if options.quick else run.BUDGET)
+    status = 1 if any(row["failure"] for row in rows) else 0
     report.show(console, rows)
+    if options.part:
+        run.write(Path(options.json), kind, facts, rows)
+        return status
     if older is not None:
         console.print(report.comparison(older, rows))
     for line in report.summary(rows):
@@ -50,7 +61,7 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     picture = path.with_suffix(".png")
     plots.speedups(rows, picture, f"{facts['cpu']}, {facts['isa']}, torch {facts['torch']}")
     console.print(f"written: {path}" + (f", {picture}" if picture.exists() else ""))
-    return 1 if any(row["failure"] for row in rows) else 0
+    return status
 
 
 def measure(

@@ -59,7 +59,13 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_xscale("log")
     _plain_ticks(axes, [e["speedup"] for row in shown for e in row["contenders"] if "speedup" in e])
-    labels = [row["key"] + (f", {row['threads']} threads" if several else "") for row in shown]
+    several_sets = len({row["isa"] for row in shown}) > 1
+    labels = [
+        row["key"]
+        + (f", {row['threads']} threads" if several else "")
+        + (f", {row['isa']}" if several_sets else "")
+        for row in shown
+    ]
     axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

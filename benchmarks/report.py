@@ -82,11 +82,16 @@ def _cells(row: Row, entry: Row) -> list[str | Text]:
     ]
     if "speedup" not in entry:
         return cells
-    speedup, goal = entry["speedup"], entry.get("goal")
-    lost = speedup < 1.0 - _MARGIN or (goal is not None and speedup < goal)
-    cells.append(Text(f"{speedup:.2f}x", style="red" if lost else "green"))
+    goal = entry.get("goal")
+    cells.append(Text(f"{entry['speedup']:.2f}x", style=speedup_style(entry)))
     cells.append("" if goal is None else f">= {goal:g}x")
     return cells
+
+
+def speedup_style(entry: Row) -> str:
+    """Red for a contender that is faster or whose goal is missed."""
+    lost = entry["speedup"] < max(1.0 - _MARGIN, entry.get("goal", 0.0))
+    return "red" if lost else "green"
 
 
 def _error_goal(goal: Row) -> list[str | Text]:

@@ -35,6 +35,9 @@ OPS = tuple(op for family in FAMILIES for op in family.ops)
 BUDGET = 2.0
 QUICK_BUDGET = 0.4
 
+# This command, for a process of its own.
+COMMAND = (sys.executable, "-m", "spectral_kernels.cli")
+
 # What caps torch's own kernels, oneDNN's and MKL's; all three are read when torch is loaded.
 _CAPS = {
     "baseline": ("default", "SSE41", "SSE4_2"),
@@ -249,24 +252,28 @@ def thread_counts(given: str | None) -> list[int]:
     return [int(part) for part in given.split(",")]
 
 
-def cap_instruction_set(isa: str, argv: Sequence[str]) -> None:
-    """Starts this command again with torch and us capped to `isa`; returns where it is already.
+def check_instruction_set(isa: str) -> None:
+    """Whether `--isa` can be this set.
 
     Raises:
-        ValueError: an unknown instruction set, or one that this processor lacks.
+        ValueError: an unknown instruction set, or one that does not run here.
     """
     if isa not in _CAPS:
         raise ValueError(f"--isa must be one of {', '.join(_CAPS)}, not {isa!r}")
     if _extension.MODULE is None:
         raise ValueError(f"--isa needs the compiled part: {_extension.REASON}")
     if isa not in _extension.MODULE.supported_isas():
-        raise ValueError(f"--isa {isa}: this processor or system does not support it")
+        refused = dict(_extension.MODULE.refused_isas())
+        raise ValueError(f"--isa {isa}: {refused.get(isa, 'not compiled for this processor')}")
+
+
+def cap_instruction_set(isa: str, argv: Sequence[str]) -> None:
+    """Starts this command again with torch and us capped to `isa`; returns where it is already."""
     wanted = dict(zip(_CAP_VARIABLES, _CAPS[isa], strict=True)) | {"SPECTRAL_KERNELS_CPU_ISA": isa}
     if all(os.environ.get(name) == value for name, value in wanted.items()):
         return
     sys.stdout.flush()
-    command = [sys.executable, "-m", "spectral_kernels.cli", *argv]
-    os.execve(sys.executable, command, os.environ | wanted)
+    os.execve(sys.executable, [*COMMAND, *argv], os.environ | wanted)
 
 
 def result_path(given: str | None, kind: str) -> Path:

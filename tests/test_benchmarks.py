@@ -16,12 +16,13 @@ pytest.importorskip("rich", reason="the extra 'cli' is not installed")
 pytest.importorskip("matplotlib", reason="the extra 'cli' is not installed")
 
 from rich.console import Console  # noqa: E402
-from spectral_kernels import coefficients  # noqa: E402
+from spectral_kernels import _extension, cli, coefficients  # noqa: E402
 from spectral_kernels.benchmarks import (  # noqa: E402
     demo,
     growth,
     inputs,
     inverse_root,
+    ladder,
     newton_schulz,
     peers,
     plots,
@@ -340,6 +341,41 @@ def test_a_sweep_is_the_same_every_time_and_bounded():
     assert any(len(shape) == 3 for shape in sizes)
     assert any(size % 32 for shape in sizes for size in shape)
     assert max(max(shape) / min(shape[-2:]) for shape in sizes) > 4
+
+
+@pytest.mark.skipif(_extension.MODULE is None, reason=_extension.REASON or "")
+def test_the_ladder_runs_every_set_with_torch_capped_alike(tmp_path, capfd):
+    """The paths, not the times: a process a set, which multiplies bf16 in what the set has."""
+    least, *others = _extension.MODULE.supported_isas()
+    if not others:
+        pytest.skip("this processor has the baseline only")
+    isas = [least, others[-1]]
+    path = tmp_path / "ladder.json"
+    options = ["bench", "--isa", ",".join(isas), "--op", "gram,newton_schulz", "--shape", "40x48"]
+    cases = ["--dtype", "float32,bfloat16", "--threads", "1", "--peers", "none"]
+    assert cli.main([*options, *cases, "--json", str(path)]) == 0
+    record = run.read(path)
+    assert record["kind"] == "ladder" and (tmp_path / "ladder.png").exists()
+    assert list(record["machine"]["sets"]) == isas
+    assert [row["isa"] for row in record["rows"]] == [isa for isa in isas for _ in range(4)]
+    for row in record["rows"]:
+        caps = record["machine"]["sets"][row["isa"]]["caps"]
+        assert tuple(caps.values()) == run._CAPS[row["isa"]]
+        has_pairs = row["dtype"] == "bfloat16" and row["isa"] in ("avx512bf16", "amx")
+        assert ("bf16" in row["peak_gflops_a_thread"]) == has_pairs
+        goals = [entry["goal"] for entry in row["contenders"] if "goal" in entry]
+        assert goals == ([10.0] if row["dtype"] == "bfloat16" and not has_pairs else [])
+    said = capfd.readouterr().out
+    assert "the ladder" in said and said.count("written: ") == 1
+
+
+def test_ladder_sets():
+    with pytest.raises(ValueError, match="--isa must be one of baseline"):
+        ladder.sets("avx2,mmx" if _extension.MODULE is None else "baseline,mmx")
+    if _extension.MODULE is not None:
+        assert set(ladder.sets("all")) <= set(_extension.MODULE.supported_isas())
+        with pytest.raises(ValueError, match="names a set twice"):
+            ladder.sets("baseline,baseline")
 
 
 def test_readme_tables(tmp_path):

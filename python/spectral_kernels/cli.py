@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--shape", help="shapes for --op, by comma: 768x3072,64x128x128")
     bench.add_argument("--dtype", help="float32,bfloat16,float16,float64")
     bench.add_argument("--threads", help="thread counts, by comma (default: torch's)")
-    bench.add_argument("--isa", help="cap torch and us: baseline, avx2, avx512 or avx512bf16")
+    bench.add_argument(
+        "--isa",
+        help="cap torch and us: baseline, avx2, avx512, avx512bf16 or amx; several, by comma, or "
+        "'all' of them go one after another into one result file",
+    )
     bench.add_argument(
         "--peers",
         nargs="+",
@@ -75,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         help="where checkouts of public peers lie; 'none': torch only",
     )
     bench.add_argument("--json", metavar="FILE", help="the result file (default: ./results)")
+    # One set of several: its rows are written for the command that started this one.
+    bench.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     bench.add_argument("--compare", metavar="FILE", help="an older result file to compare with")
 
     demo = commands.add_parser("demo", help="microbenchmarks, then a small real training")
