@@ -52,7 +52,7 @@ def modules_of(folders: Sequence[Path]) -> Iterator[None]:
 
 @pytest.fixture(params=["double", "public"])
 def code(request: pytest.FixtureRequest) -> Iterator[str]:
-    """SOAP, DeVA and Distributed Shampoo: small stand-ins, and the public code where it is there."""
+    """SOAP, DeVA and Distributed Shampoo: small stand-ins, and the public code where it is."""
     folders = [DOUBLES] if request.param == "double" else public_code()
     with modules_of(folders):
         yield request.param

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import inverse_root as _inverse_root
-from . import _rules
+from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
 from ._forms import Form, Layout, Slot, side, step_slot
 from ._schedule import due
@@ -253,6 +253,25 @@ class Shampoo(MatrixOptimizer):
             "graft_beta2": graft_beta2,
             "root": _root_of(values),
         }
+
+    def _side_figures(
+        self, name: str, state: Values, block: int, values: Values
+    ) -> tuple[float | None, float | None]:
+        factor, root = state[name][block], state[f"{name}_root"][block]
+        if not factor.numel():
+            return None, None
+        step = state["step"] if len(state[name]) == 1 else state["step"][block]
+        factor = factor.double()
+        beta2 = values["betas"][1]
+        if values["debias"] and beta2 < 1.0 and not values["kl"]:
+            weight = 1.0 - beta2 ** step.double().clamp(min=1.0)
+            factor = factor / weight[..., None, None]
+        row_sum = factor.abs().sum(-1).amax(-1)
+        delta = (values["relative_ridge"] * row_sum).clamp(min=values["ridge"])
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        ridged = factor + delta[..., None, None] * eye
+        residual = _diagnostics.root_residual(root, _root_of(values), ridged)
+        return _diagnostics.condition(ridged), residual
 
     def _check_ready(self) -> None:
         for name, failures, limit in self._failing:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import _rules
+from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params, Part, Values
 from ._forms import Form, Layout, Slot, side, step_slot
 from ._schedule import due
@@ -49,6 +49,14 @@ class EigenbasisOptimizer(MatrixOptimizer):
             stagger=self._staggered(values),
         )
         super()._call(part, grads, lr, values)
+
+    def _side_figures(
+        self, name: str, state: Values, block: int, values: Values
+    ) -> tuple[float | None, float | None]:
+        factor, basis = state[name], state[f"{name}_basis"]
+        if not factor.numel():
+            return None, None
+        return _diagnostics.condition(factor), _diagnostics.basis_residual(basis, factor)
 
     def _staggered(self, values: Values) -> bool:
         return bool(values["stagger"])

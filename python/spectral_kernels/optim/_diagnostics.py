@@ -1,0 +1,183 @@
+"""What an optimizer can say about its last step, measured only where somebody asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+
+
+@dataclass(frozen=True)
+class ParameterDiagnostics:
+    """Figures of one parameter; the worst one where it is a batch of matrices or cut in blocks.
+
+    Attributes:
+        algorithm: "matrix" or "adamw"; of the latter only steps and backend are measured.
+        backend: what ran the step.
+        shape: the parameter's.
+        steps: applied steps so far; the fewest of a batch.
+        update_rms: sqrt(mean(U^2)), U the update for a learning rate of 1, without weight decay.
+        orthogonality_error: ||U U^T s / ||U||_F^2 - I||_F / sqrt(s) over the shorter side s: 0 for
+            a multiple of an orthogonal matrix, at most sqrt(s - 1); None where U is 0.
+        left_condition, right_condition: eigenvalue ratios of the factors (float64), of A + delta I
+            where roots are taken; inf where the smallest eigenvalue is not positive. None without a
+            factor.
+        left_residual, right_residual: how far root or basis are from the factor as it is now, age
+            included: ||X^p (A + delta I) - I||_F / sqrt(n) of a root, the share of ||Q^T A Q||_F
+            off the diagonal of a basis.
+        root_failures: inverse roots that failed in a row, the most of any block.
+    """
+
+    algorithm: str
+    backend: str
+    shape: tuple[int, ...]
+    steps: int
+    update_rms: float | None = None
+    orthogonality_error: float | None = None
+    left_condition: float | None = None
+    right_condition: float | None = None
+    left_residual: float | None = None
+    right_residual: float | None = None
+    root_failures: int = 0
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Figures of the last watched step.
+
+    Attributes:
+        step: its number, counted from the call of `watch`.
+        skipped: matrices that the optimizer has skipped so far, for a non-finite gradient, say.
+        parameters: by name, or by place where parameters have none.
+    """
+
+    step: int
+    skipped: int
+    parameters: Mapping[str, ParameterDiagnostics]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One flat dict a parameter, for csv.DictWriter or pandas."""
+        for name, parameter in self.parameters.items():
+            row = {"step": self.step, "name": name, **asdict(parameter)}
+            yield {**row, "shape": "x".join(map(str, parameter.shape))}
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """(tag, value) of every measured number, for a TensorBoard writer."""
+        yield "skipped", float(self.skipped)
+        for name, parameter in self.parameters.items():
+            for key, value in asdict(parameter).items():
+                if isinstance(value, (int, float)):
+                    yield f"{key}/{name}", float(value)
+
+
+@dataclass
+class Watch:
+    """Steps to measure, and what the last of them was.
+
+    Attributes:
+        every: measure every so many steps.
+        step: calls so far.
+        measured: the number of the last measured step, 0 before the first.
+        updates: parameter -> the updates of its blocks.
+        backends: parameter -> what ran it.
+    """
+
+    every: int
+    step: int = 0
+    measured: int = 0
+    updates: dict[str, list[Tensor]] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Counts a step."""
+        self.step += 1
+        if self.due:
+            self.measured = self.step
+            self.updates, self.backends = {}, {}
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that runs is measured."""
+        return self.step % self.every == 0
+
+    def rehearse(
+        self,
+        operator: str,
+        lists: Sequence[Sequence[Tensor]],
+        names: Sequence[str],
+        grads: Sequence[Tensor],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Runs the step on matrices of zero and a copy of the state, and keeps what it leaves.
+
+        The update is read off exactly that way, whatever the parameter's size and dtype.
+        """
+        zeros = [torch.zeros_like(param) for param in lists[0]]
+        device = zeros[0].device
+        _dispatch.run(
+            operator,
+            zeros[:1],
+            None,
+            zeros,
+            grads,
+            *[[tensor.clone() for tensor in column] for column in lists[1:]],
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.ones((), dtype=torch.float64),
+            **{**options, "weight_decay": 0.0},
+        )
+        backend = _dispatch.explain(operator, *zeros[:1]).backend or "none"
+        for name, moved in zip(names, zeros, strict=True):
+            self.updates.setdefault(name, []).append(moved.neg_())
+            self.backends[name] = backend
+
+
+def update_figures(updates: Sequence[Tensor]) -> tuple[float | None, float | None]:
+    """Root mean square and orthogonality error of a parameter's updates."""
+    squares = sum(float(update.double().square().sum()) for update in updates)
+    count = sum(update.numel() for update in updates)
+    errors = [error for update in updates for error in _orthogonality_errors(update)]
+    return (squares / count) ** 0.5 if count else None, max(errors, default=None)
+
+
+def _orthogonality_errors(update: Tensor) -> list[float]:
+    x = update.double()
+    if x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    product = (x @ x.mT).reshape(-1, x.shape[-2], x.shape[-2])
+    size = product.shape[-1]
+    trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
+    scaled = product[trace > 0] * (size / trace[trace > 0])[:, None, None]
+    off = scaled - torch.eye(size, dtype=x.dtype, device=x.device)
+    return [float(norm) / size**0.5 for norm in torch.linalg.matrix_norm(off)]
+
+
+def condition(factor: Tensor) -> float:
+    """The largest ratio of eigenvalues in a batch of symmetric matrices."""
+    values = torch.linalg.eigvalsh(factor.double())
+    low, high = values[..., 0], values[..., -1]
+    return float(torch.where(low > 0, high / low, torch.inf).max())
+
+
+def root_residual(root: Tensor, p: int, ridged: Tensor) -> float:
+    """||X^p (A + delta I) - I||_F / sqrt(n), the largest of a batch."""
+    x = root.double()
+    product = torch.linalg.matrix_power(x, p // 2) @ ridged.double()
+    product = product @ torch.linalg.matrix_power(x, p - p // 2)
+    size = x.shape[-1]
+    off = product - torch.eye(size, dtype=x.dtype, device=x.device)
+    return float((torch.linalg.matrix_norm(off) / size**0.5).max())
+
+
+def basis_residual(basis: Tensor, factor: Tensor) -> float:
+    """The share of ||Q^T A Q||_F that is off the diagonal, the largest of a batch."""
+    q = basis.double()
+    rotated = q.mT @ factor.double() @ q
+    diagonal = torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+    whole = torch.linalg.matrix_norm(rotated)
+    off = torch.linalg.matrix_norm(rotated - diagonal)
+    return float(torch.where(whole > 0, off / whole, 0.0).max())
