@@ -8,6 +8,7 @@ import gc
 import importlib
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -440,7 +441,50 @@ p.grad = torch.ones(4, 4)
 torch.optim.Muon([p]).step()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "_single_tensor_muon: 1 call\n" in done.stderr
+    assert re.search(r"_single_tensor_muon: 1 call, [\d.e-]+ s\n", done.stderr)
+    # The first call of a shape is not timed beside the original.
+    assert "saved" not in done.stderr
+
+
+def test_time_saved_is_estimated_on_copies() -> None:
+    plain = parameters(((96, 160),))
+    steps(torch.optim.Muon(plain), plain, 8)
+    swap = swap_in("torch.optim.Muon", report=True)
+    try:
+        params = parameters(((96, 160),))
+        steps(torch.optim.Muon(params), params, 8)
+    finally:
+        swap.undo()
+    with swap_in("torch.optim.Muon") as other:
+        expected = parameters(((96, 160),))
+        steps(torch.optim.Muon(expected), expected, 8)
+    assert torch.equal(params[0], expected[0])
+    # Three originals ran besides, and what they call inside was not replaced.
+    step, orthogonalize = swap.calls.values()
+    assert (step.taken, orthogonalize.taken) == (8, 0)
+    assert step.meter is not None and step.meter.seconds > 0.0
+    (kind,) = step.meter._kinds.values()
+    assert (kind.calls, len(kind.sampled)) == (8, 3)
+    median = sorted(kind.sampled)[1]
+    assert swap.seconds_saved == pytest.approx(8 * median - kind.seconds)
+    assert "saved" in str(swap)
+    assert other.seconds_saved is None
+
+
+def test_originals_that_change_objects_are_not_run_twice(doubles: None) -> None:
+    package = importlib.import_module("distributed_shampoo")
+    types = importlib.import_module("distributed_shampoo.preconditioner.matrix_functions_types")
+    paths = []
+    for report in (False, True):
+        swap = swap_in("distributed_shampoo", report=report)
+        params = parameters(((24, 24),))
+        config = types.CoupledNewtonConfig()
+        steps(package.DistributedShampoo(params, config=config), params, 8)
+        paths.append(params[0].detach().clone())
+        swap.undo()
+    assert torch.equal(*paths)
+    update = next(call for name, call in swap.calls.items() if "update_preconditioners" in name)
+    assert update.meter is not None and update.meter.saved == -update.meter.seconds < 0.0
 
 
 # What is left to the optimizers.

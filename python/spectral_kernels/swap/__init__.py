@@ -62,7 +62,9 @@ def swap_in(
         allow_ridge: let Distributed Shampoo's `EigenConfig` be computed as an iterative root with a
             relative ridge of 1e-6 (1e-12 in float64). That is faster, and another function of
             eigenvalues below that share of the largest.
-        report: print the handle to stderr when the program ends.
+        report: print the handle to stderr when the program ends, with an estimate of the time that
+            was saved: of every shape, three calls of each original are timed beside its
+            replacement, on copies, which costs as much.
 
     Returns:
         A handle. `with swap_in():` takes everything out at the end of the block.
@@ -71,7 +73,7 @@ def swap_in(
         TypeError, ValueError: a target that is of no kind above, or not known.
         RuntimeError: a backend that was asked for cannot run.
     """
-    options = Options(_usable(backend), bool(allow_ridge))
+    options = Options(_usable(backend), bool(allow_ridge), measure=bool(report))
     adapters, modules = _resolve(target)
     swap = Swap(adapters, options, waits=modules is None)
     for adapter in adapters:
@@ -119,6 +121,13 @@ class Swap:
         """Calls of every function that is replaced or was, by its name in `replaced`."""
         return {str(one.point): one.calls for one in (*self._put_back, *self._replacements)}
 
+    @property
+    def seconds_saved(self) -> float | None:
+        """The originals' estimated time less that of the replacements; None without `report`."""
+        meters = [calls.meter for calls in self.calls.values() if calls.meter is not None]
+        saved = [meter.saved for meter in meters if meter.saved is not None]
+        return sum(saved) if meters and saved else None
+
     def undo(self) -> None:
         """Puts everything back and stops waiting. A second call does nothing.
 
@@ -158,6 +167,9 @@ class Swap:
         ]
         lines += [f"  waiting for {name}, not imported yet" for name in self.waiting]
         lines += [f"  refused {name}: {reason}" for name, reason in self._refused.items()]
+        saved = self.seconds_saved
+        if saved is not None:
+            lines.append(f"  saved {saved:.3g} s, by timing the originals on copies")
         return "\n".join(["swap_in:", *(lines or ["  nothing replaced"])])
 
     def _wants(self, module_name: str) -> bool:
@@ -184,7 +196,9 @@ class Swap:
                     raise Refused(f"{_dispatch.unavailable('cpu')}, and plain torch is no faster")
                 one = adapter(self._options)
                 points = one.points(module)
-                self._replacements += put_in(points, lambda: one.prove(points))
+                self._replacements += put_in(
+                    points, lambda: one.prove(points), measure=self._options.measure
+                )
             except Refused as refused:
                 self._refused[module.__name__] = str(refused)
 

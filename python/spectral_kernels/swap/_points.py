@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch
+from ._meter import Meter
 
 _MARK = "__spectral_kernels_replacement__"
 # Backends that are worth replacing plain torch with, by kind of device.
@@ -34,10 +35,12 @@ class Options:
         backend: the `backend` argument of the library's functions; None chooses.
         allow_ridge: see `swap_in`.
         devices: kinds of device whose tensors are taken.
+        measure: estimate the time saved.
     """
 
     backend: str | None
     allow_ridge: bool
+    measure: bool = False
     devices: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class Point:
         declines: with the function's own parameters; why this call is left to the function itself,
             or None.
         imported_by_name: also replace it in modules that from-imported it.
+        repeatable: it changes no objects but the tensors among its arguments, so that it can be
+            timed on copies of them.
     """
 
     owner: ModuleType | type
@@ -68,6 +73,7 @@ class Point:
     fast: Callable[..., Any]
     declines: Callable[..., str | None]
     imported_by_name: bool = False
+    repeatable: bool = True
 
     def __str__(self) -> str:
         return f"{_name_of(self.owner)}.{self.name}"
@@ -126,10 +132,12 @@ class Calls:
     Attributes:
         taken: calls that ran on the kernels.
         left: reason -> calls that were left to the original.
+        meter: their times, where they are measured.
     """
 
     taken: int = 0
     left: Counter[str] = field(default_factory=Counter)
+    meter: Meter | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, reason: str | None) -> None:
@@ -143,15 +151,16 @@ class Calls:
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.left.most_common())
         left = f", {self.left.total()} left as they were ({reasons})" if self.left else ""
-        return f"{self.taken} call{'' if self.taken == 1 else 's'}{left}"
+        spent = f", {self.meter.seconds:.3g} s" if self.meter is not None and self.taken else ""
+        return f"{self.taken} call{'' if self.taken == 1 else 's'}{spent}{left}"
 
 
 class Replacement:
     """A point whose function has been replaced."""
 
-    def __init__(self, point: Point, own: Callable[..., Any]) -> None:
+    def __init__(self, point: Point, own: Callable[..., Any], *, measure: bool = False) -> None:
         self.point = point
-        self.calls = Calls()
+        self.calls = Calls(meter=Meter(repeatable=point.repeatable) if measure else None)
         self._own = own
         self._original = point.raw()
         self._active = True
@@ -162,6 +171,7 @@ class Replacement:
 
     def _wrapper(self) -> Callable[..., Any]:
         own, fast, declines, calls = self._own, self.point.fast, self.point.declines, self.calls
+        meter = calls.meter
 
         # The name, module and __wrapped__ of the original: pickles and signatures stay the same.
         @functools.wraps(own)
@@ -169,10 +179,14 @@ class Replacement:
             # A reference that somebody kept lives on after undo().
             if not self._active or torch.compiler.is_compiling():
                 return own(*args, **kwargs)
+            if meter is not None and meter.suspended():
+                return own(*args, **kwargs)
             reason = declines(*args, **kwargs)
             calls.count(reason)
             if reason is not None:
                 return own(*args, **kwargs)
+            if meter is not None:
+                return meter.run(own, fast, args, kwargs)
             return fast(own, *args, **kwargs)
 
         setattr(replacement, _MARK, True)
@@ -201,7 +215,9 @@ class Replacement:
             _exchange(self._replacement, self._own)
 
 
-def put_in(points: Iterable[Point], prove: Callable[[], None]) -> list[Replacement]:
+def put_in(
+    points: Iterable[Point], prove: Callable[[], None], *, measure: bool = False
+) -> list[Replacement]:
     """Replaces all functions, or none.
 
     Raises:
@@ -216,7 +232,7 @@ def put_in(points: Iterable[Point], prove: Callable[[], None]) -> list[Replaceme
     except Exception as error:
         what = ", ".join(str(point) for point, _ in checked)
         raise Refused(f"a trial of {what} failed with {type(error).__name__}: {error}") from error
-    replacements = [Replacement(point, own) for point, own in checked]
+    replacements = [Replacement(point, own, measure=measure) for point, own in checked]
     for replacement in replacements:
         replacement.put_in()
     return replacements

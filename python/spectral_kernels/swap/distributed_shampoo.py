@@ -141,7 +141,13 @@ class DistributedShampoo(Adapter):
         return [
             root,
             eigendecomposition,
-            Point(base, "update_preconditioners", self.update, self.update_declines),
+            Point(
+                base,
+                "update_preconditioners",
+                self.update,
+                self.update_declines,
+                repeatable=False,
+            ),
             Point(lists, "pack_upper_triangular", self.pack, self.pack_declines),
             Point(lists, "unpack_upper_triangular", self.unpack, self.unpack_declines),
             Point(base, "_compute_outer_product_list", self.products, self.products_declines),
