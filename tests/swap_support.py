@@ -18,15 +18,25 @@ from torch.optim import Optimizer
 DOUBLES = Path(__file__).parent / "swap_doubles"
 PEERS = "SPECTRAL_KERNELS_PEERS"
 _CLONES = ("SOAP", "Decoupled-Variance-Adaptation", "optimizers")
-_PACKAGES = ("soap", "optimizers", "distributed_shampoo")
+_PACKAGES = (
+    "soap",
+    "optimizers",
+    "distributed_shampoo",
+    "muon",
+    "gram_newton_schulz",
+    "dion",
+    "emerging_optimizers",
+    "heavyball",
+    "pytorch_optimizer",
+)
 
 
-def public_code() -> list[Path]:
+def public_code(clones: Sequence[str] = _CLONES) -> list[Path]:
     """The clones of the public code; skips the test where there are none."""
     root = os.environ.get(PEERS, "")
-    folders = [Path(root) / name for name in _CLONES]
+    folders = [Path(root) / name for name in clones]
     if not root or not all(folder.is_dir() for folder in folders):
-        pytest.skip(f"{PEERS} names no folder with clones called {', '.join(_CLONES)}")
+        pytest.skip(f"{PEERS} names no folder with clones called {', '.join(clones)}")
     return folders
 
 

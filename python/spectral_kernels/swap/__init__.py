@@ -24,13 +24,30 @@ from ._adapter import Adapter
 from ._imports import ImportHook
 from ._points import Calls, Options, Refused, Replacement, put_in
 from .deva import Deva
+from .dion import Dion
 from .distributed_shampoo import DistributedShampoo
+from .emerging_optimizers import EmergingOptimizers
+from .gram_newton_schulz import GramNewtonSchulz
+from .heavyball import HeavyBall
+from .jordan_muon import JordanMuon
+from .pytorch_optimizer import PytorchOptimizer
 from .soap import Soap
 from .torch_muon import TorchMuon
 
 __all__ = ["Swap", "swap_in"]
 
-ADAPTERS: tuple[type[Adapter], ...] = (TorchMuon, DistributedShampoo, Soap, Deva)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    TorchMuon,
+    DistributedShampoo,
+    Soap,
+    Deva,
+    JordanMuon,
+    GramNewtonSchulz,
+    Dion,
+    EmergingOptimizers,
+    HeavyBall,
+    PytorchOptimizer,
+)
 
 Target = ModuleType | type[Optimizer] | Optimizer | str
 
@@ -47,17 +64,21 @@ def swap_in(
 ) -> Swap:
     """Replaces the matrix work inside optimizers that are in use by this library's kernels.
 
-    Known are torch.optim.Muon, Meta's Distributed Shampoo, and the public SOAP and DeVA classes,
-    which are recognised by their methods wherever they were copied to. Parameters, state and
+    Known are torch.optim.Muon, Meta's Distributed Shampoo, the public SOAP and DeVA classes, which
+    are recognised by their methods wherever they were copied to, Keller Jordan's Muon, and the
+    packages gram-newton-schulz, dion, emerging-optimizers, heavyball and pytorch-optimizer; each
+    one's module in `spectral_kernels.swap` says what is replaced there. Parameters, state and
     `state_dict` stay the optimizer's own, and updates agree with its own within the error of the
     dtype that it computes in. A call that the kernels do not cover, such as a complex parameter or
     a tensor on a device without kernels, runs the optimizer's own code.
 
     Args:
         target: what to swap: None for everything known, imported or not yet; a name out of
-            "torch.optim.Muon", "distributed_shampoo", "SOAP", "DeVA" (in any case), imported or not
-            yet; a module; an optimizer class, or an optimizer, which stands for its class.
-            Functions and methods are replaced for every user of a module or class.
+            "torch.optim.Muon", "distributed_shampoo", "SOAP", "DeVA", "KellerJordan/Muon",
+            "gram-newton-schulz", "dion", "emerging-optimizers", "heavyball", "pytorch-optimizer"
+            (in any case), imported or not yet; a module; an optimizer class, or an optimizer, which
+            stands for its class. Functions and methods are replaced for every user of a module or
+            class.
         backend: "auto", or one that has to run: "cpu", "cuda", "triton", "reference".
         allow_ridge: let Distributed Shampoo's `EigenConfig` be computed as an iterative root with a
             relative ridge of 1e-6 (1e-12 in float64). That is faster, and another function of
@@ -253,16 +274,7 @@ def _resolve(
         raise TypeError(
             f"target must be a module, an optimizer, its class, a name or None, not {target!r}"
         )
-    modules = _modules(names.union(*map(_code_of, classes)))
-    # An optimizer may call functions that its module imported by name.
-    names = {
-        value.__module__
-        for module in modules
-        if module.__name__.partition(".")[0] != "torch"
-        for value in list(vars(module).values())
-        if inspect.isfunction(value)
-    }
-    modules = _modules(names.union(module.__name__ for module in modules))
+    modules = _reached(_modules(names.union(*map(_code_of, classes))))
     adapters = [adapter for adapter in ADAPTERS if any(map(adapter.holds, modules))]
     if not adapters:
         known = ", ".join(adapter.name for adapter in ADAPTERS)
@@ -279,5 +291,30 @@ def _code_of(optimizer: type) -> set[str]:
     }
 
 
+def _reached(modules: list[ModuleType]) -> list[ModuleType]:
+    """Modules, those of functions that they imported by name, and so on inside their packages."""
+    found = {module.__name__: module for module in modules}
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        package = module.__name__.partition(".")[0]
+        if package == "torch":
+            continue
+        names = set()
+        for value in list(vars(module).values()):
+            if inspect.isfunction(value) and (
+                module in modules or value.__module__.partition(".")[0] == package
+            ):
+                names.add(value.__module__)
+            elif isinstance(value, ModuleType) and value.__name__.partition(".")[0] == package:
+                names.add(value.__name__)
+        new = [module for module in _modules(names) if module.__name__ not in found]
+        found.update((module.__name__, module) for module in new)
+        waiting += new
+    return [found[name] for name in sorted(found)]
+
+
 def _modules(names: Iterable[str]) -> list[ModuleType]:
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    return [
+        sys.modules[name] for name in sorted(names) if isinstance(sys.modules.get(name), ModuleType)
+    ]

@@ -1,0 +1,3 @@
+from .muon import Muon
+
+__all__ = ["Muon"]

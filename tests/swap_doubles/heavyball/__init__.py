@@ -1,0 +1,3 @@
+from .chainable import Muon
+
+__all__ = ["Muon"]
