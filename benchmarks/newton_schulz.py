@@ -175,15 +175,18 @@ def work(
     short, long, count = min(m, n), max(m, n), math.prod(batch)
     rate, steps = rate_of(dtype), len(rows)
     forms: list[Work] = [{rate: float(count * steps * (3 * short**2 * long + short**3))}]
-    restarts = () if rate == "bf16" else coefficients.gram_restarts(rows, m, n)
+    # In 16 bits before every third step, and the products of Q in 16 bits too.
+    halves = rate == "bf16"
+    restarts = range(2, steps, 3) if halves else coefficients.gram_restarts(rows, m, n)
     if restarts is not None:
         passes = 1 + len(restarts)
         wide = count * 3 * passes * short**2 * long
-        small = count * (steps + 3 * (steps - passes)) * short**3
-        if rate == "bf16":
-            forms.append({"bf16": float(wide), "fp32": float(small)})
+        of_q = count * (steps - passes) * short**3
+        of_r = count * (steps + 2 * (steps - passes)) * short**3
+        if halves:
+            forms.append({"bf16": float(wide + of_q), "fp32": float(of_r)})
         else:
-            forms.append({rate: float(wide + small)})
+            forms.append({rate: float(wide + of_q + of_r)})
     return tuple(forms)
 
 

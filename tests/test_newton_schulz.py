@@ -626,6 +626,8 @@ def muon_steps(draw):
         nesterov=draw(st.booleans()),
         weight_decay=draw(st.sampled_from([0.0, 0.3])),
         maximize=draw(st.booleans()),
+        # As the public function has it for matrices of this size: the standard form.
+        restarts=[()] * len(shapes),
     )
 
 

@@ -220,7 +220,7 @@ def test_F60_eight_user_threads(backend):
 def test_the_interpreter_runs_while_an_operator_does(backend):
     if backend.name == "reference":
         return
-    x = semidefinite(300, 1e3)
+    x = semidefinite(800, 1e3)
     worker = threading.Thread(target=sk.inverse_root, args=(x, 4), kwargs={"ridge": 1e-4})
     ticks = 0
     worker.start()

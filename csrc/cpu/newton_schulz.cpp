@@ -75,7 +75,7 @@ Cost cost_of(const NewtonSchulz& ns, int64_t s, int64_t l) {
       fresh = true;
     }
     if (quintic) cost.gram += 0.5 * square;
-    if (!fresh) cost.gram += 0.5 * square;
+    if (!fresh) cost.gram += 0.5 * square / rate;
     if (t + 1 < steps && !next) cost.gram += square;
     fresh = false;
   }
@@ -103,7 +103,7 @@ size_t NewtonSchulz::workspace_bytes(int64_t s, int64_t l) const {
   const Kind k = kind(), square = k == Kind::kF64 ? Kind::kF64 : Kind::kF32;
   const size_t x = panel_bytes(s, l, k) + panel_bytes(l, s, k), r = panel_bytes(s, s, square);
   const size_t extra = k == Kind::kBF16 ? panel_bytes(s, s, k) : 0;
-  if (gram(s, l)) return x * (restarts.empty() ? 1 : 2) + 5 * r + extra;
+  if (gram(s, l)) return x * (restarts.empty() ? 1 : 2) + 5 * r + 3 * extra;
   return 2 * x + (schatten8 ? 3 : 2) * r + 2 * extra;
 }
 
@@ -184,11 +184,15 @@ class Iteration {
     }
   }
 
+  // Below a 16-bit X, R and Q are kept in fp32. Rounded operands are good enough for Q Z, but not
+  // for R and Z: they would no longer commute, and rounding would grow with every step.
   void gram(Product last) {
+    const bool pairs = kind_ == Kind::kBF16;
     NewtonSchulz::Input next;
     if (!ns_.restarts.empty()) next = ns_.take_input(workspace_, s_, l_);
-    Panels r = full(), w = full(), t1 = full(), q = full(), q2 = full();
-    const Panels q16 = kind_ == Kind::kBF16 ? halves() : Panels{};
+    Panels r = full(), z = full(), t1 = full(), q = full(), q2 = full();
+    const Panels z16 = pairs ? halves() : z;
+    Panels q16 = pairs ? halves() : Panels{}, next_q16 = pairs ? halves() : Panels{};
     const size_t steps = ns_.rows.size();
     double inverse = 1;  // 1 / norm, until it has been folded into X
     bool fresh = true;   // no Q yet
@@ -206,11 +210,12 @@ class Iteration {
       }
       // Z = b R + c R²; Q <- a Q + Q Z, R <- (a I + Z) R (a I + Z), a I implicit but in a fresh Q.
       if (row.c != 0)
-        form_polynomial(0, row.b, row.c, r, t == 0 && ns_.schatten8 ? t1 : Panels{}, w);
+        form_polynomial(0, row.b, row.c, r, t == 0 && ns_.schatten8 ? t1 : Panels{}, z);
       else
-        combine(w, r, row.b, {}, 0, 0);
+        combine(z, r, row.b, {}, 0, 0);
+      if (pairs) combine(z16, z, 1, {}, 0, 0);
       if (fresh && restart_next) {  // one step by itself: X <- a X + Z X, as in the standard form
-        Product update = multiply(left_operand(w, q16), x_.x, inverse);
+        Product update = multiply(z16, x_.x, inverse);
         update.beta_panels = row.a * inverse;
         update.add_panels = x_.x;
         renew(update, next, r);
@@ -218,24 +223,32 @@ class Iteration {
         continue;
       }
       if (fresh) {
-        combine(q, w, 1, {}, 0, row.a);
+        combine(q, z, 1, {}, 0, row.a);
+        if (pairs) combine(q16, q, 1, {}, 0, 0);
       } else {
-        symmetric(q, w, 1, row.a, q2);
+        Product update = multiply(pairs ? q16 : q, z16);
+        update.symmetric = true;
+        update.beta_panels = row.a;
+        update.add_panels = q;
+        update.out = q2;
+        update.copy = next_q16;
+        run(update, threads_);
         std::swap(q, q2);
+        std::swap(q16, next_q16);
       }
       if (restart_next) {
-        renew(multiply(left_operand(q, q16), x_.x, inverse), next, r);
+        renew(multiply(pairs ? q16 : q, x_.x, inverse), next, r);
         inverse = 1;
         fresh = true;
         continue;
       }
       if (!ends) {
-        symmetric(r, w, gram_scale, row.a * gram_scale, t1);
-        symmetric(t1, w, 1, row.a, r);
+        symmetric(r, z, gram_scale, row.a * gram_scale, t1);
+        symmetric(t1, z, 1, row.a, r);
       }
       fresh = false;
     }
-    finish(multiply(left_operand(q, q16), x_.x, inverse), last);
+    finish(multiply(pairs ? q16 : q, x_.x, inverse), last);
   }
 
  private:
@@ -318,12 +331,6 @@ class Iteration {
     row.a *= inverse;
     row.b *= inverse * inverse * inverse;
     row.c *= inverse * inverse * inverse * inverse * inverse;
-  }
-
-  Panels left_operand(const Panels& q, const Panels& q16) {
-    if (!q16) return q;
-    combine(q16, q, 1, {}, 0, 0);
-    return q16;
   }
 
   // last(update): the result times last.alpha, plus what `last` adds itself.
