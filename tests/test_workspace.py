@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _extension
-from support import case, gaussian, labels, same_bits, semidefinite
+from support import case, gaussian, instruction_set, labels, same_bits, semidefinite
+from torch.profiler import ProfilerActivity, profile
 
 pytestmark = pytest.mark.usefixtures("native")
 workspace = _extension.MODULE
@@ -75,6 +77,85 @@ def test_a_batch_on_one_thread_needs_no_more_than_a_matrix():
     one = workspace.workspace_peak()
     sk.newton_schulz(gaussian(20, 50, 100))
     assert workspace.workspace_peak() == one
+
+
+def packed(rows, columns, size=4):
+    """Bytes of a packed matrix at most; panels are up to 32 columns wide."""
+    return rows * (columns + 31) * size
+
+
+def x_bytes(m, n):
+    return max(packed(m, n), packed(n, m))
+
+
+def of_iteration(m, n):
+    s = min(m, n)
+    return 4 * x_bytes(m, n) + 5 * packed(s, s) + packed(s, s, 2)
+
+
+def of_root(m, _):
+    return 9 * packed(m, m) + 3 * packed(m, 8)
+
+
+def roots(xs):  # of the m x m factors
+    factors = torch.stack([x @ x.mT for x in xs.float()])
+    return lambda: sk.inverse_root(factors, 4, relative_ridge=1e-4)
+
+
+def muon(xs):
+    grads, buffers = [x.clone() for x in xs], [torch.zeros_like(x, dtype=torch.float32) for x in xs]
+    return lambda: sk.muon_step_(list(xs), grads, buffers, lr=0.1)
+
+
+# Operator -> a call on a batch, the bound of one thread's packed copies (csrc/cpu/workspace.h), and
+# whether it returns new matrices.
+BOUNDED = {
+    "gram": (lambda xs: lambda: sk.gram(xs), x_bytes, True),
+    "newton_schulz": (lambda xs: lambda: sk.newton_schulz(xs), of_iteration, True),
+    "muon_step_": (muon, of_iteration, False),
+    "inverse_root": (roots, of_root, True),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(200, 260), (60, 500), (210, 70)])
+@pytest.mark.parametrize("op", BOUNDED)
+def test_packed_copies_are_those_of_one_matrix_a_thread(op, shape, dtype, count, threads):
+    make, bound, _ = BOUNDED[op]
+    torch.set_num_threads(threads)
+    call = make(gaussian(count, *shape).to(dtype))
+    for isa in workspace.supported_isas():
+        with instruction_set(isa):
+            workspace.release_workspace()
+            workspace.reset_workspace_peak()
+            call()
+            pages = 4 * 4096  # blocks are whole pages; these are below 2 MiB, where pages grow
+            assert 0 < workspace.workspace_peak() <= min(threads, count) * (bound(*shape) + pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", BOUNDED)
+def test_torch_memory_beyond_the_results(op, dtype):
+    make, _, returns = BOUNDED[op]
+    torch.set_num_threads(1)  # the profiler does not see other threads
+    largest = 120 * 150 * 4
+    call = make(gaussian(5, 120, 150).to(dtype))
+    torch_peak(call)  # the first profile of a process can miss what happens in it
+    result = call()
+    of_results = result.numel() * result.element_size() if returns else 0
+    assert of_results <= torch_peak(call) <= of_results + 2 * largest
+
+
+def torch_peak(call):
+    """The most that torch's allocator had lent at one time during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = call()
+    del result
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def test_an_error_gives_its_blocks_back():

@@ -1,5 +1,18 @@
 // Scratch memory that outlives a call. A fresh allocation of some megabytes costs a page fault per
 // 4 KiB, which is measurable beside a product; so blocks are kept and lent again.
+//
+// Temporary memory of a call beyond its results is at most twice its largest matrix in torch's own
+// memory (as a rule none) and, for every thread, the packed copies of the one matrix it works on.
+// With x for a packed m x n matrix and s for a packed square of its shorter side these are
+//     gram                       x
+//     newton_schulz, muon_step_  4 x + 5 s, in 16 bits another s
+//     inverse_root               9 s and three n x 8 probes
+// at most, whatever the length of a batch or list (tests/test_workspace.py). The eigen route of
+// inverse_root adds a packed square in fp64, and four in torch's memory, which LAPACK works on.
+// Elements have the size that products are computed in: 8 bytes, 4, or 2 for x where there are bf16
+// instructions. A row of a panel is up to 31 elements longer than that of the matrix. A block is
+// rounded up to pages, of 2 MiB if it is larger than that. Beside it a thread keeps one tile of
+// 147 KB (product.cpp).
 #pragma once
 
 #include <cstddef>
