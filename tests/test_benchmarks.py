@@ -333,6 +333,25 @@ def test_growth_draws(tmp_path):
     assert "gram" in rendered(growth._table("n", groups, axis=-1))
 
 
+def test_growth_from_the_command_to_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "_BATCHES", (1, 2, 4))
+    monkeypatch.setattr(growth, "_BUDGET", BUDGET)
+    path = tmp_path / "growth.json"
+    options = ["bench", "--growth", "128", "--op", "gram", "--threads", "1,2", "--json", str(path)]
+    assert cli.main(options) == 0
+    record = run.read(path)
+    assert record["kind"] == "growth" and (tmp_path / "growth.png").exists()
+    shapes = [(row["shape"], row["threads"]) for row in record["rows"]]
+    by_n, by_batch = ["64x64", "128x128"], ["1x64x64", "2x64x64", "4x64x64"]
+    assert shapes == [(s, t) for group in (by_n, by_batch) for t in (1, 2) for s in group]
+    assert "time ~ n^a" in capsys.readouterr().out
+
+
+def test_growth_sizes():
+    assert growth.measured_sizes(2048, 4096) == [64, 128, 256, 512, 1024, 2048]
+    assert growth.measured_sizes(4096, 1024)[-1] == 1024
+
+
 def test_a_sweep_is_the_same_every_time_and_bounded():
     cases = sweep.cases(20)
     assert [case.key for case in cases] == [case.key for case in sweep.cases(20)]

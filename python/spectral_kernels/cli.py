@@ -60,7 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--quick", action="store_true", help="a few shapes, a minute or so")
     what.add_argument("--acceptance", action="store_true", help="the cases that have goals")
     what.add_argument("--sweep", type=int, metavar="N", help="N generated shapes an operator")
-    what.add_argument("--growth", action="store_true", help="time against n, batch and threads")
+    what.add_argument(
+        "--growth",
+        type=int,
+        nargs="?",
+        const=2048,
+        metavar="N",
+        help="time against n up to N (2048 if not given; 4096 takes long), batch and threads",
+    )
     bench.add_argument("--list", action="store_true", help="name the cases and stop")
     bench.add_argument("--op", help="operators, by comma: gram,newton_schulz")
     bench.add_argument("--shape", help="shapes for --op, by comma: 768x3072,64x128x128")
