@@ -15,6 +15,7 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
+static_assert(sizeof(TileConfig) == 64, "what ldtilecfg reads");
 
 // Before the first use of tiles on a thread; what they held is lost.
 SK_INLINE void tiles_configure() {
