@@ -9,7 +9,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*)
 
-.PHONY: demo test test-long lint format bench papers clean setup
+.PHONY: demo test test-long lint format bench papers docs clean setup
 
 setup: $(VENV)/.built
 
@@ -23,7 +23,7 @@ $(VENV)/.environment: pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES)
-	$(RUN) pip install --quiet --no-build-isolation --editable '.[cli,test,lint]'
+	$(RUN) pip install --quiet --no-build-isolation --editable '.[cli,examples,test,lint]'
 	touch $@
 
 demo: $(VENV)/.built
@@ -46,5 +46,12 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(RUN) spectral-kernels bench
 
+# Hours on a laptop at full size; PAPERS='--scale 0.1 --trials 3' is a look.
+papers: $(VENV)/.built
+	$(RUN) python examples/papers.py $(PAPERS)
+
+docs: $(VENV)/.built
+	$(RUN) pip install --quiet --editable '.[docs]' --no-build-isolation && mkdocs build --strict
+
 clean:
-	rm -rf build dist results python/*.egg-info python/spectral_kernels/_C*.so
+	rm -rf build dist results site python/*.egg-info python/spectral_kernels/_C*.so

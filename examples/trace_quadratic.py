@@ -1,0 +1,164 @@
+"""The trace quadratic of DeVA's Figure 2: f(X) = tr(X^T H X) / 2 + tr(B^T X), X of 9 x 9.
+
+    python examples/trace_quadratic.py --hessian heterogeneous
+
+H has three blocks of three eigenvalues out of {1, 2, 3}, {99, 100, 101}, {4998, 4999, 5000}: one
+set a block ("heterogeneous"), or one of each in every block ("homogeneous"). As in the paper's
+code a step sees 3 random rows of the equivalent least-squares problem, by the norm of their
+residual rather than its square, for 400 steps at beta = (0, 0.99), without weight decay. The 100
+seeds are one batch of matrices: each step updates all of them by one call.
+
+Source: arXiv 2602.06880; github.com/Tsedao/Decoupled-Variance-Adaptation, trace_quadratic.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import spectral_kernels as sk
+import torch
+from spectral_kernels.benchmarks import plots
+from torch import Tensor, nn
+from workload import digest, progress
+
+SIZE, BLOCK, ROWS = 9, 3, 3
+SCALES = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))
+HESSIANS: Mapping[str, Sequence[Sequence[float]]] = {
+    "heterogeneous": SCALES,
+    "homogeneous": tuple(zip(*SCALES, strict=True)),
+}
+BETAS = (0.0, 0.99)
+LR = 0.1
+
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def rotated(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Make:
+    values = {"betas": BETAS, "weight_decay": 0.0, **options}
+    return lambda groups: make(groups, LR, **values)
+
+
+OPTIMIZERS: Mapping[str, Make] = {
+    "SignSGD": rotated(sk.optim.DeVA, variant="linf", variance="none"),
+    "Adam": lambda groups: torch.optim.Adam(groups[0]["params"], LR, BETAS),
+    "Muon": lambda groups: sk.optim.Muon(groups, LR, 0.0, 0.0),
+    "SOAP": rotated(sk.optim.SOAP),
+    "Shampoo 1/4": rotated(sk.optim.Shampoo),
+    "DeVA, l-inf": rotated(sk.optim.DeVA, variant="linf"),
+    "DeVA": rotated(sk.optim.DeVA),
+    "DeVA, public start-up": rotated(sk.optim.DeVA, reference=True),
+}
+
+
+class Problem:
+    """The same problem for all seeds, which decide start and batches."""
+
+    def __init__(self, hessian: str, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
+        blocks = []
+        for eigenvalues in HESSIANS[hessian]:
+            noise = torch.randn(BLOCK, BLOCK, generator=generator, dtype=torch.float64)
+            q, r = torch.linalg.qr(noise)
+            q = q * r.diagonal().sign()
+            blocks.append(q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ q.mT)
+        self.h = torch.block_diag(*blocks)
+        self.b = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+        self.optimum = torch.linalg.solve(self.h, -self.b)
+        values, vectors = torch.linalg.eigh(self.h)
+        self.root = vectors @ torch.diag(values.sqrt()) @ vectors.mT
+        self.target = -torch.linalg.solve(self.root, self.b)
+        self.sha256 = digest(self.h, self.b)
+
+    def losses(self, x: Tensor) -> Tensor:
+        """Of every seed, on 3 random rows."""
+        rows = torch.randint(SIZE, (len(x), ROWS), generator=self.generator)
+        residual = self.root[rows] @ x - self.target[rows]
+        return 0.5 * SIZE / ROWS * torch.linalg.matrix_norm(residual)
+
+    def excess(self, x: Tensor) -> Tensor:
+        """f(X) - f(X*) of every seed."""
+        off = x - self.optimum
+        return 0.5 * (off * (self.h @ off)).sum((-2, -1))
+
+
+def run(name: str, hessian: str, *, steps: int, seeds: int) -> tuple[Tensor, str]:
+    """The excess of every step and seed, and the data's checksum."""
+    problem = Problem(hessian)
+    starts = torch.Generator().manual_seed(999)
+    x = nn.Parameter(torch.randn(seeds, SIZE, SIZE, generator=starts, dtype=torch.float64))
+    optimizer = OPTIMIZERS[name]([{"params": [x], "batched": True}])
+    problem.generator.manual_seed(12345)
+    excess = torch.empty(steps, seeds, dtype=torch.float64)
+    with progress(name, steps) as moved:
+        for step in range(steps):
+            decay = min(1.0, 2.0 * (1.0 - step / steps))
+            optimizer.param_groups[0]["lr"] = LR * decay
+            optimizer.zero_grad()
+            problem.losses(x).sum().backward()
+            optimizer.step()
+            excess[step] = problem.excess(x.detach())
+            moved(step + 1, float(excess[step].median()), optimizer)
+    return excess, problem.sha256
+
+
+def plot(found: Mapping[str, Mapping[str, Tensor]], path: Path, title: str) -> None:
+    """Median over the seeds, the middle half shaded; one panel a Hessian."""
+    figure, panels = plots.plt.subplots(
+        1, len(found), figsize=(4.6 * len(found), 4.2), squeeze=False, layout="constrained"
+    )
+    for axes, (hessian, runs) in zip(panels[0], found.items(), strict=True):
+        for place, (name, excess) in enumerate(runs.items()):
+            colour = plots.COLOURS[place % len(plots.COLOURS)]
+            levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+            low, middle, high = excess.quantile(levels, dim=1).tolist()
+            steps = range(1, len(middle) + 1)
+            axes.plot(steps, middle, color=colour, lw=1.4, label=name)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_title(f"{hessian} Hessian", loc="left")
+    panels[0][0].set_ylabel("f(X) - f(X*), median and middle half of the seeds")
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    plots.save(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """Both Hessians, or one, by every optimizer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hessian", choices=HESSIANS, action="append")
+    parser.add_argument("--optimizers", default=";".join(OPTIMIZERS), help="names, by semicolon")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--output", default="results", type=Path)
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Tensor]] = {}
+    for hessian in options.hessian or list(HESSIANS):
+        found[hessian] = {}
+        for name in options.optimizers.split(";"):
+            excess, sha256 = run(name, hessian, steps=options.steps, seeds=options.seeds)
+            found[hessian][name] = excess
+        print(f"{hessian}: data sha256 {sha256}")
+        for name, excess in found[hessian].items():
+            print(f"  {name:24}{float(excess[-1].median()):12.4g}")
+    title = f"trace quadratic, {options.seeds} seeds, lr {LR:g}, beta {BETAS}"
+    plot(found, options.output / "trace-quadratic.png", title)
+    ends = {
+        hessian: {name: excess[-1].tolist() for name, excess in runs.items()}
+        for hessian, runs in found.items()
+    }
+    record = {"steps": options.steps, "seeds": options.seeds, "ends": ends}
+    (options.output / "trace-quadratic.json").write_text(json.dumps(record) + "\n")
+    print(f"written: {options.output / 'trace-quadratic.png'}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
