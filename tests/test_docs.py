@@ -1,0 +1,93 @@
+"""Every Python block of the documentation runs, page by page, and every page and link is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from swap_support import DOUBLES, modules_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md")) + sorted((DOCS / "families").glob("*.md"))
+PAGES += sorted((DOCS / "migrate").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDS = re.compile(r"^# needs: (.+)$", re.MULTILINE)
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(DOCS))
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Line and source of every block."""
+    text = page.read_text()
+    return [(text[: m.start()].count("\n") + 2, m.group(1)) for m in BLOCK.finditer(text)]
+
+
+@pytest.fixture(autouse=True)
+def surroundings() -> Iterator[None]:
+    """The public packages are small stand-ins here, and nothing is left behind."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with modules_of([DOUBLES]):
+        yield
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_blocks_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, source in blocks(page):
+        needs = NEEDS.search(source)
+        missing = [
+            name
+            for name in (needs.group(1).split(", ") if needs else [])
+            if importlib.util.find_spec(name) is None
+        ]
+        if not missing:
+            # Line numbers of the page, for tracebacks.
+            code = compile("\n" * (line - 1) + source, str(page), "exec")
+            exec(code, namespace)
+
+
+def test_the_packages_of_recipes_are_known() -> None:
+    """A misspelt name would leave its block out for ever."""
+    named = {
+        name
+        for page in PAGES
+        for _, source in blocks(page)
+        for group in NEEDS.findall(source)
+        for name in group.split(", ")
+    }
+    assert named == {"lightning", "transformers", "accelerate"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (DOCS.parent / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"[\w/-]+\.md", navigation.partition("nav:")[2]))
+    assert listed == {name_of(page) for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_snippets_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).is_file(), target
+    for snippet in re.findall(r'--8<-- "([^"]+)"', text):
+        assert (DOCS / snippet).read_text().startswith("| ")
+
+
+def test_every_family_and_target_has_a_page() -> None:
+    from spectral_kernels.swap import ADAPTERS
+
+    families = {path.stem for path in (DOCS / "families").glob("*.md")}
+    sources = (DOCS.parent / "python" / "spectral_kernels").glob("*.py")
+    assert families <= {path.stem for path in sources}
+    index = (DOCS / "migrate" / "index.md").read_text()
+    for adapter in ADAPTERS:
+        assert f"`{adapter.name}`" in index
