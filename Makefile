@@ -9,7 +9,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*)
 
-.PHONY: demo test test-long lint format bench papers docs clean setup
+.PHONY: demo test test-long lint format bench papers parity docs clean setup
 
 setup: $(VENV)/.built
 
@@ -49,6 +49,11 @@ bench: $(VENV)/.built
 # Hours on a laptop at full size; PAPERS='--scale 0.1 --trials 3' is a look.
 papers: $(VENV)/.built
 	$(RUN) python examples/papers.py $(PAPERS)
+
+# PEERS: a folder with clones of the public optimizers, see tests/golden/parity.py.
+parity: $(VENV)/.built
+	$(RUN) SPECTRAL_KERNELS_PEERS=$(abspath $(PEERS)) pytest tests/test_parity.py \
+	  tests/test_swap_parity.py tests/test_swap_orthogonalizers.py
 
 docs: $(VENV)/.built
 	$(RUN) pip install --quiet --editable '.[docs]' --no-build-isolation && mkdocs build --strict

@@ -22,14 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import char_gpt
 import torch
 import trace_quadratic
+from characters import Characters
 from digits import Autoencoder, Convolutional, Perceptron
 from matrix_problem import MatrixProblem
 from moe import MixtureOfExperts
 from spectral_kernels.benchmarks import plots, run
-from torch import Tensor, nn
+from torch import Tensor
 from workload import CHOICES, History, Task, plot_losses, progress, running_mean, train
 
 TUNING_SEED = 1000
@@ -59,26 +59,6 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "Shampoo 1/2, roots every 10 steps": ("shampoo-half", {}),
 }
-
-
-class Characters(Task):
-    """The character-level transformer of char_gpt.py."""
-
-    name = "char-gpt"
-
-    def __init__(self) -> None:
-        self.text = char_gpt.Text.load()
-        self.sha256 = self.text.sha256
-
-    def model(self) -> nn.Module:
-        return char_gpt.CharGPT(self.text.characters)
-
-    def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        return model.loss(self.text.batch(self.text.train, generator))
-
-    def evaluate(self, model: nn.Module) -> float:
-        fixed = torch.Generator().manual_seed(1234)
-        return float(model.loss(self.text.batch(self.text.held_back, fixed, 256)))
 
 
 TASKS: Mapping[str, type[Task]] = {

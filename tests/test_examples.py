@@ -24,6 +24,7 @@ NAMES = (
     "matrix_problem",
     "trace_quadratic",
     "char_gpt",
+    "characters",
     "papers",
 )
 
@@ -84,6 +85,15 @@ def test_experts_are_batches_of_matrices(tmp_path: Path) -> None:
     task.loss(model, torch.Generator().manual_seed(0)).backward()
     chosen.step()
     assert chosen.state[model.experts.up]["step"].shape == (moe.EXPERTS,)
+
+
+def test_characters(tmp_path: Path) -> None:
+    characters = load("characters")
+    short = ["--optimizers", "muon,kl-shampoo", "--steps", "2", "--output", str(tmp_path)]
+    characters.main(characters.Characters(), short)
+    runs = json.loads((tmp_path / "char-gpt.json").read_text())["runs"]
+    assert set(runs) == {"Muon", "KL-Shampoo"}
+    assert (tmp_path / "char-gpt.png").exists()
 
 
 def test_matrix_problem_has_its_optimum() -> None:

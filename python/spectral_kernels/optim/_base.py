@@ -17,7 +17,6 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _checks, _dispatch
 from . import _diagnostics, _routing, _rules
-from ._diagnostics import Diagnostics, ParameterDiagnostics
 from ._forms import Form, Layout, Slot, adamw_layout, form_of
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -61,7 +60,7 @@ class Plan:
     parts: list[Part]
 
 
-class MatrixOptimizer(Optimizer):
+class MatrixOptimizer(_diagnostics.Watched, Optimizer):
     """Base of the optimizers: matrices by one list operator, everything else by AdamW.
 
     A subclass names its operator and hyper-parameters, lays out the state of a parameter, and turns
@@ -74,7 +73,6 @@ class MatrixOptimizer(Optimizer):
     _structure: ClassVar[tuple[str, ...]] = ()
     _matrix_rules: ClassVar[Mapping[str, _rules.Rule]]
     _every_rule: ClassVar[Mapping[str, _rules.Rule]]
-    _watch: _diagnostics.Watch | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], adamw: Values | None) -> None:
         given = dict(adamw or {})
@@ -127,12 +125,6 @@ class MatrixOptimizer(Optimizer):
             if name != "step" and isinstance(slot, Slot)
         ]
         return [[matrices, *tensors, state["step"]]]
-
-    def _side_figures(
-        self, name: str, state: Values, block: int, values: Values
-    ) -> tuple[float | None, float | None]:
-        """Condition of a block's factor, "left" or "right", and residual of its root or basis."""
-        return None, None
 
     def _adopt_values(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values of a group that other code saved, under our names."""
@@ -468,90 +460,6 @@ class MatrixOptimizer(Optimizer):
     def skipped(self) -> int:
         """How many matrices have been skipped so far, for a non-finite gradient, say."""
         return sum(int(counter) for counter in self._skipped.values())
-
-    # Diagnostics.
-
-    def watch(self, every: int = 1) -> None:
-        """Measures every so-and-so-many-th step from now on, for `diagnostics`.
-
-        A measured step runs twice, first on matrices of zero and a copy of the state; its own
-        result keeps its bits. Other steps cost nothing, and neither does an optimizer that is not
-        watched. State dicts, copies and pickles are not watched.
-
-        Args:
-            every: how often; 0 stops.
-
-        Raises:
-            TypeError, ValueError: not an int of at least 0.
-        """
-        every = _checks.integer("every", every, 0, None)
-        self._watch = _diagnostics.Watch(every) if every else None
-
-    def diagnostics(self) -> Diagnostics:
-        """What the last measured step did, and the condition of the state as it is now.
-
-        Eigenvalues are taken in float64 here, not in the step; this waits for the device.
-
-        Raises:
-            RuntimeError: no step has been measured, see `watch`.
-        """
-        watch = self._measured()
-        parameters = {}
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                name = self._name(index, position)
-                if group["algorithm"] == "matrix" and name in watch.updates:
-                    parameters[name] = self._figures(watch, name, param, group)
-                elif group["algorithm"] == "adamw" and self.state[param]:
-                    steps = int(self.state[param]["step"])
-                    parameters[name] = ParameterDiagnostics(
-                        "adamw", "torch", tuple(param.shape), steps
-                    )
-        return Diagnostics(watch.measured, self.skipped, parameters)
-
-    def updates(self) -> dict[str, list[Tensor]]:
-        """The updates of the last measured step, for a learning rate of 1 and without weight decay.
-
-        Returns:
-            parameter -> one tensor (..., m, n) for every block, in row-major order; what the step
-            subtracted, in the parameter's dtype.
-
-        Raises:
-            RuntimeError: no step has been measured, see `watch`.
-        """
-        return {name: list(blocks) for name, blocks in self._measured().updates.items()}
-
-    def _measured(self) -> _diagnostics.Watch:
-        if self._watch is None or not self._watch.measured:
-            raise RuntimeError("no step has been measured: call watch() before step()")
-        return self._watch
-
-    def _figures(
-        self, watch: _diagnostics.Watch, name: str, param: Tensor, group: Group
-    ) -> ParameterDiagnostics:
-        state, updates = self.state[param], watch.updates[name]
-        rms, error = _diagnostics.update_figures(updates)
-        sides: dict[str, float | None] = {}
-        for side in ("left", "right"):
-            figures = [
-                self._side_figures(side, state, block, group) for block in range(len(updates))
-            ]
-            for key, values in zip(
-                ("condition", "residual"), zip(*figures, strict=True), strict=True
-            ):
-                known = [value for value in values if value is not None]
-                sides[f"{side}_{key}"] = max(known, default=None)
-        failures = [int(block.max()) for block in state.get("root_failures", ()) if block.numel()]
-        return ParameterDiagnostics(
-            algorithm="matrix",
-            backend=watch.backends[name],
-            shape=tuple(param.shape),
-            steps=int(state["step"].min()) if state["step"].numel() else 0,
-            update_rms=rms,
-            orthogonality_error=error,
-            root_failures=max(failures, default=0),
-            **sides,
-        )
 
     # State.
 

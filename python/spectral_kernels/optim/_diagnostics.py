@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _checks, _dispatch
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,110 @@ class Watch:
         for name, moved in zip(names, zeros, strict=True):
             self.updates.setdefault(name, []).append(moved.neg_())
             self.backends[name] = backend
+
+
+class Watched:
+    """The part of an optimizer that measures its steps; a subclass is a torch optimizer too."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _watch: Watch | None = None
+
+    @property
+    def skipped(self) -> int:
+        """How many matrices have been skipped so far."""
+        raise NotImplementedError
+
+    def _name(self, index: int, position: int) -> str:
+        raise NotImplementedError
+
+    def _side_figures(
+        self, name: str, state: Mapping[str, Any], block: int, values: Mapping[str, Any]
+    ) -> tuple[float | None, float | None]:
+        """Condition of a block's factor, "left" or "right", and residual of its root or basis."""
+        return None, None
+
+    def watch(self, every: int = 1) -> None:
+        """Measures every so-and-so-many-th step from now on, for `diagnostics`.
+
+        A measured step runs twice, first on matrices of zero and a copy of the state; its own
+        result keeps its bits. Other steps cost nothing, and neither does an optimizer that is not
+        watched. State dicts, copies and pickles are not watched.
+
+        Args:
+            every: how often; 0 stops.
+
+        Raises:
+            TypeError, ValueError: not an int of at least 0.
+        """
+        every = _checks.integer("every", every, 0, None)
+        self._watch = Watch(every) if every else None
+
+    def diagnostics(self) -> Diagnostics:
+        """What the last measured step did, and the condition of the state as it is now.
+
+        Eigenvalues are taken in float64 here, not in the step; this waits for the device.
+
+        Raises:
+            RuntimeError: no step has been measured, see `watch`.
+        """
+        watch = self._measured()
+        parameters = {}
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                name = self._name(index, position)
+                if group["algorithm"] == "matrix" and name in watch.updates:
+                    parameters[name] = self._figures(watch, name, param, group)
+                elif group["algorithm"] == "adamw" and self.state[param]:
+                    steps = int(self.state[param]["step"])
+                    parameters[name] = ParameterDiagnostics(
+                        "adamw", "torch", tuple(param.shape), steps
+                    )
+        return Diagnostics(watch.measured, self.skipped, parameters)
+
+    def updates(self) -> dict[str, list[Tensor]]:
+        """The updates of the last measured step, for a learning rate of 1 and without weight decay.
+
+        Returns:
+            parameter -> one tensor (..., m, n) for every block, in row-major order; what the step
+            subtracted, in the parameter's dtype.
+
+        Raises:
+            RuntimeError: no step has been measured, see `watch`.
+        """
+        return {name: list(blocks) for name, blocks in self._measured().updates.items()}
+
+    def _measured(self) -> Watch:
+        if self._watch is None or not self._watch.measured:
+            raise RuntimeError("no step has been measured: call watch() before step()")
+        return self._watch
+
+    def _figures(
+        self, watch: Watch, name: str, param: Tensor, group: Mapping[str, Any]
+    ) -> ParameterDiagnostics:
+        state, updates = self.state[param], watch.updates[name]
+        rms, error = update_figures(updates)
+        sides: dict[str, float | None] = {}
+        for side in ("left", "right"):
+            figures = [
+                self._side_figures(side, state, block, group) for block in range(len(updates))
+            ]
+            for key, values in zip(
+                ("condition", "residual"), zip(*figures, strict=True), strict=True
+            ):
+                known = [value for value in values if value is not None]
+                sides[f"{side}_{key}"] = max(known, default=None)
+        failures = [int(block.max()) for block in state.get("root_failures", ()) if block.numel()]
+        return ParameterDiagnostics(
+            algorithm="matrix",
+            backend=watch.backends[name],
+            shape=tuple(param.shape),
+            steps=int(state["step"].min()) if state["step"].numel() else 0,
+            update_rms=rms,
+            orthogonality_error=error,
+            root_failures=max(failures, default=0),
+            **sides,
+        )
 
 
 def update_figures(updates: Sequence[Tensor]) -> tuple[float | None, float | None]:
