@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import spectral_kernels as sk
 import torch
 from swap_support import DOUBLES, modules_of
 
@@ -80,6 +81,21 @@ def test_links_and_snippets_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).is_file(), target
     for snippet in re.findall(r'--8<-- "([^"]+)"', text):
         assert (DOCS / snippet).read_text().startswith("| ")
+
+
+def test_bands_of_the_coefficients() -> None:
+    row = re.compile(r"^\| `(\w+)` \| (\d+) \| ([\d.]+)–([\d.]+) \| ([\d.]+)–([\d.]+) \|", re.M)
+    found = row.findall((DOCS / "families" / "newton_schulz.md").read_text())
+    assert len(found) == 8
+    for name, steps, *band in found:
+        chosen = sk.coefficients.resolve(name)
+        assert len(chosen.rows) == int(steps)
+        for low, (least, most) in ((-2.0, band[:2]), (-3.0, band[2:])):
+            s = torch.logspace(low, 0.0, 20001, dtype=torch.float64)
+            s /= chosen.norm_factor
+            for a, b, c in chosen.rows:
+                s = a * s + b * s**3 + c * s**5
+            assert (f"{float(s.min()):.3f}", f"{float(s.max()):.3f}") == (least, most), name
 
 
 def test_every_family_and_target_has_a_page() -> None:
