@@ -24,7 +24,7 @@ FOLDERS = {
 def wheel(tmp_path_factory) -> Path:
     """A wheel of the working tree, compiled anew."""
     pip = [sys.executable, "-m", "pip"]
-    # Not importlib's find_spec: looking for pip makes setuptools' import hook give up its distutils.
+    # Not importlib's find_spec: looking for pip turns setuptools' own distutils off.
     if subprocess.run([*pip, "--version"], check=False, capture_output=True).returncode:
         pytest.skip("needs pip")
     folder = tmp_path_factory.mktemp("wheel")

@@ -614,6 +614,8 @@ def muon_steps(draw):
             st.one_of(st.tuples(sizes, sizes), st.tuples(st.just(2), sizes, sizes)), max_size=4
         )
     )
+    # One element nearly cancels in the step now and then, and nothing is accurate then.
+    shapes = [s for s in shapes if s[-1] * s[-2] > 1]
     dtypes = [draw(st.sampled_from(FLOATS)) for _ in shapes]
     return later_step(
         "muon_step_",
@@ -633,8 +635,7 @@ def muon_steps(draw):
 
 @fuzzed(muon_steps(), long=3000)
 def test_any_muon_step(case):
-    # Plain torch rounds little on a 1 x 1 matrix, and the step may nearly cancel the parameter.
-    assert_step_rule(case, "cpu", roundings=60.0)
+    assert_step_rule(case, "cpu", roundings=20.0)
 
 
 def test_semidefinite_input_has_the_identity_for_polar_factor():
