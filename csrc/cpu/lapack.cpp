@@ -1,23 +1,18 @@
 #include "lapack.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/diagonal.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/max.h>
 #include <ATen/ops/sign.h>
 #include <ATen/ops/where.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "parallel.h"
 
@@ -92,24 +87,6 @@ bool eigh(int64_t n, double* a, double* values, double* vectors) {
     at::from_blob(values, {n}, at::kDouble).copy_(w);
     view(vectors, n, n).copy_(v);
   });
-}
-
-double inverse_norm(int64_t n, const void* a, DType dtype, const double* signs, int64_t probes) {
-  double growth = 0;
-  const bool done = converged([&] {
-    const auto type = dtype == DType::kF64 ? at::kDouble : at::kFloat;
-    const at::Tensor matrix = at::from_blob(const_cast<void*>(a), {n, n}, type);
-    const auto [factor, info] = at::linalg_cholesky_ex(matrix);
-    if (*info.const_data_ptr<int>() != 0) return;
-    at::Tensor v = view(const_cast<double*>(signs), n, probes).to(type);
-    for (int step = 0; step < 3; step++) {
-      const at::Tensor length = at::linalg_vector_norm(v, 2, at::IntArrayRef{0});
-      v = at::cholesky_solve(v.div(length), factor);
-      growth =
-          at::linalg_vector_norm(v, 2, at::IntArrayRef{0}).max().to(at::kDouble).item<double>();
-    }
-  });
-  return done && std::isfinite(growth) ? growth : 0;
 }
 
 bool householder_q(int64_t n, double* a, double* q) {

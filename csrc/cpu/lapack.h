@@ -16,10 +16,6 @@ void lapack_jobs(int64_t jobs, const std::function<void(int64_t)>& job);
 // From within a job. `a` is a contiguous row-major fp64 matrix. False if LAPACK did not converge.
 // A = V diag(values) Vᵀ, values ascending, V row-major; A may be overwritten.
 bool eigh(int64_t n, double* a, double* values, double* vectors);
-// A lower bound, tight within 1.5 in all but strange cases, of ||A⁻¹||₂ of a symmetric A of the
-// given dtype, from three steps of inverse iteration on the columns of the n x `probes` matrix of
-// signs; 0 if A has no Cholesky factor.
-double inverse_norm(int64_t n, const void* a, DType dtype, const double* signs, int64_t probes);
 // The orthogonal factor of A = Q R, with a non-negative diagonal of R.
 bool householder_q(int64_t n, double* a, double* q);
 // The polar factor of an m x n matrix on the singular values above `threshold` times the largest.

@@ -22,6 +22,7 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kProbes = 8;  // columns of the sign matrix that residuals are taken on
+constexpr double kGap = 8;      // between a spectrum's end and its rows' that asks for others
 
 double unit_roundoff(Kind kind) {
   return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
@@ -105,8 +106,8 @@ class RootProblem {
       const bool ridged = delta_ >= 4 * u_ * nu_;
       if (options_.method == "iteration" || ridged) {
         const double low = ridged ? delta_ / nu_ : 4 * u_;
-        for (const double attempt : {std::max(low, lower_end()), low / 16})
-          if (iterate(attempt, residual_limit(kind_, low), out)) return result_;
+        for (const double attempt : {low, low / 16})
+          if (iterate(attempt, residual_limit(kind_, low), true, out)) return result_;
         eigen(out);
         if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
         return result_;
@@ -179,27 +180,10 @@ class RootProblem {
     if (own_square) release(square);
   }
 
-  // A power of two below the smallest eigenvalue of B / nu, or 0 (see the reference). Rows for a
-  // spectrum that goes further down than B's are more of them and lose accuracy.
-  double lower_end() {
-    const size_t n = size_t(n_);
-    std::vector<char> matrix(n * n * (kind_ == Kind::kF64 ? sizeof(double) : sizeof(float)));
-    const DType dtype = kind_ == Kind::kF64 ? DType::kF64 : DType::kF32;
-    Combine unpack;
-    unpack.a = b_;
-    unpack.alpha = 1 / nu_;
-    unpack.store = Matrix{matrix.data(), n_, n_, n_, 1, dtype};
-    run(unpack, threads_);
-    const std::vector<double> signs = probe_signs(n_);
-    double growth = 0;
-    lapack_jobs(1, [&](int64_t) {
-      growth = inverse_norm(n_, matrix.data(), dtype, signs.data(), kProbes);
-    });
-    return growth > 0 ? std::exp2(std::floor(std::log2(0.5 / growth))) : 0;
-  }
-
-  // True, with the root written, if the residual and the diagonal accept it.
-  bool iterate(double low, double limit, const Matrix& out) {
+  // True, with the root written, if the residual and the diagonal accept it. With `refine` a
+  // spectrum that turns out to end far above `low` is done again with the rows for it: those for
+  // `low` have cost it up to two digits.
+  bool iterate(double low, double limit, bool refine, const Matrix& out) {
     const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(low, u_));
     Panels m = b_, x = {};
     for (size_t step = 0; step < rows.size(); step++) {
@@ -247,6 +231,13 @@ class RootProblem {
       most = std::max(most, element(x, i, i));
     }
     const bool accepted = residual <= limit && least > 0;
+    if (accepted && refine) {
+      const double end = lower_end(x);
+      if (end >= kGap * low) {
+        release(x);
+        return iterate(end, limit, false, out) || iterate(low, limit, false, out);
+      }
+    }
     if (accepted) {
       result_.status = RootStatus::kConverged;
       result_.steps = int64_t(rows.size());
@@ -273,6 +264,30 @@ class RootProblem {
     if (write_failures_ || largest <= most) return true;
     result_.status = RootStatus::kStagnated;
     return false;
+  }
+
+  // A power of two, at most about half the smallest eigenvalue of B / nu, from its root X.
+  double lower_end(const Panels& x) {
+    const std::vector<double> signs = probe_signs(n_);
+    Workspace workspace(2 * panel_bytes(n_, kProbes, kind_));
+    Panels y = take_panels(workspace, n_, kProbes, kind_),
+           z = take_panels(workspace, n_, kProbes, kind_);
+    Pack pack;
+    pack.x = Matrix{const_cast<double*>(signs.data()), n_, kProbes, kProbes, 1, DType::kF64};
+    pack.out = y;
+    run(pack, 1);
+    double before = 1;
+    for (int step = 0; step < 4; step++) {
+      if (step == 3) before = sum_of_squares(y, 1);
+      Product p;
+      p.a = x;
+      p.b = y;
+      p.out = z;
+      run(p, threads_);
+      std::swap(y, z);
+    }
+    const double growth = std::sqrt(sum_of_squares(y, 1) / before);
+    return std::exp2(std::floor(std::log2(0.5 * std::pow(growth, -double(options_.p)))));
   }
 
   // ||(X^floor(p/2) (B / nu) X^ceil(p/2) - I) Omega||_F / ||Omega||_F

@@ -56,9 +56,7 @@ def inverse_root(
 
     A is scaled by 2^-e, e the largest multiple of p with 2^e <= max(max |A|, ridge), then replaced
     by (A + A^T) / 2, so that A 2^(p k) gives the bits of A, times 2^-k. With B = A + delta I,
-    nu = sqrt(||B^2||_F) (1 + 4u), u the unit roundoff of A's dtype, and l0 = delta / nu, or more
-    where the spectrum is measured to end higher (`_lower_end`): rows for a spectrum that goes down
-    to 1e-6 lose two digits on one that ends at 0.1.
+    nu = sqrt(||B^2||_F) (1 + 4u), u the unit roundoff of A's dtype, and l0 = delta / nu:
 
     "iteration" (C7): M = B / nu, X = I; for every row N = a I + b M + c M^2 of
         `root_schedule(l0, p, root_tolerance(l0, u))`: X <- N X, M <- N^p M; the root is
@@ -76,9 +74,11 @@ def inverse_root(
     All but "eigen" work in A's dtype, the products of "iteration" and "newton" mirrored from their
     lower triangles, and are checked: with Omega the fixed n x 8 sign matrix of `sign_matrix`,
         residual = ||(X^floor(p/2) B X^ceil(p/2) - I) Omega||_F / ||Omega||_F
-    must be at most 0.25 (float64: at most max(1e-6, 1e-12 nu / delta) too, 1e-6 where the ridge is
-    below 4u nu) and the diagonal of X be positive. Otherwise "iteration" runs once more from
-    delta / (16 nu), and then "eigen" takes over.
+    must be at most 0.25 (float64: at most max(1e-6, 1e-12 / l0) too, 1e-6 where the ridge is below
+    4u nu) and the diagonal of X be positive. Otherwise "iteration" runs once more from l0 / 16, and
+    then "eigen" takes over. Where the root shows that the spectrum ends at 8 l0 or higher
+    (`_lower_end`), "iteration" begins again from there: rows for a spectrum that goes down to 1e-6
+    lose two digits on one that ends at 0.1.
     For "eigen" the residual is taken in float64 on the range P of the eigenvalues of B above
     max(cut, 1e-12) of the largest, P (...) P in place of (...) and P X for X, with 1 / l0 the
     condition number there: rounding in B hides what lies below.
@@ -158,38 +158,45 @@ def _scaled_root(a: Tensor, delta: Tensor, p: int, method: str) -> tuple[Tensor,
         return root, status, 0, residual
     low = float(delta) / nu if ridged else 4.0 * u
     m = b / nu
-    attempts = (max(low, _lower_end(m)), low / 16.0) if method == "iteration" else (low,)
+    limit = _residual_limit(a.dtype, low if ridged else 1.0)
+    attempts = [low, low / 16.0] if method == "iteration" else [low]
     for attempt in attempts:
-        if method == "iteration":
-            x, steps = _iterate(m, root_schedule(attempt, p, root_tolerance(attempt, u)), p)
-        elif method == "newton":
-            x, steps = _newton(m, p)
-        else:
-            x, steps = _newton_db(m, p)
-        residual = _residual(x, m, sign_matrix(x), p)
-        if residual <= _residual_limit(a.dtype, low if ridged else 1.0) and bool(
-            (x.diagonal() > 0.0).all()
-        ):
-            return nu ** (-1.0 / p) * x, CONVERGED, steps, residual
+        found = _attempt(m, p, method, attempt, limit)
+        if found is None:
+            continue
+        if method == "iteration" and (end := _lower_end(found[0], p)) >= 8.0 * attempt:
+            found = _attempt(m, p, method, end, limit) or found
+        x, steps, residual = found
+        return nu ** (-1.0 / p) * x, CONVERGED, steps, residual
     root, status, residual = _eigen_root(a, float(delta), p)
     return root, FELL_BACK if status == CONVERGED else status, 0, residual
 
 
-def _lower_end(m: Tensor) -> float:
-    """A power of two, 0.35 to 0.5 times M's smallest eigenvalue or less; 0 where M may have none.
+def _attempt(
+    m: Tensor, p: int, method: str, low: float, limit: float
+) -> tuple[Tensor, int, float] | None:
+    """Root of M, steps and residual, or None where the checks refuse it."""
+    if method == "iteration":
+        x, steps = _iterate(
+            m, root_schedule(low, p, root_tolerance(low, unit_roundoff(m.dtype))), p
+        )
+    elif method == "newton":
+        x, steps = _newton(m, p)
+    else:
+        x, steps = _newton_db(m, p)
+    residual = _residual(x, m, sign_matrix(x), p)
+    accepted = residual <= limit and bool((x.diagonal() > 0.0).all())
+    return (x, steps, residual) if accepted else None
 
-    By three steps of inverse iteration on `sign_matrix` with M's Cholesky factor. The smallest
-    eigenvalue comes out at most 1.4 times too large in all but strange cases, which the residual
-    shows.
+
+def _lower_end(x: Tensor, p: int) -> float:
+    """A power of two, at most about half the smallest eigenvalue of M, from its root X.
+
+    By four power steps of X on `sign_matrix`, the last of which shows ||X||_2.
     """
-    factor, info = torch.linalg.cholesky_ex(m)
-    if int(info):
-        return 0.0
-    v, growth = sign_matrix(m), 1.0
-    for _ in range(3):
-        v = torch.cholesky_solve(v / v.norm(dim=0), factor)
-        growth = float(v.norm(dim=0).max())
-    return 2.0 ** math.floor(math.log2(0.5 / growth)) if 0.0 < growth < math.inf else 0.0
+    y = x @ (x @ (x @ sign_matrix(x)))
+    growth = norm(x @ y) / norm(y)
+    return 2.0 ** math.floor(math.log2(0.5 * growth**-p))
 
 
 def _iterate(m: Tensor, rows: Rows, p: int) -> tuple[Tensor, int]:
