@@ -209,17 +209,18 @@ void RotatedStep::refresh(const Matrix& v, bool permute) {
     if (std::isnan(max_abs(basis, threads_)) || std::isnan(max_abs(factor, threads_)))
       return fill(basis, kNaN);
     const Refresh result = refresh_eigenbasis(basis, factor, permute, basis, threads_);
-    if (!permute || !v) return;
+    if (!permute || !v || std::is_sorted(result.order.begin(), result.order.end())) return;
     std::vector<double> old = saved(v);
-    for (int64_t i = 0; i < m_; i++)
-      for (int64_t j = 0; j < n_; j++) {
-        const int64_t k = result.order[size_t(rows ? i : j)];
-        Matrix place = v;
-        place.data = static_cast<char*>(v.data) +
-                     (i * v.row_stride + j * v.col_stride) * int64_t(element_size(v.dtype));
-        place.rows = place.cols = 1;
-        fill(place, old[size_t(rows ? k * n_ + j : i * n_ + k)]);
-      }
+    const Matrix from{old.data(), m_, n_, n_, 1, DType::kF64};
+    const auto line = [rows](Matrix matrix, int64_t k) {
+      const int64_t stride = rows ? matrix.row_stride : matrix.col_stride;
+      matrix.data =
+          static_cast<char*>(matrix.data) + k * stride * int64_t(element_size(matrix.dtype));
+      (rows ? matrix.rows : matrix.cols) = 1;
+      return matrix;
+    };
+    for (size_t k = 0; k < result.order.size(); k++)
+      copy_scaled(line(from, result.order[k]), 0, line(v, int64_t(k)));
   };
   renew(sides_.left_basis, sides_.left, true);
   renew(sides_.right_basis, sides_.right, false);
