@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,11 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 # Sets that this processor lacks are no parameters: a skip of every test in every such set would
 # bury the other skips. The summary names them, and test_tiles.py skips them once.
 REFUSED = {isa: why for isa in ISAS if _extension.MODULE is not None and (why := refusal(isa))}
-BACKENDS = (*(f"cpu-{isa}" for isa in ISAS if isa not in REFUSED), "reference")
+BACKENDS = (*(f"cpu-{isa}" for isa in ISAS if isa not in REFUSED), "reference", "triton")
+
+# Triton decides when it is imported whether kernels are interpreted, so they have a run of their
+# own: `TRITON_INTERPRET=1 pytest`.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # One example of a list step takes a few milliseconds; a slow machine is no failure.
 settings.register_profile(
@@ -45,7 +49,11 @@ class Backend:
     isa: str | None
 
 
-@pytest.fixture(params=BACKENDS)
+def _param(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.triton) if name == "triton" else name
+
+
+@pytest.fixture(params=[_param(name) for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Everything in the test runs on one backend, the CPU kernels with one instruction set.
 
@@ -53,6 +61,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """
     request.node.user_properties.append(("backend", request.param))
     name, _, isa = request.param.partition("-")
+    if name == "triton" and torch.float64 in request.node.callspec.params.values():
+        pytest.skip("the Triton kernels compute in float32 at most")
     if name == "cpu" and _extension.MODULE is None:
         pytest.skip(_extension.REASON)
     if isa:
@@ -97,13 +107,28 @@ def same_threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves `long` tests to runs that ask for them with -m."""
+    """Leaves `long` tests to runs that ask for them with -m, and Triton's to a run of their own."""
+    others = [item for item in items if bool(item.get_closest_marker("triton")) != INTERPRETING]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
     if config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("long")]
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in set(long)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Where Triton has no kernel for a case, it says so, and the case is none of its tests."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if item.get_closest_marker("triton") and str(error).startswith("backend cannot run"):
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

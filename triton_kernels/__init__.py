@@ -6,3 +6,19 @@ must fail to import, not stand in for it.
 
 if __name__ != "spectral_kernels.triton_kernels":
     raise ImportError("this is spectral_kernels.triton_kernels, not the package triton_kernels")
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+# Operator -> the family that holds it. What is missing here has no Triton kernel.
+FAMILIES = {
+    "gram": "symmetric_matmul",
+    "newton_schulz": "newton_schulz",
+    "muon_step_": "newton_schulz",
+}
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The function of an operator, under the reference's signature."""
+    return getattr(importlib.import_module(f".{FAMILIES[name]}", __name__), name)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _extension, _native, reference
@@ -56,7 +57,7 @@ class _Asked(threading.local):
 
 
 _asked = _Asked()
-_reference_counts: dict[str, int] = {}
+_python_counts: dict[str, int] = {}
 _counts_lock = threading.Lock()
 
 
@@ -125,7 +126,30 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
-        return "there are no Triton kernels for it yet"
+        if not (torch.cuda.is_available() or _interpreting()):
+            return "there is no card, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs kernels on CPU tensors, which it decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def _triton_rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
+    from . import triton_kernels
+
+    if op not in triton_kernels.FAMILIES:
+        return "it has no Triton kernel"
+    for tensor in tensors:
+        if tensor.ndim < 2:
+            continue  # a counter or a learning rate
+        if tensor.device.type != "cuda" and not _interpreting():
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "its kernels compute in float32 at most, and a tensor is float64"
+    if options.get("compute_dtype") == torch.float64:
+        return "its kernels compute in float32 at most, not in float64"
     return None
 
 
@@ -135,6 +159,8 @@ def _rejection(
     reason = unavailable(backend)
     if reason is not None:
         return reason
+    if backend == "triton":
+        return _triton_rejection(op, tensors, options)
     if backend == "cpu":
         for tensor in tensors:
             if tensor.device.type != "cpu":
@@ -194,13 +220,23 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
     if chosen.backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.rejected.items())
         raise RuntimeError(f"backend cannot run {op}: {reasons}")
-    if chosen.backend == "reference":
-        with _counts_lock:
-            _reference_counts[op] = _reference_counts.get(op, 0) + 1
-        function: Callable[..., Any] = getattr(reference, op)
-    else:
+    function: Callable[..., Any]
+    if chosen.backend in ("cpu", "cuda"):
         function = _native.operator(op)
+    else:
+        with _counts_lock:
+            key = f"{op}/{chosen.backend}"
+            _python_counts[key] = _python_counts.get(key, 0) + 1
+        function = _python_operator(chosen.backend, op)
     return function(*args, **options)
+
+
+def _python_operator(backend: str, op: str) -> Callable[..., Any]:
+    if backend == "reference":
+        return getattr(reference, op)
+    from . import triton_kernels
+
+    return triton_kernels.operator(op)
 
 
 def call_counts(*, reset: bool = False) -> dict[str, int]:
@@ -213,9 +249,9 @@ def call_counts(*, reset: bool = False) -> dict[str, int]:
     if _extension.MODULE is not None:
         counts.update(_extension.MODULE.call_counts())
     with _counts_lock:
-        counts.update({f"{op}/reference": count for op, count in _reference_counts.items()})
+        counts.update(_python_counts)
         if reset:
-            _reference_counts.clear()
+            _python_counts.clear()
     if reset and _extension.MODULE is not None:
         _extension.MODULE.reset_call_counts()
     return dict(sorted(counts.items()))

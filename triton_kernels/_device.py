@@ -1,0 +1,136 @@
+"""What all kernels share: numbers, products and launches, alike on cards and in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton decides at import whether functions are compiled or interpreted.
+IS_INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+# Added to the unit of matrices whose addresses and strides are multiples of 16.
+ALIGNED = 4
+
+_launches = 0
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Runs `kernel` on a one-dimensional grid; no programs, no launch."""
+    global _launches
+    if programs:
+        _launches += 1
+        kernel[(programs,)](*args, **options)
+
+
+def launches() -> int:
+    """Kernels of this room that were launched since the start."""
+    return _launches
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """fp32 to a storage dtype, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(x == x, nearest, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def multiplied(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32."""
+    if INTERPRETED:
+        # The interpreter takes the bits of bf16 for integers, and knows one precision.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def exponent_of(x):
+    """e with 2^e <= x < 2^(e + 1) of fp32 x > 0, subnormal ones too."""
+    small = x < 7.888609052210118e-31  # 2^-100
+    normal = tl.where(small, x * 1.2676506002282294e30, x)
+    field = (normal.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return field - 127 - tl.where(small, 100, 0)
+
+
+@triton.jit
+def _power_of_two(e):
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled(x, e):
+    """x 2^e in two factors, each in range; exact where the result is normal."""
+    half = e >> 1
+    return x * _power_of_two(half) * _power_of_two(e - half)
+
+
+@triton.jit
+def element(table, matrix, column: tl.constexpr, columns: tl.constexpr):
+    """table[matrix, column] of a contiguous table."""
+    return tl.load(table + matrix * columns + column)
+
+
+@triton.jit
+def corner(layout, matrix, SPACE: tl.constexpr):
+    """Offset and leading dimension of a matrix in a workspace.
+
+    The hints have to stand where the numbers are loaded, or they are lost with the call.
+    """
+    at = layout + matrix * 9 + 3 + 2 * SPACE
+    start = tl.multiple_of(tl.load(at), 16)
+    ld = tl.multiple_of(tl.load(at + 1).to(tl.int32), 16)
+    return start, ld
+
+
+@triton.jit
+def placed(
+    places, matrix, swapped, first_row, first_col, rows, cols,
+    dtype: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Addresses of a tile of one of the caller's matrices, its rows and columns `swapped` or not.
+
+    UNIT is what is known when compiling, see `_layout.Places`; where the other stride is too large
+    for 32 bits, it is 2.
+    """
+    at = places + matrix * 3
+    if UNIT >= 4:
+        base = tl.multiple_of(tl.load(at).to(tl.pointer_type(dtype)), 16)
+        along = tl.multiple_of(tl.load(at + 1 + swapped), 16)
+        across = tl.multiple_of(tl.load(at + 2 - swapped), 16)
+    else:
+        base = tl.load(at).to(tl.pointer_type(dtype))
+        along = tl.load(at + 1 + swapped)
+        across = tl.load(at + 2 - swapped)
+    if UNIT % 4 == 1:
+        offsets = rows[:, None] * along.to(tl.int32) + cols[None, :]
+        return base + (first_row * along + first_col) + offsets
+    elif UNIT % 4 == 0:
+        offsets = rows[:, None] + cols[None, :] * across.to(tl.int32)
+        return base + (first_row + first_col * across) + offsets
+    else:
+        rows = first_row + rows
+        cols = first_col + cols
+        return base + (rows[:, None] * along + cols[None, :] * across)
+
+
+@triton.jit
+def within(first, lanes, size):
+    """Which lanes are below `size`, compared in 32 bits."""
+    return lanes < tl.minimum(size - first, 1 << 30).to(tl.int32)

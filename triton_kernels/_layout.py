@@ -1,0 +1,255 @@
+"""Where the matrices of a list stand: in the caller's tensors, and in padded workspaces.
+
+Workspaces hold the matrices oriented to be wide (s x l, s <= l), rows and columns padded with zeros
+to whole tiles, so that products need no masks and every row is aligned whatever the caller's shapes
+are. Zero rows and columns stay zero under everything that is done there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ._device import ALIGNED, IS_INTERPRETED
+
+# The three shapes that a matrix of a layout may have.
+SHORT = tl.constexpr(0)  # s x s
+WIDE = tl.constexpr(1)  # s x l
+LONG = tl.constexpr(2)  # l x l
+
+# Columns of a layout's table: rows and columns as the caller has them, whether they are swapped,
+# then offset and leading dimension in each of the three spaces.
+ROWS = tl.constexpr(0)
+COLS = tl.constexpr(1)
+TALL = tl.constexpr(2)
+AT = tl.constexpr(3)
+LD = tl.constexpr(4)
+COLUMNS = tl.constexpr(9)
+
+# Elements of a chunk of the passes that read the caller's matrices. A program of the interpreter
+# costs the same whatever its size.
+CHUNK_ROWS, CHUNK_COLS = (64, 256) if IS_INTERPRETED else (32, 128)
+
+_BAND = 8  # rows of tiles that share their columns in the cache
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Workspaces of a list of matrices.
+
+    Attributes:
+        shapes: (m, n) of every matrix.
+        padding: short and long sides are padded to multiples of it.
+        device: where they are.
+        table: int64, see the columns above.
+        sizes: elements of a workspace in each space.
+        chunks: (matrix, row, column) of every chunk of the padded matrices, as the caller has them.
+        spans: (first, count) of the chunks of every matrix.
+    """
+
+    shapes: tuple[Shape, ...]
+    padding: tuple[int, int]
+    device: torch.device
+    table: Tensor
+    sizes: tuple[int, int, int]
+    chunks: Tensor
+    spans: Tensor
+
+    @property
+    def count(self) -> int:
+        """The number of matrices."""
+        return len(self.shapes)
+
+    def empty(self, space: tl.constexpr, dtype: torch.dtype) -> Tensor:
+        """An uninitialised workspace."""
+        return torch.empty(self.sizes[space.value], dtype=dtype, device=self.device)
+
+    def triangle(self, space: tl.constexpr, tile: int) -> Tensor:
+        """(matrix, row, column) of the tiles on and below the diagonals of square matrices."""
+        return _tiles(self.shapes, self.padding, tile, self.device, space.value, True)
+
+    def triangle_spans(self, space: tl.constexpr, tile: int) -> Tensor:
+        """(first, count) of the tiles of every matrix in `triangle`."""
+        return _triangle_spans(self.shapes, self.padding, tile, self.device, space.value)
+
+    def tiles(
+        self,
+        tile: int,
+        chosen: tuple[int, ...] | None = None,
+        space: tl.constexpr = WIDE,
+    ) -> Tensor:
+        """(matrix, row, column) of all tiles, of all matrices or of some of them."""
+        return _tiles(self.shapes, self.padding, tile, self.device, space.value, False, chosen)
+
+
+def padded(size: int, padding: int) -> int:
+    """The next multiple of `padding`."""
+    return -(-size // padding) * padding
+
+
+def _sides(shape: Shape, padding: tuple[int, int]) -> tuple[int, int]:
+    """Short and long side, padded."""
+    return padded(min(shape), padding[0]), padded(max(shape), padding[1])
+
+
+@functools.cache
+def layout_of(
+    shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch.device
+) -> Layout:
+    """The layout of matrices of these shapes."""
+    rows, chunks, spans = [], [], []
+    at, chunk_count = [0, 0, 0], 0
+    for i, (m, n) in enumerate(shapes):
+        s, l = _sides((m, n), padding)
+        rows.append((m, n, int(m > n), at[0], s, at[1], l, at[2], l))
+        at = [at[0] + s * s, at[1] + s * l, at[2] + l * l]
+        height, width = (l, s) if m > n else (s, l)
+        grid = _grid(i, -(-height // CHUNK_ROWS), -(-width // CHUNK_COLS))
+        spans.append((chunk_count, len(grid)))
+        chunk_count += len(grid)
+        chunks.append(grid)
+    return Layout(
+        shapes,
+        padding,
+        device,
+        upload(torch.tensor(rows, dtype=torch.int64), device),
+        (at[0], at[1], at[2]),
+        upload(torch.cat(chunks), device),
+        upload(torch.tensor(spans, dtype=torch.int32), device),
+    )
+
+
+@functools.cache
+def _tiles(
+    shapes: tuple[Shape, ...],
+    padding: tuple[int, int],
+    tile: int,
+    device: torch.device,
+    space: int,
+    triangular: bool,
+    chosen: tuple[int, ...] | None = None,
+) -> Tensor:
+    grids = []
+    for i in range(len(shapes)) if chosen is None else chosen:
+        short, long = (side // tile for side in _sides(shapes[i], padding))
+        height = long if space == LONG.value else short
+        width = short if space == SHORT.value else long
+        grid = _grid(i, height, width)
+        grid = grid[grid[:, 1] >= grid[:, 2]] if triangular else grid
+        grids.append(grid[(grid[:, 1] // _BAND).argsort(stable=True)])
+    return upload(torch.cat(grids), device)
+
+
+@functools.cache
+def _triangle_spans(
+    shapes: tuple[Shape, ...],
+    padding: tuple[int, int],
+    tile: int,
+    device: torch.device,
+    space: int,
+) -> Tensor:
+    sides = [_sides(shape, padding)[space == LONG.value] // tile for shape in shapes]
+    counts = torch.tensor([side * (side + 1) // 2 for side in sides], dtype=torch.int32)
+    return upload(torch.stack([counts.cumsum(0).int() - counts, counts], 1), device)
+
+
+def _grid(matrix: int, height: int, width: int) -> Tensor:
+    """(matrix, row, column), rows varying fastest."""
+    pairs = torch.cartesian_prod(torch.arange(width), torch.arange(height)).flip(1)
+    return torch.cat([torch.full((len(pairs), 1), matrix), pairs], 1).to(torch.int32)
+
+
+# The caller's tensors.
+
+
+@dataclass(frozen=True)
+class Places:
+    """Matrices of a list of tensors of one dtype.
+
+    Attributes:
+        table: int64, (address, row stride, column stride) a matrix, on the device.
+        dtype: of all of them.
+        units: which of a matrix's strides is 1: 0 rows', 1 columns', 2 neither, or the other is
+            too large for 32 bits; ALIGNED more where address and strides are multiples of 16.
+    """
+
+    table: Tensor
+    dtype: torch.dtype
+    units: tuple[int, ...]
+
+    @property
+    def unit(self) -> int:
+        """What holds for all of them."""
+        return common_unit(self.units)
+
+
+def common_unit(units: Iterable[int]) -> int:
+    """The unit of several matrices in one launch."""
+    known = set(units)
+    if len(known) == 1:
+        return known.pop()
+    plain = {unit % ALIGNED for unit in known}
+    return plain.pop() if len(plain) == 1 else 2
+
+
+def swapped_unit(unit: int) -> int:
+    """The unit of the transposed matrix."""
+    return unit if unit == 2 else unit + 1 - 2 * (unit % ALIGNED)
+
+
+Place = tuple[int, int, int]
+
+_LARGEST_STRIDE = 2**22
+
+
+def places_of(matrices: Sequence[Place], dtype: torch.dtype, device: torch.device) -> Places:
+    """The table of some matrices, kept for the next call with the same addresses."""
+    rows = tuple(matrices)
+    return Places(_table(rows, device), dtype, tuple(map(_unit, rows)))
+
+
+def _unit(place: Place) -> int:
+    address, rows, cols = place
+    other = rows if cols == 1 else cols
+    if 1 not in (rows, cols) or other >= _LARGEST_STRIDE:
+        return 2
+    aligned = address % 16 == 0 and other % 16 == 0
+    return int(cols == 1) + (ALIGNED if aligned else 0)
+
+
+def matrices_of(x: Tensor) -> list[Place]:
+    """(address, row stride, column stride) of every matrix of a batch."""
+    starts = [x.data_ptr()]
+    size = x.element_size()
+    for count, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
+        starts = [start + i * stride * size for start in starts for i in range(count)]
+    rows, cols = x.stride()[-2:]
+    return [(start, rows, cols) for start in starts]
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
+    return upload(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), device)
+
+
+_captured: list[object] = []
+
+
+def hold(tables: object, device: torch.device) -> None:
+    """Keeps address tables for good where a graph that reads them is being captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tables)
+
+
+def upload(table: Tensor, device: torch.device) -> Tensor:
+    """A small table on the device, without waiting for it."""
+    if device.type == "cpu":
+        return table.contiguous()
+    return table.contiguous().pin_memory().to(device, non_blocking=True)

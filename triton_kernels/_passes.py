@@ -1,0 +1,305 @@
+"""Passes over the caller's matrices: scale, norm and finiteness; momentum; into workspaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import DTYPES, corner, element, exponent_of, launch, narrowed, placed, scaled, within
+from ._layout import (
+    CHUNK_COLS,
+    CHUNK_ROWS,
+    COLS,
+    COLUMNS,
+    ROWS,
+    SHORT,
+    TALL,
+    WIDE,
+    Layout,
+    Places,
+)
+
+# States of a matrix.
+ZERO = tl.constexpr(0)
+NORMAL = tl.constexpr(1)
+NONFINITE = tl.constexpr(2)
+
+_SUMMARY = 256
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is iterated on: X alone, or a mix of gradient and momentum.
+
+    Attributes:
+        grads: X, or the gradients.
+        momenta: the buffers, or None.
+        momentum: how much of a buffer is kept.
+        nesterov: mix the gradient in once more.
+        negate: the gradients are taken with the other sign.
+    """
+
+    grads: Places
+    momenta: Places | None = None
+    momentum: float = 0.0
+    nesterov: bool = False
+    negate: bool = False
+
+    def arguments(self) -> tuple[object, ...]:
+        """As the kernels take it."""
+        momenta = self.grads if self.momenta is None else self.momenta
+        sign = -1.0 if self.negate else 1.0
+        return (self.grads.table, momenta.table, self.momentum, (1.0 - self.momentum), sign)
+
+    def constants(self) -> dict[str, object]:
+        """Compile-time arguments."""
+        return {
+            "GRAD": DTYPES[self.grads.dtype],
+            "GRAD_UNIT": self.grads.unit,
+            "MIXED": self.momenta is not None,
+            "MOMENTUM_UNIT": 2 if self.momenta is None else self.momenta.unit,
+            "NESTEROV": self.nesterov,
+            "CHUNK_ROWS": CHUNK_ROWS,
+            "CHUNK_COLS": CHUNK_COLS,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One number a matrix, on the device.
+
+    Attributes:
+        state: int32, zero, normal or non-finite.
+        exponent: int32, of the largest magnitude.
+        factor: fp32, what X 2^-exponent is multiplied by to have the norm 1.
+        floor: fp32, the norm's floor over the Frobenius norm.
+        largest: fp32, the largest magnitude.
+    """
+
+    state: Tensor
+    exponent: Tensor
+    factor: Tensor
+    floor: Tensor
+    largest: Tensor
+
+
+@triton.jit
+def _chunk(chunks, layout, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
+    """Matrix, first row and column of this program, and which of its elements exist."""
+    at = chunks + tl.program_id(0) * 3
+    matrix = tl.load(at).to(tl.int64)
+    row = tl.load(at + 1).to(tl.int64) * CHUNK_ROWS
+    col = tl.load(at + 2).to(tl.int64) * CHUNK_COLS
+    height = element(layout, matrix, ROWS, COLUMNS)
+    width = element(layout, matrix, COLS, COLUMNS)
+    rows = within(row, tl.arange(0, CHUNK_ROWS), height)
+    return matrix, row, col, rows[:, None] & within(col, tl.arange(0, CHUNK_COLS), width)[None, :]
+
+
+@triton.jit
+def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
+           GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
+           MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
+           CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):  # fmt: skip
+    """The direction, the new momentum and where it goes, and whether all of it was finite."""
+    rows = tl.arange(0, CHUNK_ROWS)
+    cols = tl.arange(0, CHUNK_COLS)
+    at = placed(grads, matrix, 0, row, col, rows, cols, GRAD, GRAD_UNIT)
+    grad = tl.load(at, mask=inside, other=0.0).to(tl.float32) * sign
+    finite = tl.abs(grad) < float("inf")
+    direction = grad
+    new = grad
+    if MIXED:
+        at = placed(momenta, matrix, 0, row, col, rows, cols, tl.float32, MOMENTUM_UNIT)
+        old = tl.load(at, mask=inside, other=0.0)
+        finite = finite & (tl.abs(old) < float("inf"))
+        new = momentum * old + fresh * grad
+        direction = fresh * grad + momentum * new if NESTEROV else new
+    return direction, new, at, finite
+
+
+@triton.jit
+def _measure_kernel(
+    grads, momenta, momentum, fresh, sign, layout, chunks, largest, squares, bad,
+    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM_UNIT: tl.constexpr,
+    NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
+):  # fmt: skip
+    matrix, row, col, inside = _chunk(chunks, layout, CHUNK_ROWS, CHUNK_COLS)
+    x, _, _, finite = _mixed(
+        grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
+        GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
+    )  # fmt: skip
+    x = tl.where(finite, x, 0.0)
+    wide = x.to(tl.float64)
+    chunk = tl.program_id(0)
+    tl.store(largest + chunk, tl.max(tl.max(tl.abs(x), 1), 0))
+    tl.store(squares + chunk, tl.sum(tl.sum(wide * wide, 1), 0))
+    tl.store(bad + chunk, tl.max(tl.max(tl.where(finite, 0, 1), 1), 0))
+
+
+@triton.jit
+def _summary_kernel(
+    spans, largest, squares, bad, state, exponent, factor, floor, top, eps, norm_factor,
+    FLOORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(0)
+    first = tl.load(spans + matrix * 2)
+    count = tl.load(spans + matrix * 2 + 1)
+    lanes = tl.arange(0, BLOCK)
+    tops = tl.zeros((BLOCK,), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    bads = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + lanes
+        inside = at < count
+        tops = tl.maximum(tops, tl.load(largest + first + at, mask=inside, other=0.0))
+        sums += tl.load(squares + first + at, mask=inside, other=0.0)
+        bads = tl.maximum(bads, tl.load(bad + first + at, mask=inside, other=0))
+    most = tl.max(tops, 0)
+    norm = tl.sqrt(tl.sum(sums, 0))
+    e = tl.where(most > 0.0, exponent_of(most), 0)
+    unit = ((e.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    lowest = tl.where(most > 0.0, norm, 1.0)
+    divisor = lowest
+    if FLOORED:
+        divisor = tl.maximum(norm_factor * lowest, eps)
+    found = tl.where(most > 0.0, 1, 0)
+    found = tl.where(tl.max(bads, 0) > 0, 2, found)
+    tl.store(state + matrix, found)
+    tl.store(exponent + matrix, e)
+    tl.store(factor + matrix, (unit / divisor).to(tl.float32))
+    tl.store(floor + matrix, (eps / lowest).to(tl.float32))
+    tl.store(top + matrix, most)
+
+
+@triton.jit
+def _pack_kernel(
+    grads, momenta, momentum, fresh, sign, layout, chunks, state, exponent, factor, out,
+    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM_UNIT: tl.constexpr,
+    NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
+    SCALED: tl.constexpr, SIGNS: tl.constexpr, KEEP: tl.constexpr, PROPAGATE: tl.constexpr,
+):  # fmt: skip
+    matrix, row, col, inside = _chunk(chunks, layout, CHUNK_ROWS, CHUNK_COLS)
+    x, new, at, _ = _mixed(
+        grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
+        GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
+    )  # fmt: skip
+    bad = tl.load(state + matrix) == 2
+    if MIXED and not KEEP:
+        tl.store(at, new, mask=inside & (PROPAGATE | (bad == 0)))
+    if SIGNS:
+        x = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+    if SCALED:
+        x = scaled(x, -tl.load(exponent + matrix)) * tl.load(factor + matrix)
+    if PROPAGATE:
+        x = tl.where(bad & inside, float("nan"), x)
+    else:
+        x = tl.where(bad, 0.0, x)
+    start, ld = corner(layout, matrix, WIDE)
+    base = out + start
+    # Padding is written too; what lies beyond it belongs to a neighbour.
+    _, short = corner(layout, matrix, SHORT)
+    rows = tl.arange(0, CHUNK_ROWS)
+    cols = tl.arange(0, CHUNK_COLS)
+    value = narrowed(x, out.dtype.element_ty)
+    if element(layout, matrix, TALL, COLUMNS) != 0:
+        padded = within(row, rows, ld)[:, None] & within(col, cols, short)[None, :]
+        offsets = rows[:, None] + cols[None, :] * ld
+        tl.store(base + (col * ld + row) + offsets, value, padded)
+    else:
+        padded = within(row, rows, short)[:, None] & within(col, cols, ld)[None, :]
+        offsets = rows[:, None] * ld + cols[None, :]
+        tl.store(base + (row * ld + col) + offsets, value, padded)
+
+
+def summarize(
+    mix: Mix, layout: Layout, *, norm_factor: float = 1.0, eps: float = 0.0, floored: bool = True
+) -> Summary:
+    """Scale, norm and finiteness of every matrix, in two launches.
+
+    Args:
+        mix: what is measured.
+        layout: of its matrices.
+        norm_factor, eps: `factor` is that of X / max(norm_factor ||X||_F, eps).
+        floored: False leaves both out of `factor`, for a norm that is known later.
+    """
+    chunks, device = len(layout.chunks), layout.device
+    largest = torch.empty(chunks, dtype=torch.float32, device=device)
+    squares = torch.empty(chunks, dtype=torch.float64, device=device)
+    bad = torch.empty(chunks, dtype=torch.int32, device=device)
+    launch(
+        _measure_kernel,
+        chunks,
+        *mix.arguments(),
+        layout.table,
+        layout.chunks,
+        largest,
+        squares,
+        bad,
+        **mix.constants(),
+    )
+    numbers = torch.empty(2, layout.count, dtype=torch.int32, device=device).unbind()
+    values = torch.empty(3, layout.count, dtype=torch.float32, device=device).unbind()
+    launch(
+        _summary_kernel,
+        layout.count,
+        layout.spans,
+        largest,
+        squares,
+        bad,
+        *numbers,
+        *values,
+        eps,
+        norm_factor,
+        FLOORED=floored,
+        BLOCK=_SUMMARY,
+    )
+    return Summary(*numbers, *values)
+
+
+def pack(
+    mix: Mix,
+    layout: Layout,
+    summary: Summary,
+    dtype: torch.dtype,
+    *,
+    unit_scale: bool = True,
+    signs: bool = False,
+    keep: bool = False,
+    propagate: bool = False,
+) -> Tensor:
+    """The mix in a wide workspace; the momenta are written on the way.
+
+    A non-finite matrix is NaN throughout where `propagate`, else 0, and its momentum stays.
+
+    Args:
+        mix, layout: as for `summarize`.
+        summary: what that gave.
+        dtype: of the workspace.
+        unit_scale: multiplied by 2^-exponent and `factor`.
+        signs: the signs of the elements in their place.
+        keep: leave the momenta alone.
+        propagate: see above.
+    """
+    out = layout.empty(WIDE, dtype)
+    launch(
+        _pack_kernel,
+        len(layout.chunks),
+        *mix.arguments(),
+        layout.table,
+        layout.chunks,
+        summary.state,
+        summary.exponent,
+        summary.factor,
+        out,
+        **mix.constants(),
+        SCALED=unit_scale,
+        SIGNS=signs,
+        KEEP=keep,
+        PROPAGATE=propagate,
+    )
+    return out

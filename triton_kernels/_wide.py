@@ -1,0 +1,244 @@
+"""Products with a wide factor, and what becomes of a result in the caller's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import Config, architecture, precision_of
+from ._device import ALIGNED, DTYPES, corner, element, launch, multiplied, narrowed, placed, within
+from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, swapped_unit
+
+
+_LARGEST_SPREAD = 64
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where results go.
+
+    W <- (1 - lr decay) W - lr scale X with `lr`, else W <- X.
+
+    Attributes:
+        places: the matrices W.
+        lr: one number, on any device, or None.
+        decay: weight decay over the learning rate.
+        scales: fp32, one a matrix.
+        state: where it is NONFINITE, W keeps every bit, unless `propagate`.
+        propagate: see above.
+    """
+
+    places: Places
+    lr: Tensor | None = None
+    decay: float = 0.0
+    scales: Tensor | None = None
+    state: Tensor | None = None
+    propagate: bool = True
+
+    def arguments(self, layout: Layout) -> tuple[object, ...]:
+        """As the kernels take it."""
+        rate, kept = 1.0, 1.0
+        if self.lr is not None and not self.on_device:
+            rate = float(self.lr)
+            kept = 1.0 - rate * self.decay
+        return (
+            self.places.table,
+            layout.table if self.state is None else self.state,
+            layout.table if self.scales is None else self.scales,
+            self.lr if self.lr is not None and self.on_device else layout.table,
+            rate,
+            kept,
+            self.decay,
+        )
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the learning rate has to be read by the kernel."""
+        return self.lr is not None and self.lr.device.type != "cpu"
+
+    def constants(self) -> dict[str, object]:
+        """Compile-time arguments."""
+        return {
+            "PLACED_DTYPE": DTYPES[self.places.dtype],
+            "UPDATE": self.lr is not None,
+            "LR_LOADED": self.on_device,
+            "SKIP": not self.propagate,
+        }
+
+    def by_unit(self, layout: Layout, chosen: Sequence[int] | None = None) -> dict[int, list[int]]:
+        """Matrices by their unit once they are wide."""
+        groups: dict[int, list[int]] = {}
+        for i in range(layout.count) if chosen is None else chosen:
+            unit = self.places.units[i]
+            m, n = layout.shapes[i]
+            groups.setdefault(swapped_unit(unit) if m > n else unit, []).append(i)
+        return groups
+
+
+@triton.jit
+def deliver(
+    value, matrix, first_row, first_col, rows, cols, places, layout, state, scales, lr, rate, kept,
+    decay,
+    PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
+    LR_LOADED: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """See `Delivery`; rows and columns are those of the wide matrix."""
+    height = element(layout, matrix, ROWS, COLUMNS)
+    width = element(layout, matrix, COLS, COLUMNS)
+    swapped = element(layout, matrix, TALL, COLUMNS)
+    inside = within(first_row, rows, tl.minimum(height, width))[:, None]
+    inside = inside & within(first_col, cols, tl.maximum(height, width))[None, :]
+    at = placed(
+        places, matrix, swapped, first_row, first_col, rows, cols, PLACED_DTYPE, PLACED_UNIT
+    )
+    if UPDATE:
+        if SKIP:
+            inside = inside & (tl.load(state + matrix) != 2)
+        if LR_LOADED:
+            loaded = tl.load(lr)
+            rate = loaded.to(tl.float32)
+            kept = (1.0 - loaded * decay).to(tl.float32)
+        value = kept * tl.load(at, mask=inside, other=0.0).to(tl.float32) - (
+            rate * tl.load(scales + matrix)
+        ) * value
+    tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
+
+
+@triton.jit
+def _wide_kernel(
+    a, b, c, out, layout, tiles, factors, columns, alpha, beta, alpha_column, beta_column,
+    places, state, scales, lr, rate, kept, decay,
+    A_SPACE: tl.constexpr, B_SPACE: tl.constexpr, A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr, HAS_C: tl.constexpr, PER_MATRIX: tl.constexpr,
+    DELIVER: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
+    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    matrix = tl.load(tile).to(tl.int64)
+    row = tl.load(tile + 1).to(tl.int64) * TILE
+    col = tl.load(tile + 2).to(tl.int64) * TILE
+    lanes = tl.arange(0, TILE)
+    inner = tl.arange(0, DEPTH)
+    a_start, a_ld = corner(layout, matrix, A_SPACE)
+    b_start, b_ld = corner(layout, matrix, B_SPACE)
+    depth = a_ld
+    if A_TRANSPOSED:
+        a_at = a + a_start + row + (inner[:, None] * a_ld + lanes[None, :])
+        a_step = DEPTH * a_ld
+    else:
+        a_at = a + a_start + row * a_ld + (lanes[:, None] * a_ld + inner[None, :])
+        a_step = DEPTH
+    if B_TRANSPOSED:
+        b_at = b + b_start + col * b_ld + (lanes[:, None] * b_ld + inner[None, :])
+        b_step = DEPTH
+    else:
+        b_at = b + b_start + col + (inner[:, None] * b_ld + lanes[None, :])
+        b_step = DEPTH * b_ld
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    for _ in range(0, depth, DEPTH):
+        x, y = tl.load(a_at), tl.load(b_at)
+        if A_TRANSPOSED:
+            x = tl.trans(x)
+        if B_TRANSPOSED:
+            y = tl.trans(y)
+        acc = multiplied(x, y, acc, PRECISION)
+        a_at += a_step
+        b_at += b_step
+    if PER_MATRIX:
+        alpha *= tl.load(factors + matrix * columns + alpha_column)
+        beta *= tl.load(factors + matrix * columns + beta_column)
+    value = acc * alpha
+    start, ld = corner(layout, matrix, WIDE)
+    here = start + row * ld + col
+    block = lanes[:, None] * ld + lanes[None, :]
+    if HAS_C:
+        value += beta * tl.load(c + here + block).to(tl.float32)
+    if DELIVER:
+        deliver(
+            value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
+            decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP,
+        )  # fmt: skip
+    else:
+        tl.store(out + here + block, narrowed(value, out.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A workspace as a factor.
+
+    Attributes:
+        values: the workspace.
+        space: SHORT, WIDE or LONG.
+        transposed: for its square spaces.
+    """
+
+    values: Tensor
+    space: tl.constexpr = field(default=WIDE)
+    transposed: bool = False
+
+
+def wide(
+    layout: Layout,
+    config: Config,
+    a: Operand,
+    b: Operand,
+    out: Tensor | Delivery,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    c: Tensor | None = None,
+    factors: Tensor | None = None,
+    columns: tuple[int, int] = (0, 0),
+) -> None:
+    """out = alpha A B + beta C, wide; one launch, or up to three into the caller's tensors.
+
+    Args:
+        layout, config: of all workspaces.
+        a, b: SHORT times WIDE, or WIDE times LONG.
+        out: a wide workspace other than b's, or the caller's matrices.
+        c: a wide workspace.
+        factors: fp32 (matrices, k); alpha and beta are multiplied by the `columns` of it.
+    """
+    delivery = out if isinstance(out, Delivery) else None
+    target = a.values if isinstance(out, Delivery) else out
+    none = Delivery(Places(layout.table, torch.float32, ()))
+    groups = {2: None} if delivery is None else delivery.by_unit(layout)
+    for unit, chosen in groups.items():
+        everything = chosen is None or len(chosen) == layout.count
+        # Element by element a large tile takes more registers than there are.
+        spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
+        fitting = config.halved() if spread else config
+        tiles = layout.tiles(fitting.tile, None if everything else tuple(chosen))
+        launch(
+            _wide_kernel,
+            len(tiles),
+            a.values,
+            b.values,
+            a.values if c is None else c,
+            target,
+            layout.table,
+            tiles,
+            layout.table if factors is None else factors,
+            0 if factors is None else factors.shape[1],
+            alpha,
+            beta,
+            *columns,
+            *(delivery or none).arguments(layout),
+            A_SPACE=a.space,
+            B_SPACE=b.space,
+            A_TRANSPOSED=a.transposed,
+            B_TRANSPOSED=b.transposed,
+            HAS_C=c is not None,
+            PER_MATRIX=factors is not None,
+            DELIVER=delivery is not None,
+            PLACED_UNIT=unit,
+            **(delivery or none).constants(),
+            PRECISION=precision_of(architecture(layout.device)),
+            **fitting.options(),
+        )

@@ -1,0 +1,618 @@
+"""Newton-Schulz iterations and the fused Muon step.
+
+Matrices are grouped by how they are iterated on; a group shares its launches whatever the shapes
+in it. A group of the standard form takes 3 launches a step, one of the Gram form up to 4 a step,
+and one of small matrices a single launch for all steps; three more read the input, and products
+that end in the caller's tensors are launched once for every orientation in the group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import (
+    GROUP_ELEMENTS,
+    Config,
+    architecture,
+    config_for,
+    is_small,
+    precision_of,
+    small_config,
+)
+from ._device import corner, launch, multiplied, narrowed
+from ._layout import (
+    SHORT,
+    WIDE,
+    Layout,
+    Place,
+    Places,
+    hold,
+    layout_of,
+    matrices_of,
+    places_of,
+    upload,
+)
+from ._operator import (
+    check_list,
+    check_number,
+    check_rows,
+    check_state,
+    check_step,
+    operator,
+    raise_nonfinite,
+)
+from ._passes import Mix, Summary, pack, summarize
+from ._steps import Progress, numbers_of
+from ._wide import Delivery, Operand, deliver, wide
+from .symmetric_matmul import symmetric
+
+# Powers of the scale that the Schatten-8 norm adds, as columns of a table.
+_POWERS = 5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is iterated.
+
+    Attributes:
+        rows: (a, b, c) of every step.
+        method: "auto", "standard" or "gram".
+        compute_dtype: of X; 16-bit means 16-bit operands and fp32 sums.
+        eps, norm, norm_factor: X is divided by max(norm_factor norm(X), eps).
+    """
+
+    rows: tuple[tuple[float, float, float], ...]
+    method: str
+    compute_dtype: torch.dtype
+    eps: float = 0.0
+    norm: str = "frobenius"
+    norm_factor: float = 1.0
+
+    @property
+    def schatten8(self) -> bool:
+        """Whether the norm needs the square of the Gram matrix."""
+        return self.norm == "schatten8"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one matrix is iterated on: a function of its shape and the rule alone.
+
+    Attributes:
+        form: "small", "standard" or "gram".
+        config: of its products; the tile of "small" is the padded short side.
+        restarts: steps before which X and R are formed anew ("small": bits of a number).
+    """
+
+    form: str
+    config: Config
+    restarts: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(m: int, n: int, rule: Rule, restarts: tuple[int, ...], arch: str) -> Plan:
+    """The plan of an m x n matrix."""
+    short, long = min(m, n), max(m, n)
+    gram = _is_gram(short, long, rule, restarts, is_small(short, long))
+    if is_small(short, long):
+        every = tuple(range(1, len(rule.rows)))
+        config = small_config(arch, short)
+        return Plan("small", config, restarts if gram else every)
+    config = config_for(arch, rule.compute_dtype, short)
+    return Plan("gram", config, restarts) if gram else Plan("standard", config, ())
+
+
+# An fp32-grade product of the Gram form against a 16-bit one: three TF32 products at half the rate.
+_FULL_PRECISION_COST = 6.0
+
+
+def _is_gram(
+    short: int, long: int, rule: Rule, restarts: tuple[int, ...], one_program: bool
+) -> bool:
+    if rule.method != "auto":
+        return rule.method == "gram"
+    full = rule.compute_dtype == torch.float32
+    if full and not restarts:
+        return False  # the Gram form would lose accuracy without
+    if one_program:
+        return True  # the passes over X are what counts
+    rate = 1.0 if full else _FULL_PRECISION_COST
+    square, product = float(short) ** 3, float(short) ** 2 * long
+    standard = gram = 0.0
+    steps, fresh = len(rule.rows), True
+    for t, (_, _, c) in enumerate(rule.rows):
+        standard += 1.5 * product + (0.5 * square if c else 0.0)
+        if t in restarts:
+            gram += 1.5 * product
+            fresh = True
+        gram += rate * square * ((0.5 if c else 0.0) + (0.0 if fresh else 0.5))
+        if t + 1 < steps and t + 1 not in restarts:
+            gram += rate * square
+        fresh = False
+    return gram + 1.5 * product < standard
+
+
+@triton.jit
+def _powers_kernel(spans, squares, floor, out, norm_factor, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    matrix = tl.program_id(0)
+    first = tl.load(spans + matrix * 2)
+    count = tl.load(spans + matrix * 2 + 1)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + lanes
+        sums += tl.load(squares + first + at, mask=at < count, other=0.0)
+    total = tl.sum(sums, 0)
+    norm = tl.sqrt(tl.sqrt(tl.sqrt(total)))
+    divisor = tl.maximum(norm_factor * norm, tl.load(floor + matrix))
+    scale = 1.0 / tl.where(total > 0.0, divisor, 1.0)
+    power = scale * 0.0 + 1.0
+    for k in tl.static_range(COUNT):
+        tl.store(out + matrix * COUNT + k, power.to(tl.float32))
+        power *= scale
+
+
+@triton.jit
+def _mean_with_transpose(x):
+    return 0.5 * (x + tl.trans(x))
+
+
+@triton.jit
+def _small_kernel(
+    x, layout, matrices, rows, steps, restarts, floor, norm_factor,
+    places, state, scales, lr, rate, kept, decay,
+    SCHATTEN: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
+    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, DELIVER: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # All steps on one matrix. Q is unit I + q: a I is exact, and what is rounded is small.
+    matrix = tl.load(matrices + tl.program_id(0)).to(tl.int64)
+    first, ld = corner(layout, matrix, WIDE)
+    base = x + first
+    dtype: tl.constexpr = x.dtype.element_ty
+    short = tl.arange(0, TILE)
+    inner = tl.arange(0, DEPTH)
+    block = short[:, None] * ld + inner[None, :]
+    r = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, ld, DEPTH):
+        part = tl.load(base + start + block)
+        r = multiplied(part, tl.trans(part), r, PRECISION)
+    r = _mean_with_transpose(r)
+    scale = tl.full((), 1.0, tl.float32)
+    if SCHATTEN:
+        square = multiplied(r, r, tl.zeros((TILE, TILE), tl.float32), PRECISION).to(tl.float64)
+        total = tl.sum(tl.sum(square * square, 1), 0)
+        norm = tl.sqrt(tl.sqrt(tl.sqrt(total)))
+        divisor = tl.maximum(norm_factor * norm, tl.load(floor + matrix))
+        scale = (1.0 / tl.where(total > 0.0, divisor, 1.0)).to(tl.float32)
+        r *= scale * scale
+    unit = tl.full((), 1.0, tl.float32)
+    q = tl.zeros((TILE, TILE), tl.float32)
+    since = 0
+    eye = tl.where(short[:, None] == short[None, :], 1.0, 0.0)
+    for t in range(steps):
+        a = tl.load(rows + t * 3)
+        b = tl.load(rows + t * 3 + 1)
+        c = tl.load(rows + t * 3 + 2)
+        if ((restarts >> t) & 1) == 1:
+            whole = tl.where(since > 1, unit, 0.0)
+            left = narrowed((q + whole * eye) * scale, dtype)
+            unit = (unit - whole) * scale
+            r = tl.zeros((TILE, TILE), tl.float32)
+            for start in range(0, ld, DEPTH):
+                part = tl.load(base + start + block)
+                part = multiplied(left, part, unit * part.to(tl.float32), PRECISION)
+                part = narrowed(part, dtype)
+                tl.store(base + start + block, part)
+                r = multiplied(part, tl.trans(part), r, PRECISION)
+            # The next pass reads what other threads wrote.
+            tl.debug_barrier()
+            r = _mean_with_transpose(r)
+            q = tl.zeros((TILE, TILE), tl.float32)
+            unit = tl.full((), 1.0, tl.float32)
+            scale = tl.full((), 1.0, tl.float32)
+            since = 0
+        since += 1
+        z = multiplied(c * r, r, b * r, PRECISION)
+        q = _mean_with_transpose(multiplied(q, z, a * q + unit * z, PRECISION))
+        unit *= a
+        if t + 1 < steps and ((restarts >> (t + 1)) & 1) == 0:
+            half = _mean_with_transpose(multiplied(r, z, a * r, PRECISION))
+            r = _mean_with_transpose(multiplied(half, z, a * half, PRECISION))
+    # Over several steps unit I and q nearly cancel: q takes it in, and is rounded once.
+    whole = tl.where(since > 1, unit, 0.0)
+    left = narrowed((q + whole * eye) * scale, dtype)
+    unit = (unit - whole) * scale
+    for start in range(0, ld, DEPTH):
+        part = tl.load(base + start + block)
+        value = multiplied(left, part, unit * part.to(tl.float32), PRECISION)
+        if DELIVER:
+            deliver(
+                value, matrix, 0, start, short, inner, places, layout, state, scales, lr, rate,
+                kept, decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP,
+            )  # fmt: skip
+        else:
+            tl.store(base + start + block, narrowed(value, dtype))
+
+
+def orthogonalize(
+    layout: Layout,
+    plan: Plan,
+    rule: Rule,
+    x: Tensor,
+    summary: Summary,
+    out: Delivery | None,
+) -> Tensor | None:
+    """Iterates on the matrices of one group.
+
+    Args:
+        layout, plan: of the group.
+        rule: what is iterated.
+        x: the wide workspace, of norm 1; it is overwritten.
+        summary: of the same matrices.
+        out: where the result goes; None: into a workspace, which is returned.
+    """
+    if plan.form == "small":
+        return _small(layout, plan, rule, x, summary, out)
+    iteration = _Iteration(layout, plan, rule, x, summary)
+    return iteration.gram(out) if plan.form == "gram" else iteration.standard(out)
+
+
+def _small(
+    layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary, out: Delivery | None
+) -> Tensor | None:
+    none = Delivery(places_of((), torch.float32, layout.device))
+    rows = _rows(rule.rows, layout.device)
+    everything = {2: list(range(layout.count))}
+    for unit, chosen in (out.by_unit(layout) if out is not None else everything).items():
+        launch(
+            _small_kernel,
+            len(chosen),
+            x,
+            layout.table,
+            _indices(tuple(chosen), layout.device),
+            rows,
+            len(rule.rows),
+            sum(1 << t for t in plan.restarts),
+            summary.floor,
+            rule.norm_factor,
+            *(out or none).arguments(layout),
+            SCHATTEN=rule.schatten8,
+            PLACED_UNIT=unit,
+            DELIVER=out is not None,
+            **(out or none).constants(),
+            PRECISION=precision_of(architecture(layout.device)),
+            **plan.config.options(),
+        )
+    return x if out is None else None
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(rows: tuple[tuple[float, float, float], ...], device: torch.device) -> Tensor:
+    return upload(torch.tensor(rows, dtype=torch.float32), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
+    return upload(torch.tensor(chosen, dtype=torch.int32), device)
+
+
+class _Iteration:
+    """Both forms on the workspaces of one group, a launch a product."""
+
+    def __init__(
+        self, layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary
+    ) -> None:
+        self._layout, self._config, self._restarts = layout, plan.config, plan.restarts
+        self._full_config = config_for(
+            architecture(layout.device), torch.float32, min(map(min, layout.shapes))
+        )
+        self._rule, self._summary = rule, summary
+        self._x, self._next = x, torch.empty_like(x)
+
+    def standard(self, out: Delivery | None) -> Tensor | None:
+        """X <- a X + (b R + c R^2) X, R = X X^T in X's dtype."""
+        r, z = (self._layout.empty(SHORT, self._x.dtype) for _ in range(2))
+        powers = self._powers_of_gram() if self._rule.schatten8 else None
+        for t, (a, b, c) in enumerate(self._rule.rows):
+            powers = powers if t == 0 else None
+            self._gram(r)
+            update = r, b
+            if c:
+                self._square(r, z, c, b, powers, self._config)
+                update = z, 1.0
+            # b R of a cubic row takes the third power of the scale, Z has its own already.
+            alpha_column = 1 if c else 3
+            last = t + 1 == len(self._rule.rows)
+            target = out if last and out is not None else self._next
+            wide(
+                self._layout,
+                self._config,
+                Operand(update[0], SHORT),
+                Operand(self._x),
+                target,
+                alpha=update[1],
+                beta=a,
+                c=self._x,
+                factors=powers,
+                columns=(alpha_column, 1),
+            )
+            self._x, self._next = self._next, self._x
+        return self._x if out is None else None
+
+    def gram(self, out: Delivery | None) -> Tensor | None:
+        """Q <- Q (a I + Z), R <- (a I + Z) R (a I + Z), Z = b R + c R^2; Q = unit I + q."""
+        layout, config = self._layout, self._full_config
+        r, half = (layout.empty(SHORT, torch.float32) for _ in range(2))
+        self._gram(r)
+        # Until X is written again, it and R lack the scale that only R tells.
+        powers = pending = self._powers_of_gram(r) if self._rule.schatten8 else None
+        unit, q, taken = 1.0, None, 0
+        for t, (a, b, c) in enumerate(self._rule.rows):
+            ends = t + 1 == len(self._rule.rows)
+            closing = ends or t + 1 in self._restarts
+            # What multiplies X is rounded to its dtype.
+            dtype = self._x.dtype if closing else torch.float32
+            z = layout.empty(SHORT, dtype if q is None else torch.float32)
+            self._square(r, z, c, b, powers, config)
+            if q is None:
+                q = z
+            else:
+                product = layout.empty(SHORT, dtype)
+                # Over several steps unit I and q nearly cancel: q takes it in, and is rounded once.
+                whole = unit * a if closing else 0.0
+                symmetric(
+                    layout, config, q, z, product, beta=a, c=q, delta=unit, d=z, gamma=whole
+                )
+                q = product
+            unit *= a
+            taken += 1
+            if not closing:
+                scales = {"factors": powers, "columns": (2, 2, 0)}
+                symmetric(layout, config, r, z, half, beta=a, c=r, **scales)
+                symmetric(layout, config, half, z, r, beta=a, c=half)
+                powers = None
+                continue
+            alone = unit if taken == 1 else 0.0
+            self._apply(q, alone, pending, self._next if out is None or not ends else out)
+            self._x, self._next = self._next, self._x
+            if not ends:
+                self._gram(r)
+                powers, pending, unit, q, taken = None, None, 1.0, None, 0
+        return self._x if out is None else None
+
+    def _apply(
+        self, q: Tensor, unit: float, powers: Tensor | None, out: Tensor | Delivery
+    ) -> None:
+        """(unit I + q) X, times the scale that is pending."""
+        wide(
+            self._layout,
+            self._config,
+            Operand(q, SHORT),
+            Operand(self._x),
+            out,
+            beta=unit,
+            c=self._x,
+            factors=powers,
+            columns=(1, 1),
+        )
+
+    def _gram(self, r: Tensor) -> None:
+        symmetric(self._layout, self._config, self._x, self._x, r, space=WIDE)
+
+    def _square(
+        self, r: Tensor, z: Tensor, c: float, b: float, powers: Tensor | None, config: Config
+    ) -> None:
+        """Z = b R + c R^2."""
+        symmetric(
+            self._layout,
+            config,
+            r,
+            r,
+            z,
+            alpha=c,
+            beta=b,
+            c=r,
+            factors=powers,
+            columns=(4, 2, 0),
+        )
+
+    def _powers_of_gram(self, r: Tensor | None = None) -> Tensor:
+        """Powers of the scale from R^2's Frobenius norm, in fp32."""
+        layout = self._layout
+        if r is None:
+            r = layout.empty(SHORT, torch.float32)
+            self._gram(r)
+        squares = torch.empty(
+            len(layout.triangle(SHORT, self._full_config.tile)),
+            dtype=torch.float64,
+            device=layout.device,
+        )
+        scratch = layout.empty(SHORT, torch.float32)
+        symmetric(layout, self._full_config, r, r, scratch, squares=squares)
+        powers = torch.empty(layout.count, _POWERS, dtype=torch.float32, device=layout.device)
+        launch(
+            _powers_kernel,
+            layout.count,
+            layout.triangle_spans(SHORT, self._full_config.tile),
+            squares,
+            self._summary.floor,
+            powers,
+            self._rule.norm_factor,
+            COUNT=_POWERS,
+            BLOCK=256,
+        )
+        return powers
+
+
+@dataclass(frozen=True)
+class Item:
+    """One matrix of a list.
+
+    Attributes:
+        shape: (m, n).
+        plan: how it is iterated on.
+        index: its number in the list.
+        entry: the number of its list entry.
+        places: where its tensors are.
+        dtypes: of those tensors.
+    """
+
+    shape: tuple[int, int]
+    plan: Plan
+    index: int
+    entry: int
+    places: tuple[Place, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def groups_of(items: Sequence[Item]) -> list[list[Item]]:
+    """Items that share their launches: one plan, the same dtypes, workspaces of bounded size."""
+    groups: dict[object, list[list[Item]]] = {}
+    filled: dict[object, int] = {}
+    for item in items:
+        key = (item.plan, item.dtypes)
+        size = item.shape[0] * item.shape[1]
+        if key not in groups or filled[key] + size > GROUP_ELEMENTS:
+            groups.setdefault(key, []).append([])
+            filled[key] = 0
+        groups[key][-1].append(item)
+        filled[key] += size
+    return [group for part in groups.values() for group in part]
+
+
+def layout_for(group: Sequence[Item], device: torch.device) -> Layout:
+    """Workspaces of a group."""
+    plan = group[0].plan
+    long = max(plan.config.tile, plan.config.depth)
+    return layout_of(tuple(item.shape for item in group), (plan.config.tile, long), device)
+
+
+def items_of(
+    lists: Sequence[Sequence[Tensor]],
+    rule: Rule,
+    restarts: Sequence[tuple[int, ...]],
+    arch: str,
+) -> list[Item]:
+    """Every matrix of lists whose entries belong together; entries without elements have none."""
+    items: list[Item] = []
+    for entry, tensors in enumerate(zip(*lists, strict=True)):
+        if not tensors[0].numel():
+            continue
+        shape = (tensors[0].shape[-2], tensors[0].shape[-1])
+        plan = plan_of(*shape, rule, restarts[entry], arch)
+        dtypes = tuple(x.dtype for x in tensors)
+        for places in zip(*map(matrices_of, tensors), strict=True):
+            items.append(Item(shape, plan, len(items), entry, places, dtypes))
+    return items
+
+
+def places_in(group: Sequence[Item], which: int, device: torch.device) -> Places:
+    """The matrices of the `which`-th list."""
+    return places_of([item.places[which] for item in group], group[0].dtypes[which], device)
+
+
+@operator
+def newton_schulz(
+    x: Tensor,
+    rows: Sequence[Sequence[float]],
+    *,
+    method: str,
+    restarts: Sequence[int],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+) -> Tensor:
+    """Polynomials of X / norm(X); see `spectral_kernels.newton_schulz`."""
+    check_rows(rows, restarts)
+    check_number("eps", eps)
+    check_number("norm_factor", norm_factor, positive=True)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not x.numel():
+        return out
+    rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
+    arch = architecture(x.device)
+    for group in groups_of(items_of(([x], [out]), rule, [tuple(restarts)], arch)):
+        layout, plan = layout_for(group, x.device), group[0].plan
+        given, result = (places_in(group, i, x.device) for i in range(2))
+        hold((given, result), x.device)
+        mix = Mix(given)
+        summary = _summary(mix, layout, rule)
+        packed = pack(mix, layout, summary, compute_dtype, propagate=True)
+        orthogonalize(layout, plan, rule, packed, summary, Delivery(result))
+    return out
+
+
+@operator
+def muon_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    step_counts: Sequence[Tensor],
+    skipped: Tensor,
+    lr: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    rows: Sequence[Sequence[float]],
+    scales: Sequence[float],
+    method: str,
+    restarts: Sequence[Sequence[int]],
+    compute_dtype: torch.dtype,
+    eps: float,
+    norm: str,
+    norm_factor: float,
+    maximize: bool,
+    nonfinite: str,
+) -> None:
+    """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
+    check_step(params, grads, step_counts, skipped, lr)
+    check_state("momentum_buffers", momentum_buffers, params)
+    check_list("scales", scales, len(params))
+    restarts = [tuple(steps) for steps in restarts] or [()] * len(params)
+    check_list("restarts", restarts, len(params))
+    for steps in restarts:
+        check_rows(rows, steps)
+    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    if not params:
+        return
+    device = params[0].device
+    rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
+    items = items_of((params, grads, momentum_buffers), rule, restarts, architecture(device))
+    progress = Progress(items, step_counts, skipped, nonfinite)
+    for group in groups_of(items):
+        layout, plan = layout_for(group, device), group[0].plan
+        weights, gradients, buffers = (places_in(group, i, device) for i in range(3))
+        factors = numbers_of(tuple(scales[item.entry] for item in group), device)
+        hold((weights, gradients, buffers, factors), device)
+        mix = Mix(gradients, buffers, momentum, nesterov, maximize)
+        summary = _summary(mix, layout, rule)
+        propagate = nonfinite == "propagate"
+        packed = pack(mix, layout, summary, compute_dtype, propagate=propagate)
+        delivery = Delivery(weights, lr, weight_decay, factors, summary.state, propagate)
+        orthogonalize(layout, plan, rule, packed, summary, delivery)
+        progress.add(group, summary.state)
+    progress.finish()
+
+
+def _summary(mix: Mix, layout: Layout, rule: Rule) -> Summary:
+    return summarize(
+        mix,
+        layout,
+        norm_factor=rule.norm_factor,
+        eps=rule.eps,
+        floored=not rule.schatten8,
+    )
+
+
+def _triples(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, float, float], ...]:
+    return tuple((float(a), float(b), float(c)) for a, b, c in rows)

@@ -1,0 +1,229 @@
+"""Products known to be symmetric: tiles on and below the diagonal, mirrored on the way out."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import Config, architecture, config_for, precision_of
+from ._device import DTYPES, corner, element, launch, multiplied, narrowed, placed, within
+from ._layout import (
+    COLS,
+    COLUMNS,
+    LONG,
+    ROWS,
+    SHORT,
+    WIDE,
+    Layout,
+    Places,
+    layout_of,
+    matrices_of,
+    places_of,
+    swapped_unit,
+)
+from ._operator import operator
+from ._passes import Mix, pack, summarize
+
+
+@triton.jit
+def coefficient(scalar, table, matrix, column, columns, PER_MATRIX: tl.constexpr):
+    """A scalar, times one number a matrix."""
+    if PER_MATRIX:
+        return scalar * tl.load(table + matrix * columns + column)
+    else:
+        return scalar
+
+
+@triton.jit
+def _symmetric_kernel(
+    a, b, c, d, out, places, layout, tiles, state, factors, columns, alpha, beta, gamma, delta,
+    alpha_column, beta_column, gamma_column, squares,
+    SPACE: tl.constexpr, OUT_SPACE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_C: tl.constexpr, HAS_D: tl.constexpr, PER_MATRIX: tl.constexpr,
+    PLACED: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
+    MIRRORED_UNIT: tl.constexpr,
+    ADD_PLACED: tl.constexpr, SKIP: tl.constexpr, SQUARES: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    matrix = tl.load(tile).to(tl.int64)
+    row, col = tl.load(tile + 1), tl.load(tile + 2)
+    lanes = tl.arange(0, TILE)
+    inner = tl.arange(0, DEPTH)
+    start, ld = corner(layout, matrix, SPACE)
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    if TRANSPOSED:
+        # a^T b of operands whose rows are summed over.
+        _, depth = corner(layout, matrix, SHORT)
+        block = inner[:, None] * ld + lanes[None, :]
+        a_at = a + start + row.to(tl.int64) * TILE + block
+        b_at = b + start + col.to(tl.int64) * TILE + block
+        for _ in range(0, depth, DEPTH):
+            acc = multiplied(tl.trans(tl.load(a_at)), tl.load(b_at), acc, PRECISION)
+            a_at += DEPTH * ld
+            b_at += DEPTH * ld
+    else:
+        block = lanes[:, None] * ld + inner[None, :]
+        a_at = a + start + row.to(tl.int64) * TILE * ld + block
+        b_at = b + start + col.to(tl.int64) * TILE * ld + block
+        for _ in range(0, ld, DEPTH):
+            acc = multiplied(tl.load(a_at), tl.trans(tl.load(b_at)), acc, PRECISION)
+            a_at += DEPTH
+            b_at += DEPTH
+    value = acc * coefficient(alpha, factors, matrix, alpha_column, columns, PER_MATRIX)
+    out_start, out_ld = corner(layout, matrix, OUT_SPACE)
+    here = out_start + row.to(tl.int64) * TILE * out_ld + col.to(tl.int64) * TILE
+    block = lanes[:, None] * out_ld + lanes[None, :]
+    if HAS_C:
+        factor = coefficient(beta, factors, matrix, beta_column, columns, PER_MATRIX)
+        value += factor * tl.load(c + here + block).to(tl.float32)
+    if HAS_D:
+        value += delta * tl.load(d + here + block).to(tl.float32)
+    # On the diagonal both halves come from the lower one: rounding may differ between them.
+    upper = (row == col) & (lanes[:, None] < lanes[None, :])
+    factor = coefficient(gamma, factors, matrix, gamma_column, columns, PER_MATRIX)
+    value += tl.where((row == col) & (lanes[:, None] == lanes[None, :]), factor, 0.0)
+    if PLACED:
+        size = element(layout, matrix, ROWS, COLUMNS)
+        other = element(layout, matrix, COLS, COLUMNS)
+        size = tl.maximum(size, other) if OUT_SPACE == LONG else tl.minimum(size, other)
+        first_row = row.to(tl.int64) * TILE
+        first_col = col.to(tl.int64) * TILE
+        inside = within(first_row, lanes, size)[:, None] & within(first_col, lanes, size)[None, :]
+        if ADD_PLACED:
+            lower = placed(
+                places, matrix, 0, first_row, first_col, lanes, lanes, PLACED_DTYPE, PLACED_UNIT
+            )
+            old = tl.load(lower, mask=inside & (upper == 0), other=0.0).to(tl.float32)
+            value += coefficient(beta, factors, matrix, beta_column, columns, PER_MATRIX) * old
+        if SKIP:
+            inside = inside & (tl.load(state + matrix) != 2)
+    if row == col:
+        value = tl.where(upper, tl.trans(value), value)
+    if SQUARES:
+        wide = value.to(tl.float64)
+        total = tl.sum(tl.sum(wide * wide, 1), 0)
+        tl.store(squares + tl.program_id(0), total if row == col else 2.0 * total)
+    if PLACED:
+        value = narrowed(value, PLACED_DTYPE)
+        lower = placed(
+            places, matrix, 0, first_row, first_col, lanes, lanes, PLACED_DTYPE, PLACED_UNIT
+        )
+        tl.store(lower, value, mask=inside)
+        if row != col:
+            mirrored = placed(
+                places, matrix, 1, first_row, first_col, lanes, lanes, PLACED_DTYPE, MIRRORED_UNIT
+            )
+            tl.store(mirrored, value, mask=inside)
+    else:
+        value = narrowed(value, out.dtype.element_ty)
+        tl.store(out + here + block, value)
+        if row != col:
+            there = out_start + col.to(tl.int64) * TILE * out_ld + row.to(tl.int64) * TILE
+            tl.store(out + there + (lanes[:, None] + lanes[None, :] * out_ld), value)
+
+
+def symmetric(
+    layout: Layout,
+    config: Config,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | Places,
+    *,
+    space: tl.constexpr = SHORT,
+    out_space: tl.constexpr = SHORT,
+    transposed: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    c: Tensor | None = None,
+    gamma: float = 0.0,
+    delta: float = 0.0,
+    d: Tensor | None = None,
+    factors: Tensor | None = None,
+    columns: tuple[int, int, int] = (0, 0, 0),
+    add: bool = False,
+    state: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """out = alpha A B^T + beta C + gamma I + delta D where that is symmetric, in one launch.
+
+    A B^T is X X^T (a = b, space WIDE; X^T X with `transposed`), or the product of two commuting
+    symmetric matrices (space SHORT or LONG).
+
+    Args:
+        layout, config: of all workspaces.
+        a, b: workspaces in `space`.
+        out: a workspace in `out_space`, or the caller's matrices, which are then written where
+            `state` is not NONFINITE.
+        c, d: workspaces in `out_space`.
+        factors: fp32 (matrices, k); alpha, beta and gamma are multiplied by the `columns` of it.
+        squares: fp64, receives the sum of squares that every tile stands for.
+        add: C is what `out`, the caller's matrices, holds: its lower triangle is read.
+    """
+    given = out if isinstance(out, Places) else None
+    target = a if isinstance(out, Places) else out
+    unit = 2 if given is None else given.unit
+    launch(
+        _symmetric_kernel,
+        len(tiles := layout.triangle(out_space, config.tile)),
+        a,
+        b,
+        a if c is None else c,
+        a if d is None else d,
+        target,
+        layout.table if given is None else given.table,
+        layout.table,
+        tiles,
+        layout.table if state is None else state,
+        layout.table if factors is None else factors,
+        0 if factors is None else factors.shape[1],
+        alpha,
+        beta,
+        gamma,
+        delta,
+        *columns,
+        layout.table if squares is None else squares,
+        SPACE=space,
+        OUT_SPACE=out_space,
+        TRANSPOSED=transposed,
+        HAS_C=c is not None,
+        HAS_D=d is not None,
+        PER_MATRIX=factors is not None,
+        PLACED=given is not None,
+        PLACED_DTYPE=tl.float32 if given is None else DTYPES[given.dtype],
+        PLACED_UNIT=unit,
+        MIRRORED_UNIT=swapped_unit(unit),
+        ADD_PLACED=add,
+        SKIP=state is not None,
+        SQUARES=squares is not None,
+        PRECISION=precision_of(architecture(layout.device)),
+        **config.options(),
+    )
+
+
+@operator
+def gram(x: Tensor) -> Tensor:
+    """X X^T, exactly symmetric; see `spectral_kernels.gram`."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-2])
+    if not out.numel() or not x.numel():
+        return out.zero_()
+    m, n = x.shape[-2:]
+    config = config_for(architecture(x.device), x.dtype, m)
+    given, places = matrices_of(x), matrices_of(out)
+    layout = layout_of(((m, n),) * len(given), (config.tile,) * 2, x.device)
+    mix = Mix(places_of(given, x.dtype, x.device))
+    summary = summarize(mix, layout)
+    packed = pack(mix, layout, summary, x.dtype, unit_scale=False, propagate=True)
+    tall = m > n
+    symmetric(
+        layout,
+        config,
+        packed,
+        packed,
+        places_of(places, x.dtype, x.device),
+        space=WIDE,
+        out_space=LONG if tall else SHORT,
+        transposed=tall,
+    )
+    return out
