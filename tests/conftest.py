@@ -41,6 +41,9 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+_ILL_POSED = ("cans", torch.float16)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend by the name that `use_backend` takes, and its instruction set if it is fixed."""
@@ -63,6 +66,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
     if name == "triton" and torch.float64 in request.node.callspec.params.values():
         pytest.skip("the Triton kernels compute in float32 at most")
+    params = request.node.callspec.params
+    if name == "triton" and (params.get("coefficients"), params.get("dtype")) == _ILL_POSED:
+        pytest.skip("CANS diverges just above 1, where a 1 x 7 matrix in fp16 rounds to")
     if name == "cpu" and _extension.MODULE is None:
         pytest.skip(_extension.REASON)
     if isa:
@@ -112,6 +118,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in set(others)]
+    for item in items:
+        # Minutes in the interpreter.
+        if INTERPRETING and "awkward" in item.name:
+            item.add_marker("long")
     if config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("long")]

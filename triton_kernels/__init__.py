@@ -16,6 +16,10 @@ FAMILIES = {
     "gram": "symmetric_matmul",
     "newton_schulz": "newton_schulz",
     "muon_step_": "newton_schulz",
+    "kron_factors_update_": "kron_factor",
+    "kron_precondition": "kron_factor",
+    "inverse_root": "inverse_root",
+    "shampoo_step_": "inverse_root",
 }
 
 

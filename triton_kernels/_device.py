@@ -51,6 +51,17 @@ def narrowed(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """A storage dtype to fp32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter loses subnormal numbers.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def multiplied(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32."""
     if INTERPRETED:

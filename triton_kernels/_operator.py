@@ -81,6 +81,40 @@ def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) ->
         check_writable(f"{name}[{i}]", x)
 
 
+def check_sides(
+    params: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_partners: Sequence[Tensor],
+    right_partners: Sequence[Tensor],
+    partner: str,
+) -> None:
+    """Factors and, on the same sides, their partners: "roots" or "bases"; size 0 where absent."""
+    for side, dim, factors, partners in (
+        ("left", -2, lefts, left_partners),
+        ("right", -1, rights, right_partners),
+    ):
+        for name, tensors in ((f"{side}s", factors), (f"{side}_{partner}", partners)):
+            check_list(name, tensors, len(params))
+            for i, (x, param) in enumerate(zip(tensors, params, strict=True)):
+                expected = (*param.shape[:-2], param.shape[dim], param.shape[dim])
+                if not x.numel():
+                    continue
+                if x.dtype != torch.float32:
+                    raise TypeError(f"{name}[{i}] must be float32, not {x.dtype}")
+                if x.shape != expected:
+                    raise ValueError(
+                        f"{name}[{i}] must have shape {expected}, not {tuple(x.shape)}"
+                    )
+                check_writable(f"{name}[{i}]", x)
+        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
+            if bool(factor.numel()) != bool(other.numel()):
+                raise ValueError(
+                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
+                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
+                )
+
+
 def check_writable(name: str, x: Tensor) -> None:
     """Every element of a tensor that is written needs a place of its own."""
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):

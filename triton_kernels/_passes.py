@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import DTYPES, corner, element, exponent_of, launch, narrowed, placed, scaled, within
+from ._device import DTYPES, corner, element, exponent_of, launch, narrowed, placed, scaled, widened, within
 from ._layout import (
     CHUNK_COLS,
     CHUNK_ROWS,
@@ -109,7 +109,7 @@ def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
     rows = tl.arange(0, CHUNK_ROWS)
     cols = tl.arange(0, CHUNK_COLS)
     at = placed(grads, matrix, 0, row, col, rows, cols, GRAD, GRAD_UNIT)
-    grad = tl.load(at, mask=inside, other=0.0).to(tl.float32) * sign
+    grad = widened(tl.load(at, mask=inside, other=0.0)) * sign
     finite = tl.abs(grad) < float("inf")
     direction = grad
     new = grad

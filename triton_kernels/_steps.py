@@ -54,22 +54,6 @@ class Progress:
         self._indices: list[int] = []
         self._states: list[Tensor] = []
 
-    def taken(self, group: Sequence[Numbered]) -> Tensor:
-        """Steps that the matrices of a group have taken before this one, in fp64."""
-        chosen = {item.entry for item in group}
-        flat = {
-            entry: self._counts[entry].double().reshape(-1).expand(count)
-            for entry, count in self._entries
-            if entry in chosen
-        }
-        starts: dict[int, int] = {}
-        for item in group:
-            starts.setdefault(item.entry, item.index)
-        first = {entry: start for entry, start in self._starts() if entry in chosen}
-        if all(count == 1 for entry, count in self._entries if entry in chosen):
-            return torch.cat([flat[item.entry] for item in group])
-        return torch.stack([flat[item.entry][item.index - first[item.entry]] for item in group])
-
     def add(self, group: Sequence[Numbered], states: Tensor) -> None:
         """States of the matrices of one group, NONFINITE where nothing was written."""
         self._indices += [item.index for item in group]
@@ -99,9 +83,105 @@ class Progress:
             count.add_(steps.to(count.dtype))
             assert len(part) == size
 
-    def _starts(self) -> list[tuple[int, int]]:
-        starts, at = [], 0
-        for entry, count in self._entries:
-            starts.append((entry, at))
-            at += count
-        return starts
+
+class Stack:
+    """Entries of a list step that share shape, dtypes and options, as one batch.
+
+    Attributes:
+        entries: their numbers in the lists.
+        shape: (m, n).
+    """
+
+    def __init__(self, entries: Sequence[int], params: Sequence[Tensor]) -> None:
+        self.entries = list(entries)
+        self.shape = params[self.entries[0]].shape[-2:]
+        self._sizes = [params[e].numel() // self.shape.numel() for e in self.entries]
+
+    def take(self, tensors: Sequence[Tensor], rank: int = 2) -> Tensor | None:
+        """(count, ...) of the entries' tensors, the last `rank` dimensions kept; None if absent."""
+        chosen = [tensors[e] for e in self.entries]
+        if not chosen[0].numel():
+            return None
+        parts = [x.reshape(-1, *x.shape[x.ndim - rank :]) for x in chosen]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def steps(self, counts: Sequence[Tensor]) -> Tensor:
+        """The numbers, from 1, of the steps about to be taken, fp64 (count,)."""
+        pairs = zip(self.entries, self._sizes, strict=True)
+        return torch.cat([counts[e].double().reshape(-1).expand(size) for e, size in pairs]) + 1.0
+
+    def put_(
+        self, tensors: Sequence[Tensor], old: Tensor | None, new: Tensor | None, where: Tensor
+    ) -> None:
+        """Writes new values of the chosen matrices, and nothing else but the bits that are there."""
+        if old is None or new is None:
+            return
+        shape = (-1,) + (1,) * (old.ndim - 1)
+        parts = torch.where(where.view(shape), new, old).split(self._sizes)
+        targets = [tensors[e] for e in self.entries]
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part.reshape(target.shape))
+
+    def count_(
+        self, counts: Sequence[Tensor], skipped: Tensor, updated: Tensor, kept: Tensor
+    ) -> None:
+        """Advances the steps of what was updated, and `skipped` by what was kept."""
+        skipped.add_(kept.sum())
+        for entry, part in zip(self.entries, updated.split(self._sizes), strict=True):
+            count = counts[entry]
+            steps = part.reshape(count.shape) if count.ndim else part.any()
+            count.add_(steps.to(count.dtype))
+
+
+def stacks_of(params: Sequence[Tensor], *keys: Sequence[object]) -> list[Stack]:
+    """Entries by shape and dtype of the parameter, and by whatever else they must share."""
+    groups: dict[object, list[int]] = {}
+    for i, param in enumerate(params):
+        if param.numel():
+            key = (param.shape[-2:], param.dtype, *(_kind(values[i]) for values in keys))
+            groups.setdefault(key, []).append(i)
+    return [Stack(entries, params) for entries in groups.values()]
+
+
+def _kind(value: object) -> object:
+    """What has to agree of a tensor is its dtype and whether it is there."""
+    return (value.dtype, value.numel() == 0) if isinstance(value, Tensor) else value
+
+
+def finite(*tensors: Tensor | None) -> Tensor:
+    """Which matrices of a batch are finite in all of some tensors."""
+    found = [x.isfinite().flatten(1).all(1) for x in tensors if x is not None]
+    return torch.stack(found).all(0)
+
+
+def outside_range(grad: Tensor) -> Tensor:
+    """Which gradients are so large or small that their squares leave fp32."""
+    largest = grad.abs().flatten(1).amax(1)
+    usual = (largest >= 2.0**-50) & (largest <= 2.0**50)
+    return ~usual & (largest != 0.0) & largest.isfinite()
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One number a matrix, fp32, to be broadcast over a batch."""
+    return values.float().view((-1,) + (1,) * (like.ndim - 1))
+
+
+def move_(
+    stack: Stack,
+    params: Sequence[Tensor],
+    update: Tensor,
+    where: Tensor,
+    *,
+    rate: Tensor,
+    decay: Tensor,
+) -> None:
+    """W <- decay W - rate U, rounded once, for the chosen matrices."""
+    old = stack.take(params)
+    assert old is not None
+    new = column(decay, old) * old.float() - column(rate, old) * update
+    stack.put_(params, old, new.to(old.dtype), where)
+
+
+def length(x: Tensor) -> Tensor:
+    """The Frobenius norm of every matrix, fp64."""
+    return x.double().square().flatten(1).sum(1).sqrt()

@@ -119,8 +119,8 @@ def _is_gram(
     if rule.method != "auto":
         return rule.method == "gram"
     full = rule.compute_dtype == torch.float32
-    if full and not restarts:
-        return False  # the Gram form would lose accuracy without
+    if full and (one_program or not restarts):
+        return False  # few rows: rounding errors do not average out
     if one_program:
         return True  # the passes over X are what counts
     rate = 1.0 if full else _FULL_PRECISION_COST

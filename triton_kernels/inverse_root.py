@@ -1,0 +1,585 @@
+"""Inverse p-th roots by a coupled iteration whose rows are looked up on the device, and Shampoo.
+
+Every matrix of a batch has its own rows, from a table over the lower bound of its spectrum, so the
+host never waits: a matrix that is done is copied through, with no product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from spectral_kernels.coefficients import root_schedule, root_tolerance
+from torch import Tensor
+
+from ._batch import flattened, product, two_sided
+from ._config import architecture, config_for
+from ._layout import SHORT, layout_of, padded, upload
+from ._operator import (
+    check_choice,
+    check_list,
+    check_number,
+    check_sides,
+    check_state,
+    check_step,
+    operator,
+    raise_nonfinite,
+)
+from ._steps import Stack, column, finite, length, move_, outside_range, stacks_of
+from .kron_factor import updated
+from .symmetric_matmul import symmetric
+
+CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
+
+_U = 2.0**-24
+_LIMIT = 0.25  # of the residual
+_PROBES = 8
+
+# Lower bounds of spectra that rows are kept for: 2^0 .. 2^-_BOUNDS, in quarters of a power.
+_BOUNDS = 28
+_QUARTERS = 4
+
+
+class Roots(NamedTuple):
+    """Roots of a batch, (count, n, n), and how it went, (count,) each."""
+
+    root: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    delta: Tensor
+
+
+@functools.cache
+def _schedules(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows (bounds, steps, 3) and their numbers (bounds,), for spectra in [2^(-i / 4), 1]."""
+    found = []
+    for i in range(_BOUNDS * _QUARTERS + 1):
+        low = 2.0 ** (-i / _QUARTERS)
+        found.append(root_schedule(low, p, root_tolerance(low, _U)))
+    longest = max(map(len, found))
+    rows = torch.zeros(len(found), longest, 3)
+    for i, schedule in enumerate(found):
+        for k, row in enumerate(schedule):
+            rows[i, k] = torch.tensor(row)
+    counts = torch.tensor([len(schedule) for schedule in found], dtype=torch.int32)
+    return upload(rows, device), upload(counts, device)
+
+
+class _Iteration:
+    """M <- N^p M, X <- N X in padded workspaces, N = a I + b M + c M^2."""
+
+    def __init__(self, b: Tensor, p: int) -> None:
+        count, n, _ = b.shape
+        self._p = p
+        self._config = config_for(architecture(b.device), torch.float32, n)
+        self._size = padded(n, self._config.tile)
+        self._layout = layout_of(((n, n),) * count, (self._config.tile,) * 2, b.device)
+        self._n = n
+
+    def framed(self, x: Tensor) -> Tensor:
+        """A batch with zeros around."""
+        pad = self._size - self._n
+        return torch.nn.functional.pad(x, (0, pad, 0, pad)).contiguous()
+
+    def view(self, x: Tensor) -> Tensor:
+        """The matrices of a workspace."""
+        return x.view(-1, self._size, self._size)[:, : self._n, : self._n]
+
+    def empty(self) -> Tensor:
+        """A workspace."""
+        return self._layout.empty(SHORT, torch.float32)
+
+    def squared(self, b: Tensor) -> Tensor:
+        """The Frobenius norm of B^2, in fp64, of every matrix."""
+        out = self.empty()
+        symmetric(self._layout, self._config, b, b, out)
+        return self.view(out).double().square().sum((-2, -1)).sqrt()
+
+    def run(self, m: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+        """The root of a workspace M with a spectrum in [l, 1].
+
+        Args:
+            m: overwritten.
+            rows: fp32 (count, longest, 3).
+            steps: int32 (count,), how many of them each matrix takes.
+        """
+        longest = rows.shape[1]
+        # Where a matrix is done, products have the weight 0 and what it holds the weight 1.
+        active = (torch.arange(longest, device=rows.device) < steps[:, None]).float()
+        keep = 1.0 - active
+        x = self.framed(torch.eye(self._n, device=m.device).expand(len(rows), -1, -1))
+        for k in range(longest):
+            a, b, c = rows[:, k].unbind(-1)
+            on, off = active[:, k], keep[:, k]
+            n, new_x = self.empty(), self.empty()
+            self._step(m, m, n, torch.stack([c * on, b * on, a * on], 1), add=m)
+            self._step(n, x, new_x, torch.stack([on, off, 0.0 * on], 1), add=x)
+            if k + 1 < longest:
+                new_m = self.empty()
+                self._step(self._power(n), m, new_m, torch.stack([on, off, 0.0 * on], 1), add=m)
+                m = new_m
+            x = new_x
+        return x
+
+    def _step(self, a: Tensor, b: Tensor, out: Tensor, factors: Tensor, *, add: Tensor) -> None:
+        symmetric(
+            self._layout,
+            self._config,
+            a,
+            b,
+            out,
+            beta=1.0,
+            c=add,
+            gamma=1.0,
+            factors=factors.contiguous(),
+            columns=(0, 1, 2),
+        )
+
+    def _power(self, n: Tensor) -> Tensor:
+        """N^p by repeated squaring."""
+        result, exponent = None, self._p
+        while True:
+            if exponent % 2:
+                result = n if result is None else self._product(result, n)
+            exponent //= 2
+            if not exponent:
+                assert result is not None
+                return result
+            n = self._product(n, n)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        out = self.empty()
+        symmetric(self._layout, self._config, a, b, out)
+        return out
+
+
+def roots_of(a: Tensor, p: int, *, ridge: float, relative_ridge: float) -> Roots:
+    """(A + delta I)^(-1/p) of a batch by iteration alone, without a wait for the device.
+
+    The rule is that of `spectral_kernels.inverse_root` with method "iteration" and a single
+    attempt: where the residual does not accept the root, or it overflows, the status is STAGNATED.
+    """
+    n = a.shape[-1]
+    finite = a.isfinite().all(-1).all(-1)
+    a = torch.where(finite[:, None, None], a, 0.0)
+    largest = a.abs().amax((-2, -1)).clamp(min=ridge)
+    null = largest == 0.0
+    exponent = torch.frexp(torch.where(null, 1.0, largest))[1] - 1
+    exponent = p * torch.div(exponent, p, rounding_mode="floor")
+    a = torch.ldexp(a, -exponent[:, None, None])
+    a = 0.5 * (a + a.mT)
+    row_sum = a.abs().sum(-1).amax(-1)
+    own_ridge = torch.ldexp(torch.full_like(row_sum, ridge), -exponent)
+    delta = torch.maximum(own_ridge, relative_ridge * row_sum)
+    b = a + delta[:, None, None] * torch.eye(n, device=a.device)
+    iteration = _Iteration(b, p)
+    nu = (iteration.squared(iteration.framed(b)).sqrt() * (1.0 + 4.0 * _U)).float()
+    nu = torch.where(null | (nu == 0.0), 1.0, nu)
+    low = torch.maximum(delta / nu, delta.new_tensor(4.0 * _U)).clamp(max=1.0)
+    rows, counts = _schedules(p, a.device)
+    bound = torch.ceil(-torch.log2(low) * _QUARTERS).long().clamp(0, len(rows) - 1)
+    m = b / nu[:, None, None]
+    x = iteration.view(iteration.run(iteration.framed(m), rows[bound], counts[bound]))
+    residual = _residual(x, m, p)
+    diagonal = x.diagonal(dim1=-2, dim2=-1)
+    root = x * (nu.double() ** (-1.0 / p)).float()[:, None, None]
+    root = torch.ldexp(root, -torch.div(exponent, p, rounding_mode="floor")[:, None, None])
+    accepted = (residual <= _LIMIT) & (diagonal > 0.0).all(-1) & root.isfinite().all(-1).all(-1)
+    status = torch.where(accepted, CONVERGED, STAGNATED)
+    status = torch.where(null, RANK_DEFICIENT, status)
+    status = torch.where(finite, status, NON_FINITE)
+    bad = ~finite
+    root = torch.where(null[:, None, None], 0.0, root)
+    return Roots(
+        torch.where(bad[:, None, None], math.nan, root),
+        status.long(),
+        torch.where(accepted, counts[bound], 0).long(),
+        torch.where(bad, math.nan, torch.where(null, 0.0, residual)),
+        torch.where(bad, math.nan, torch.ldexp(torch.where(null, 0.0, delta), exponent)),
+    )
+
+
+def _residual(x: Tensor, m: Tensor, p: int) -> Tensor:
+    """||(X^floor(p/2) M X^ceil(p/2) - I) Omega||_F / ||Omega||_F."""
+    omega = _signs(x.shape[-1], x.device).expand(len(x), -1, -1)
+    y = omega
+    for _ in range(p - p // 2):
+        y = product(x, y)
+    y = product(m, y)
+    for _ in range(p // 2):
+        y = product(x, y)
+    return ((y - omega).double().square().sum((-2, -1)) / omega[0].numel()).sqrt().float()
+
+
+@functools.cache
+def _signs(n: int, device: torch.device) -> Tensor:
+    """The fixed n x 8 matrix of +-1 of `spectral_kernels.inverse_root`."""
+    state, signs = 1, []
+    for _ in range(_PROBES * n):
+        state = (1664525 * state + 1013904223) % 2**32
+        signs.append(-1.0 if state >> 31 else 1.0)
+    return upload(torch.tensor(signs).reshape(n, _PROBES), device)
+
+
+@operator
+def inverse_root(
+    a: Tensor, p: int, *, ridge: float, relative_ridge: float, method: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(A + delta I)^(-1/p); see `spectral_kernels.inverse_root`.
+
+    Waits for the device once, to see which matrices need an eigendecomposition.
+    """
+    batch = a.shape[:-2]
+    if not a.numel():
+        numbers = [a.new_zeros(batch) for _ in range(2)]
+        counts = [a.new_zeros(batch, dtype=torch.int64) for _ in range(2)]
+        return torch.empty_like(a), *counts, *numbers
+    given = flattened(a)
+    found = roots_of(given, p, ridge=ridge, relative_ridge=relative_ridge)
+    if method == "eigen":
+        again = torch.ones_like(found.status, dtype=torch.bool)
+    else:
+        again = found.status == STAGNATED
+        if method == "auto":
+            again = again | _unbounded(given, found.delta)
+    again = again & (found.status != NON_FINITE) & (found.status != RANK_DEFICIENT)
+    chosen = again.nonzero().flatten()
+    if len(chosen):
+        fallback = eigen_roots(given[chosen], p, found.delta[chosen])
+        if method == "iteration":
+            status = torch.where(fallback.status == CONVERGED, FELL_BACK, fallback.status)
+            fallback = fallback._replace(status=status)
+        found = Roots(
+            *(x.index_copy(0, chosen, y.to(x.dtype)) for x, y in zip(found, fallback, strict=True))
+        )
+    numbers = (x.reshape(batch) for x in found[1:])
+    return found.root.reshape(a.shape).contiguous(), *numbers
+
+
+def _unbounded(a: Tensor, delta: Tensor) -> Tensor:
+    """Where the ridge is below 4u of the scale, so that it bounds no spectrum."""
+    b = 0.5 * (a + a.mT)
+    b = b + delta[:, None, None] * torch.eye(a.shape[-1], device=a.device)
+    largest = b.abs().amax((-2, -1))
+    unit = torch.where(largest > 0.0, largest, 1.0)
+    b = b / unit[:, None, None]
+    iteration = _Iteration(b, 1)
+    nu = iteration.squared(iteration.framed(b)).sqrt() * (1.0 + 4.0 * _U)
+    return delta.double() / unit.double() < 4.0 * _U * nu
+
+
+def eigen_roots(a: Tensor, p: int, delta: Tensor) -> Roots:
+    """Roots by eigendecompositions in float64, matrix by matrix."""
+    found = [_eigen_root(one, p, float(ridge)) for one, ridge in zip(a, delta, strict=True)]
+    numbers = torch.tensor([x[1:] for x in found], dtype=torch.float64, device=a.device)
+    status, residual = numbers.unbind(1)
+    root = torch.stack([x[0] for x in found])
+    return Roots(root, status.long(), torch.zeros_like(status).long(), residual.float(), delta)
+
+
+def _eigen_root(a: Tensor, p: int, delta: float) -> tuple[Tensor, float, float]:
+    """Root, status and residual on the eigenvalues that rounding in A does not hide."""
+    n = a.shape[-1]
+    wide = a.double()
+    exponent = p * (math.frexp(max(float(wide.abs().max()), delta))[1] // p)
+    wide = torch.ldexp(0.5 * (wide + wide.mT), torch.tensor(-exponent, device=a.device))
+    delta = math.ldexp(delta, -exponent)
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:
+        return torch.zeros_like(a), STAGNATED, math.inf
+    cut = max(4.0 * _U, 4.0 * n * 2.0**-53)
+    largest = float(values.abs().max())
+    indefinite = float(values[0]) < -math.sqrt(n) * cut * largest
+    spectrum = values.clamp(min=0.0) + delta
+    kept = spectrum > (0.0 if delta > 0.0 else cut * largest)
+    powers = torch.where(kept, spectrum, 1.0) ** (-1.0 / p) * kept
+    root = (vectors * powers) @ vectors.mT
+    root = root.tril() + root.tril(-1).mT
+    checked = spectrum > max(cut, 1e-12) * spectrum[-1]
+    residual = 0.0
+    if bool(checked.any()):
+        q, kept_powers = vectors[:, checked], powers[checked]
+        b = wide + delta * torch.eye(n, dtype=torch.float64, device=a.device)
+        omega = _signs(n, a.device).double()
+        y = (kept_powers ** (p - p // 2))[:, None] * (q.mT @ omega)
+        y = (kept_powers ** (p // 2))[:, None] * (q.mT @ (b @ (q @ y)))
+        residual = float(torch.linalg.matrix_norm(q @ y - q @ (q.mT @ omega)))
+        residual /= math.sqrt(omega.numel())
+    status = STAGNATED if indefinite or residual > _LIMIT else CONVERGED
+    if status == CONVERGED and not bool(kept.all()):
+        status = RANK_DEFICIENT
+    return (root * 2.0 ** (-exponent // p)).to(a.dtype), status, residual
+
+
+class _Shampoo(NamedTuple):
+    """The options of a step."""
+
+    beta1: float
+    beta2: float
+    graft_beta2: float
+    root: int
+    ridge: float
+    relative_ridge: float
+    graft: str
+    graft_eps: float
+    graft_eps_mode: str
+    kl: bool
+    kl_order: str
+    debias: bool
+
+    @property
+    def weight(self) -> float:
+        """1 - beta2, or 1 for beta2 = 1, which is AdaGrad's sum."""
+        return 1.0 - self.beta2 if self.beta2 < 1.0 else 1.0
+
+
+class _Factors(NamedTuple):
+    """Factors and roots of a batch; None where a side is absent."""
+
+    left: Tensor | None
+    right: Tensor | None
+    left_root: Tensor | None
+    right_root: Tensor | None
+
+
+@operator
+def shampoo_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_roots: Sequence[Tensor],
+    right_roots: Sequence[Tensor],
+    graft_squares: Sequence[Tensor],
+    root_failures: Sequence[Tensor],
+    step_counts: Sequence[Tensor],
+    skipped: Tensor,
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    graft_beta2: float,
+    root: int,
+    ridge: float,
+    relative_ridge: float,
+    root_method: str,
+    weight_decay: float,
+    graft: str,
+    graft_eps: float,
+    graft_eps_mode: str,
+    kl: bool,
+    kl_order: str,
+    debias: bool,
+    maximize: bool,
+    nonfinite: str,
+    refresh: Sequence[int],
+) -> None:
+    """One Shampoo or KL-Shampoo step; see `spectral_kernels.shampoo_step_`.
+
+    Roots are taken by iteration, whatever `root_method` says, and there is no second attempt: a
+    root that is not accepted keeps the old one and is counted.
+    """
+    check_step(params, grads, step_counts, skipped, lr)
+    check_state("momentum_buffers", momentum_buffers, params)
+    check_sides(params, lefts, rights, left_roots, right_roots, "roots")
+    check_list("refresh", refresh, len(params))
+    check_choice("graft", graft, ("none", "sgd", "adagrad", "rmsprop", "adam"))
+    check_choice("graft_eps_mode", graft_eps_mode, ("relative", "absolute"))
+    check_choice("kl_order", kl_order, ("sequential", "simultaneous"))
+    check_number("weight_decay", weight_decay)
+    if kl and root != 2:
+        raise ValueError(
+            f"kl weights its factors by inverse square roots: root must be 2, not {root}"
+        )
+    if graft not in ("none", "sgd"):
+        check_state("graft_squares", graft_squares, params)
+    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    step = _Shampoo(
+        beta1=beta1,
+        beta2=beta2,
+        graft_beta2=graft_beta2,
+        root=root,
+        ridge=ridge,
+        relative_ridge=relative_ridge,
+        graft=graft,
+        graft_eps=graft_eps,
+        graft_eps_mode=graft_eps_mode,
+        kl=kl,
+        kl_order=kl_order,
+        debias=debias,
+    )
+    checked = nonfinite != "propagate"
+    states = (lefts, rights, left_roots, right_roots)
+    for stack in stacks_of(params, grads, lefts, rights, [bool(flag) for flag in refresh]):
+        m, g = stack.take(momentum_buffers), stack.take(grads)
+        assert m is not None and g is not None
+        g = -g.float() if maximize else g.float()
+        t = stack.steps(step_counts)
+        kept = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+        if relative_ridge > 0.0 or kl:
+            kept = kept | outside_range(g)
+        if checked:
+            kept = kept | ~finite(g, m)
+        old = _Factors(*(stack.take(x) for x in states))
+        squares = None if graft in ("none", "sgd") else stack.take(graft_squares)
+        new, failed = _refreshed(old, g, t, step, refresh=bool(refresh[stack.entries[0]]))
+        new_squares = _new_squares(squares, g, step)
+        new_m = beta1 * m + (1.0 - beta1) * g
+        if checked:
+            kept = kept | ~finite(new_m, new_squares, *new)
+        update = _update(new_m, new_squares, new, t, step)
+        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        move_(stack, params, update, ~kept, rate=rate, decay=1.0 - rate * weight_decay)
+        stack.put_(momentum_buffers, m, new_m, ~kept)
+        stack.put_(graft_squares, squares, new_squares, ~kept)
+        for tensors, before, after in zip(states, old, new, strict=True):
+            stack.put_(tensors, before, after, ~kept)
+        failures = stack.take(root_failures, 1)
+        assert failures is not None
+        stack.put_(root_failures, failures, failures + failed, ~kept)
+        stack.count_(step_counts, skipped, ~kept, kept)
+
+
+def _refreshed(
+    old: _Factors, g: Tensor, t: Tensor, step: _Shampoo, *, refresh: bool
+) -> tuple[_Factors, Tensor]:
+    """New factors and roots, and int64 (count, 2): the failed roots of each side."""
+    none = torch.zeros(len(g), 2, dtype=torch.int64, device=g.device)
+    if step.kl:
+        return _kl(old, g, step, none, refresh=refresh)
+    left, right = (
+        None if x is None else updated(x, g, side, beta=step.beta2, weight=step.weight)
+        for x, side in ((old.left, -2), (old.right, -1))
+    )
+    if not refresh:
+        return old._replace(left=left, right=right), none
+    bias = 1.0 - step.beta2**t if step.debias and step.beta2 < 1.0 else torch.ones_like(t)
+    left_root, left_failed = _new_root(left, old.left_root, bias, step, none[:, 0])
+    right_root, right_failed = _new_root(right, old.right_root, bias, step, none[:, 0])
+    failed = torch.stack([left_failed, right_failed], 1)
+    return _Factors(left, right, left_root, right_root), failed
+
+
+def _new_root(
+    factor: Tensor | None, old: Tensor | None, bias: Tensor, step: _Shampoo, none: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The root of factor / bias, or the old one and 1 where it fails."""
+    if factor is None or old is None:
+        return old, none
+    found = roots_of(
+        factor / column(bias, factor), step.root, ridge=step.ridge, relative_ridge=step.relative_ridge
+    )
+    zero = (factor == 0.0).all(-1).all(-1)
+    failed = (found.status == STAGNATED) | (found.status == NON_FINITE)
+    failed = (failed | ~finite(found.root)) & ~zero
+    return torch.where((failed | zero)[:, None, None], old, found.root), failed.long()
+
+
+def _kl(
+    old: _Factors, g: Tensor, step: _Shampoo, none: Tensor, *, refresh: bool
+) -> tuple[_Factors, Tensor]:
+    m, n = g.shape[-2:]
+    left, right, left_root, right_root = _kl_start(old, g, step)
+    bias = torch.ones(len(g), dtype=torch.float64, device=g.device)
+
+    def new_left(root: Tensor | None) -> Tensor | None:
+        x = two_sided(g, None, root)
+        return left if left is None else updated(
+            left, x, -2, beta=step.beta2, weight=step.weight / n
+        )
+
+    def new_right(root: Tensor | None) -> Tensor | None:
+        x = two_sided(g, root, None)
+        return right if right is None else updated(
+            right, x, -1, beta=step.beta2, weight=step.weight / m
+        )
+
+    if not refresh:
+        factors = _Factors(new_left(right_root), new_right(left_root), left_root, right_root)
+        return factors, none
+    if step.kl_order == "simultaneous":
+        left, right = new_left(right_root), new_right(left_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+    elif m <= n:
+        left = new_left(right_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+        right = new_right(left_root)
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+    else:
+        right = new_right(left_root)
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+        left = new_left(right_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+    factors = _rebalanced(_Factors(left, right, left_root, right_root))
+    return factors, torch.stack([left_failed, right_failed], 1)
+
+
+def _kl_start(old: _Factors, g: Tensor, step: _Shampoo) -> _Factors:
+    """lam0 I on both sides at the first gradient that is not zero."""
+    present = [x for x in (old.left, old.right) if x is not None]
+    fresh = torch.stack([(x == 0.0).all(-1).all(-1) for x in present]).all(0) if present else None
+    if fresh is None:
+        return old
+    lam0 = length(g) / math.sqrt(g[0].numel())
+    fresh = fresh & (lam0 != 0.0) & lam0.isfinite()
+    root = (lam0 + (step.relative_ridge * lam0).clamp(min=step.ridge)) ** -0.5
+
+    def started(x: Tensor | None, value: Tensor) -> Tensor | None:
+        if x is None:
+            return None
+        eye = torch.eye(x.shape[-1], device=x.device)
+        return torch.where(fresh[:, None, None], column(value, x) * eye, x)
+
+    return _Factors(*(started(x, v) for x, v in zip(old, (lam0, lam0, root, root), strict=True)))
+
+
+def _rebalanced(factors: _Factors) -> _Factors:
+    left, right, left_root, right_root = factors
+    if left is None or right is None or left_root is None or right_root is None:
+        return factors
+    means = [x.diagonal(dim1=-2, dim2=-1).double().mean(-1) for x in (left, right)]
+    usable = torch.stack([(x > 0.0) & x.isfinite() for x in means]).all(0)
+    s = torch.where(usable, (means[0] / means[1]).sqrt(), 1.0)
+    root = column(s.sqrt(), left)
+    s = column(s, left)
+    return _Factors(left / s, right * s, left_root * root, right_root / root)
+
+
+def _new_squares(squares: Tensor | None, g: Tensor, step: _Shampoo) -> Tensor | None:
+    if squares is None:
+        return None
+    if step.graft == "adagrad":
+        return squares + g * g
+    return step.graft_beta2 * squares + (1.0 - step.graft_beta2) * (g * g)
+
+
+def _update(
+    m: Tensor, squares: Tensor | None, factors: _Factors, t: Tensor, step: _Shampoo
+) -> Tensor:
+    mhat = m / column(1.0 - step.beta1**t, m) if step.debias else m
+    p = two_sided(mhat, factors.left_root, factors.right_root)
+    if step.graft == "none":
+        return p
+    size = length(p)
+    graft = length(_graft_direction(mhat, squares, t, step))
+    return p * column(torch.where(size == 0.0, 0.0, graft / size), p)
+
+
+def _graft_direction(mhat: Tensor, squares: Tensor | None, t: Tensor, step: _Shampoo) -> Tensor:
+    if squares is None:
+        return mhat
+    bias = column(1.0 - step.graft_beta2**t, mhat) if step.graft == "adam" else 1.0
+    root = (squares / bias).sqrt()
+    if step.graft_eps_mode == "relative":
+        eps = column(step.graft_eps * length(root) / math.sqrt(root[0].numel()), root)
+        divisor = root + eps
+    else:
+        divisor = root + step.graft_eps
+    return torch.where(divisor == 0.0, 0.0, mhat / divisor)
