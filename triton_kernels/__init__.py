@@ -20,6 +20,9 @@ FAMILIES = {
     "kron_precondition": "kron_factor",
     "inverse_root": "inverse_root",
     "shampoo_step_": "inverse_root",
+    "refresh_eigenbasis": "eigenbasis",
+    "soap_step_": "eigenbasis",
+    "deva_step_": "deva",
 }
 
 

@@ -1,0 +1,405 @@
+"""DeVA: variance adaptation fused with orthogonalization.
+
+The energies of momentum and gradient are one pass each over rows and columns, in a fixed order;
+the variance, its adaptation and the scaling of the direction are one pass over the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import launch
+from ._operator import (
+    check_choice,
+    check_list,
+    check_number,
+    check_rows,
+    check_sides,
+    check_state,
+    check_step,
+    check_writable,
+    operator,
+    raise_nonfinite,
+)
+from ._steps import column, finite, move_, outside_range, stacks_of
+from .eigenbasis import (
+    Bases,
+    accumulated,
+    adam_bias,
+    chosen_of,
+    initialised,
+    refreshed,
+    rms_normalized,
+    rotate,
+    rotate_back,
+    uninitialised,
+)
+from .newton_schulz import newton_schulz
+
+_NORMS = ("schatten", "linf")
+_VARIANCES = ("momentum", "gradient", "instant", "low_memory", "none")
+_EPS_MODES = ("relative", "outside", "inside")
+_PUBLIC_VARIANCES = {"schatten": ("momentum", "instant"), "linf": ("momentum",)}
+
+_LINES = 16
+_ALONG = 128
+_BLOCK_ROWS = 32
+_BLOCK_COLS = 128
+
+
+@dataclass(frozen=True)
+class _Deva:
+    """The options of a step."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    eps_mode: str
+    norm: str
+    variance: str
+    nesterov: bool
+    sign: bool
+    correct_bias: bool
+    rows: Sequence[Sequence[float]]
+    compute_dtype: torch.dtype
+
+
+@triton.jit
+def _energy_kernel(
+    x, out, lines, size, line_stride, step, matrix_stride, blocks,
+    LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    # Sums of squares along `size` elements of each of `lines` rows, or columns.
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    line = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
+    along = tl.arange(0, ALONG)
+    base = x + matrix * matrix_stride + line[:, None].to(tl.int64) * line_stride
+    sums = tl.zeros((LINES, ALONG), tl.float64)
+    for start in range(0, size, ALONG):
+        at = start + along
+        inside = (line < lines)[:, None] & (at < size)[None, :]
+        value = tl.load(base + at[None, :].to(tl.int64) * step, mask=inside, other=0.0)
+        value = value.to(tl.float64)
+        sums += value * value
+    tl.store(out + matrix * lines + line, tl.sum(sums, 1), mask=line < lines)
+
+
+def energies(x: Tensor, *, rows: bool) -> Tensor:
+    """Row or column sums of squares of a contiguous batch, fp64 (count, m) or (count, n)."""
+    count, m, n = x.shape
+    lines, size = (m, n) if rows else (n, m)
+    strides = (n, 1) if rows else (1, n)
+    out = torch.empty(count, lines, dtype=torch.float64, device=x.device)
+    blocks = -(-lines // _LINES)
+    launch(
+        _energy_kernel,
+        count * blocks,
+        x,
+        out,
+        lines,
+        size,
+        *strides,
+        m * n,
+        blocks,
+        LINES=_LINES,
+        ALONG=_ALONG,
+    )
+    return out
+
+
+@triton.jit
+def _adapt_kernel(
+    o, v, seen_rows, seen_cols, top_rows, top_cols, numbers, new_v, update,
+    m, n, beta2, fresh, scale, blocks, across,
+    OUTSIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # V <- beta2 V + fresh s_r s_c^T, U = scale O sqrt(t_r t_c^T / Vhat) with its eps.
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    rows = block // across * ROWS + tl.arange(0, ROWS)
+    cols = block % across * COLS + tl.arange(0, COLS)
+    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None, :]
+    seen = tl.load(seen_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
+    seen = seen * tl.load(seen_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :]
+    top = tl.load(top_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
+    top = tl.sqrt(top) * tl.sqrt(
+        tl.load(top_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :]
+    )
+    value = beta2 * tl.load(v + at, mask=inside, other=0.0) + fresh * seen
+    tl.store(new_v + at, value, mask=inside)
+    hat = value * tl.load(numbers + matrix * 2)
+    eps = tl.load(numbers + matrix * 2 + 1)
+    bottom = tl.sqrt(hat) + eps if OUTSIDE else tl.sqrt(hat + eps)
+    empty = (bottom == 0.0) & (top == 0.0)
+    gamma = tl.where(empty, 1.0, top / tl.where(bottom == 0.0, 1.0, bottom))
+    gamma = tl.where((bottom == 0.0) & (top != 0.0), float("inf"), gamma)
+    result = scale * gamma * tl.load(o + at, mask=inside, other=0.0)
+    tl.store(update + at, result, mask=inside)
+
+
+@operator
+def deva_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_bases: Sequence[Tensor],
+    right_bases: Sequence[Tensor],
+    step_counts: Sequence[Tensor],
+    skipped: Tensor,
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    eps_mode: str,
+    weight_decay: float,
+    norm: str,
+    variance: str,
+    nesterov: bool,
+    sign: bool,
+    correct_bias: bool,
+    normalize_grads: bool,
+    rows: Sequence[Sequence[float]],
+    scales: Sequence[float],
+    compute_dtype: torch.dtype,
+    reference: bool,
+    maximize: bool,
+    nonfinite: str,
+    refresh: Sequence[int],
+) -> None:
+    """One DeVA step over a list of matrices; see `spectral_kernels.deva_step_`.
+
+    Waits for the device where bases are refreshed, and until those of a list have been set.
+    """
+    check_step(params, grads, step_counts, skipped, lr)
+    check_state("exp_avgs", exp_avgs, params)
+    check_sides(params, lefts, rights, left_bases, right_bases, "bases")
+    _check_options(eps_mode, norm, variance, rows, reference)
+    _check_squares(exp_avg_sqs, params, variance)
+    check_list("scales", scales, len(params))
+    check_list("refresh", refresh, len(params))
+    check_number("eps", eps)
+    check_number("weight_decay", weight_decay)
+    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    public_schatten = reference and norm == "schatten"
+    step = _Deva(
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        eps_mode=eps_mode,
+        norm=norm,
+        variance=variance,
+        nesterov=nesterov,
+        sign=sign,
+        correct_bias=correct_bias and not reference,
+        rows=rows,
+        compute_dtype=compute_dtype,
+    )
+    checked = nonfinite != "propagate"
+    states = (lefts, rights, left_bases, right_bases)
+    flags = [bool(flag) for flag in refresh]
+    for stack in stacks_of(params, grads, lefts, rights, flags, list(scales)):
+        entry = stack.entries[0]
+        m, g = stack.take(exp_avgs), stack.take(grads)
+        v = stack.take(exp_avg_sqs, 1 if variance == "low_memory" else 2)
+        v = None if variance == "none" else v
+        assert m is not None and g is not None
+        g = -g.float() if maximize else g.float()
+        none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+        kept = ~finite(g, m) if checked else none
+        old = Bases(*(stack.take(x) for x in states))
+        factors = old.left is not None or old.right is not None
+        if not reference and eps_mode == "relative" and (variance != "none" or factors):
+            kept = kept | outside_range(g)
+        t = stack.steps(step_counts)
+        first = uninitialised(old, stack, (left_bases, right_bases))
+        new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
+        rotated = rotate(g, new)
+        new_m = beta1 * m + (1.0 - beta1) * rotated
+        direction = _direction(new_m, rotated, step)
+        new_v, update = _adapted(direction, new_m, rotated, v, t, scales[entry], step)
+        update = rotate_back(update, new)
+        idle = none if first is None or not public_schatten else first
+        later = ~none if first is None else ~first
+        if first is None or not bool(first.all()):
+            new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
+            if refresh[entry]:
+                chosen = later & ~kept & finite(*new) if factors else none
+                new, new_m, new_v = refreshed(
+                    new, new_m, new_v, chosen, permute=public_schatten
+                )
+        new_m = torch.where(idle[:, None, None], m, new_m)
+        if v is not None and new_v is not None:
+            new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)
+        if checked:
+            kept = kept | ~finite(new_m, new_v, *new)
+        if normalize_grads:
+            update = rms_normalized(update)
+        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        decay = 1.0 - rate * weight_decay
+        if public_schatten:
+            rate = rate * decay
+            if correct_bias:
+                rate = rate * adam_bias(beta1, beta2, t)
+        moved = ~kept & ~idle
+        move_(stack, params, update, moved, rate=rate, decay=decay)
+        stack.put_(exp_avgs, m, new_m, ~kept)
+        stack.put_(exp_avg_sqs, v, new_v, ~kept)
+        for tensors, before, after in zip(states, old, new, strict=True):
+            stack.put_(tensors, before, after, ~kept)
+        stack.count_(step_counts, skipped, moved, kept)
+
+
+def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
+    """O, the matrix sign or the elementwise one."""
+    n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
+    if step.norm == "linf":
+        return n.sign()
+    return newton_schulz(
+        (n.sign() if step.sign else n).contiguous(),
+        step.rows,
+        method="standard",
+        restarts=(),
+        compute_dtype=step.compute_dtype,
+        eps=0.0,
+        norm="schatten8",
+        norm_factor=1.0,
+    )
+
+
+def _adapted(
+    o: Tensor, m: Tensor, g: Tensor, v: Tensor | None, t: Tensor, scale: float, step: _Deva
+) -> tuple[Tensor | None, Tensor]:
+    """The new V, and scale Gamma o O."""
+    if v is None:
+        return None, scale * o
+    one = torch.ones_like(t)
+    m_bias = 1.0 - step.beta1**t if step.correct_bias else one
+    v_bias = 1.0 - step.beta2**t if step.correct_bias else one
+    if step.norm == "linf":
+        mhat = m / column(m_bias, m)
+        seen = mhat if step.variance == "momentum" else g
+        top = g if step.variance == "instant" else mhat
+        v = step.beta2 * v + (1.0 - step.beta2) * (seen * seen)
+        hat = v / column(v_bias, v)
+        return v, scale * _ratio(top.abs(), hat, step) * o
+    m_rows, m_cols = (energies(m.contiguous(), rows=rows) for rows in (True, False))
+    g_rows, g_cols = (energies(g.contiguous(), rows=rows) for rows in (True, False))
+    square = (m_bias * m_bias)[:, None]
+    m_rows, m_cols = m_rows / square, m_cols / square
+    if step.variance == "low_memory":
+        observed = torch.cat([g_rows, g_cols], 1).float()
+        v = step.beta2 * v + (1.0 - step.beta2) * observed
+        v_r, v_c = (v / column(v_bias, v)).split(list(m.shape[1:]), 1)
+        row = _ratio(m_rows.float().sqrt(), v_r, step).sqrt()
+        col = _ratio(m_cols.float().sqrt(), v_c, step).sqrt()
+        return v, scale * (row[:, :, None] * col[:, None, :]) * o
+    momentum = m_rows, m_cols
+    seen_rows, seen_cols = momentum if step.variance == "momentum" else (g_rows, g_cols)
+    top_rows, top_cols = (g_rows, g_cols) if step.variance == "instant" else momentum
+    return _adapt(o, v, (seen_rows, seen_cols), (top_rows, top_cols), v_bias, scale, step)
+
+
+def _adapt(
+    o: Tensor,
+    v: Tensor,
+    seen: tuple[Tensor, Tensor],
+    top: tuple[Tensor, Tensor],
+    v_bias: Tensor,
+    scale: float,
+    step: _Deva,
+) -> tuple[Tensor, Tensor]:
+    count, m, n = o.shape
+    seen_norms = [x.sqrt() for x in seen]
+    eps = torch.full_like(v_bias, step.eps)
+    if step.eps_mode == "relative":
+        total = step.beta2 * v.double().sum((1, 2))
+        total = total + (1.0 - step.beta2) * seen_norms[0].sum(1) * seen_norms[1].sum(1)
+        eps = step.eps * total / (m * n) / v_bias
+    numbers = torch.stack([1.0 / v_bias, eps], 1).float().contiguous()
+    new_v, update = torch.empty_like(v), torch.empty_like(o)
+    across = -(-n // _BLOCK_COLS)
+    blocks = across * -(-m // _BLOCK_ROWS)
+    launch(
+        _adapt_kernel,
+        count * blocks,
+        o.contiguous(),
+        v.contiguous(),
+        *(x.float() for x in seen_norms),
+        *(x.sqrt().float() for x in top),
+        numbers,
+        new_v,
+        update,
+        m,
+        n,
+        step.beta2,
+        1.0 - step.beta2,
+        scale,
+        blocks,
+        across,
+        OUTSIDE=step.eps_mode == "outside",
+        ROWS=_BLOCK_ROWS,
+        COLS=_BLOCK_COLS,
+    )
+    return new_v, update
+
+
+def _ratio(top: Tensor, v: Tensor, step: _Deva) -> Tensor:
+    """sqrt(e / v) with its eps from sqrt(e); 1 for 0 / 0."""
+    if step.eps_mode == "outside":
+        bottom = v.sqrt() + step.eps
+    elif step.eps_mode == "relative":
+        bottom = (v + column(step.eps * v.double().flatten(1).mean(1), v)).sqrt()
+    else:
+        bottom = (v + step.eps).sqrt()
+    return torch.where((bottom == 0.0) & (top == 0.0), 1.0, top / bottom)
+
+
+def _check_options(
+    eps_mode: str,
+    norm: str,
+    variance: str,
+    rows: Sequence[Sequence[float]],
+    reference: bool,
+) -> None:
+    check_choice("eps_mode", eps_mode, _EPS_MODES)
+    check_choice("norm", norm, _NORMS)
+    check_choice("variance", variance, _VARIANCES)
+    if norm == "linf" and variance == "low_memory":
+        raise ValueError("variance='low_memory' keeps row and column sums, which norm='linf' lacks")
+    if norm == "schatten":
+        check_rows(rows, ())
+    if reference and eps_mode != "inside":
+        raise ValueError(f"reference=True has its eps inside the root, not eps_mode={eps_mode!r}")
+    if reference and variance not in _PUBLIC_VARIANCES[norm]:
+        raise ValueError(
+            f"reference=True with norm={norm!r} has variance "
+            f"{' or '.join(_PUBLIC_VARIANCES[norm])}, not {variance!r}"
+        )
+
+
+def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance: str) -> None:
+    check_list("exp_avg_sqs", squares, len(params))
+    if variance == "none":
+        return
+    if variance != "low_memory":
+        check_state("exp_avg_sqs", squares, params)
+        return
+    for i, (v, param) in enumerate(zip(squares, params, strict=True)):
+        expected = (*param.shape[:-2], param.shape[-2] + param.shape[-1])
+        if v.shape != expected:
+            raise ValueError(
+                f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, not {tuple(v.shape)}"
+            )
+        check_writable(f"exp_avg_sqs[{i}]", v)

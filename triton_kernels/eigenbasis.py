@@ -1,0 +1,339 @@
+"""Refresh of the eigenbasis of a Kronecker factor, rotation, and the fused SOAP step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._batch import flattened, gram, product, two_sided
+from ._operator import (
+    check_list,
+    check_number,
+    check_sides,
+    check_state,
+    check_step,
+    operator,
+    raise_nonfinite,
+)
+from ._steps import Stack, column, finite, length, move_, stacks_of
+from .kron_factor import updated
+
+_U = 2.0**-24
+_FIRST_ORDER, _LAST = 0.03, 2e-3
+_LIMIT = 5e-6
+_PASSES = 6
+
+
+@operator
+def refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor]:
+    """One round of orthogonal iteration; see `spectral_kernels.refresh_eigenbasis`.
+
+    How many passes a matrix needs is read from the device.
+    """
+    if not a.numel():
+        return a.new_empty(a.shape[:-1]), torch.empty_like(q)
+    values, new, _ = refreshed_bases(flattened(q), flattened(a), sort=sort)
+    return values.reshape(a.shape[:-1]), new.reshape(q.shape).contiguous()
+
+
+def refreshed_bases(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, new bases and the order of the old columns, of a batch (count, n, n)."""
+    found = [_refreshed(one, factor, sort=sort) for one, factor in zip(q, a, strict=True)]
+    values, new, order = (torch.stack(list(x)) for x in zip(*found, strict=True))
+    return values, new, order
+
+
+def _refreshed(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = a.new_zeros(len(a))
+    unchanged = torch.arange(len(a), device=a.device)
+    largest = float(a.abs().max())
+    if not (math.isfinite(largest) and bool(q.isfinite().all())):
+        return zeros + math.nan, torch.full_like(q, math.nan), unchanged
+    if largest == 0.0:
+        return zeros, q.clone(), unchanged
+    exponent = a.new_tensor(math.frexp(largest)[1] - 1, dtype=torch.int32)
+    a = torch.ldexp(a, -exponent)
+    p = _times(0.5 * (a + a.mT), q)
+    lengths = p.double().norm(dim=0)
+    null = lengths <= _U * math.sqrt(len(a)) * lengths.max()
+    values = torch.where(null, 0.0, (q.double() * p).sum(0)).float()
+    p = torch.where(null, q, p)
+    order = values.argsort(descending=True, stable=True)
+    new = _orthonormal(p[:, order], q[:, order])
+    values = torch.ldexp(values, exponent)
+    if sort:
+        return values[order], new, order
+    unsorted = torch.empty_like(new)
+    unsorted[:, order] = new
+    return values, unsorted, order
+
+
+def _orthonormal(p: Tensor, q: Tensor) -> Tensor:
+    """P's orthonormal factor by adaptive CholeskyQR; q is kept if nothing works."""
+    n = len(p)
+    shift = 8.0 * _U * math.sqrt(n)
+    eye = torch.eye(n, device=p.device)
+    start = p
+    for _ in range(_PASSES):
+        p = p / p.double().norm(dim=0).float()
+        c = gram(p[None])[0]
+        error = float((c - eye).double().square().sum().sqrt())
+        if error < _FIRST_ORDER:
+            p = _times(p, eye - c.triu(1))
+            if error < _LAST:
+                break
+            continue
+        s = 0.0 if error < 0.5 else shift
+        r, info = torch.linalg.cholesky_ex(c + s * eye, upper=True)
+        while int(info) and s < 1.0:
+            s = max(8.0 * s, shift)
+            r, info = torch.linalg.cholesky_ex(c + s * eye, upper=True)
+        if int(info):
+            break
+        inverse = torch.linalg.solve_triangular(r, eye, upper=True)
+        p = _times(p, inverse)
+    if _is_orthonormal(p):
+        return p
+    p, r = torch.linalg.qr(start)
+    p = p * torch.where(r.diagonal() < 0.0, -1.0, 1.0)
+    return p if _is_orthonormal(p) else q.clone()
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    return product(a[None], b[None])[0]
+
+
+def _is_orthonormal(p: Tensor) -> bool:
+    off = gram(p[None])[0] - torch.eye(len(p), device=p.device)
+    return bool(off.abs().max() <= _LIMIT)
+
+
+def eigenbases_of(a: Tensor) -> Tensor:
+    """Eigenvectors of a batch, by descending eigenvalue, the largest element of each positive."""
+    found = []
+    for one in a:
+        wide = one.double()
+        if not bool(wide.isfinite().all()):
+            found.append(torch.full_like(one, math.nan))
+            continue
+        values, vectors = torch.linalg.eigh(0.5 * wide + 0.5 * wide.mT)
+        vectors = vectors[:, values.sort(descending=True, stable=True).indices]
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        found.append((vectors * largest.sign()).to(one.dtype))
+    return torch.stack(found)
+
+
+class Bases(NamedTuple):
+    """Factors and bases of a batch; None where a side is absent."""
+
+    left: Tensor | None
+    right: Tensor | None
+    left_basis: Tensor | None
+    right_basis: Tensor | None
+
+
+def rotate(x: Tensor, bases: Bases) -> Tensor:
+    """Q_L^T X Q_R."""
+    left = bases.left_basis
+    return two_sided(x, None if left is None else left.mT, bases.right_basis)
+
+
+def rotate_back(x: Tensor, bases: Bases) -> Tensor:
+    """Q_L X Q_R^T."""
+    right = bases.right_basis
+    return two_sided(x, bases.left_basis, None if right is None else right.mT)
+
+
+def accumulated(bases: Bases, g: Tensor, beta: float) -> Bases:
+    """L <- beta L + (1 - beta) G G^T and R likewise."""
+    left, right = (
+        None if x is None else updated(x, g, side, beta=beta, weight=1.0 - beta)
+        for x, side in ((bases.left, -2), (bases.right, -1))
+    )
+    return bases._replace(left=left, right=right)
+
+
+def chosen_of(where: Tensor, new: Bases, old: Bases) -> Bases:
+    """`new` for the chosen matrices, else `old`."""
+    pairs = zip(new, old, strict=True)
+    return Bases(
+        *(None if x is None or y is None else torch.where(_wide(where), x, y) for x, y in pairs)
+    )
+
+
+def _wide(where: Tensor) -> Tensor:
+    return where[:, None, None]
+
+
+# Bases that were seen not to be zero. Looking costs a wait for the device, so it is done once.
+_initialised = WeakTensorKeyDictionary()
+
+
+def uninitialised(bases: Bases, stack: Stack, lists: Sequence[Sequence[Tensor]]) -> Tensor | None:
+    """Which matrices have bases of zeros, which no basis is; None if none has."""
+    present = [x for x in (bases.left_basis, bases.right_basis) if x is not None]
+    tensors = [tensors[e] for tensors in lists for e in stack.entries if tensors[e].numel()]
+    if not present or all(x in _initialised for x in tensors):
+        return None
+    first = torch.stack([(x == 0.0).flatten(1).all(1) for x in present]).all(0)
+    if bool(first.any()):
+        return first
+    for x in tensors:
+        _initialised[x] = True
+    return None
+
+
+def initialised(bases: Bases, g: Tensor, first: Tensor, beta: float) -> tuple[Bases, Tensor]:
+    """Factors and eigenbases of first gradients that are not zero, and which those are."""
+    starts = first & (g != 0.0).flatten(1).any(1) & finite(g)
+    new = accumulated(bases, g, beta)
+    chosen = starts.nonzero().flatten()
+
+    def basis(factor: Tensor | None, old: Tensor | None) -> Tensor | None:
+        if factor is None or old is None or not len(chosen):
+            return old
+        return old.index_copy(0, chosen, eigenbases_of(factor[chosen]))
+
+    new = new._replace(
+        left_basis=basis(new.left, bases.left_basis),
+        right_basis=basis(new.right, bases.right_basis),
+    )
+    return chosen_of(starts, new, bases), starts
+
+
+def refreshed(
+    bases: Bases, moment: Tensor, squares: Tensor | None, where: Tensor, *, permute: bool
+) -> tuple[Bases, Tensor, Tensor | None]:
+    """New bases of the chosen matrices, their moments in them, and their squares.
+
+    With `permute` columns are sorted and the squares with them, else column follows column.
+    """
+    chosen = where.nonzero().flatten()
+    if not len(chosen):
+        return bases, moment, squares
+    part = Bases(*(None if x is None else x[chosen] for x in bases))
+    plain = rotate_back(moment[chosen], part)
+    kept = None if squares is None else squares[chosen]
+    new = part
+    if part.left is not None and part.left_basis is not None:
+        _, basis, order = refreshed_bases(part.left_basis, part.left, sort=permute)
+        new = new._replace(left_basis=basis)
+        if permute and kept is not None:
+            kept = kept.gather(1, order[:, :, None].expand_as(kept))
+    if part.right is not None and part.right_basis is not None:
+        _, basis, order = refreshed_bases(part.right_basis, part.right, sort=permute)
+        new = new._replace(right_basis=basis)
+        if permute and kept is not None:
+            kept = kept.gather(2, order[:, None, :].expand_as(kept))
+    moment = moment.index_copy(0, chosen, rotate(plain, new))
+    if squares is not None and kept is not None:
+        squares = squares.index_copy(0, chosen, kept)
+    whole = Bases(
+        *(
+            None if x is None or y is None else x.index_copy(0, chosen, y)
+            for x, y in zip(bases, new, strict=True)
+        )
+    )
+    return whole, moment, squares
+
+
+@operator
+def soap_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_bases: Sequence[Tensor],
+    right_bases: Sequence[Tensor],
+    step_counts: Sequence[Tensor],
+    skipped: Tensor,
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    weight_decay: float,
+    correct_bias: bool,
+    normalize_grads: bool,
+    skip_first: bool,
+    permute_squares: bool,
+    maximize: bool,
+    nonfinite: str,
+    refresh: Sequence[int],
+) -> None:
+    """One SOAP step over a list of matrices; see `spectral_kernels.soap_step_`.
+
+    Waits for the device where bases are refreshed, and until those of a list have been set.
+    """
+    check_step(params, grads, step_counts, skipped, lr)
+    check_state("exp_avgs", exp_avgs, params)
+    check_state("exp_avg_sqs", exp_avg_sqs, params)
+    check_sides(params, lefts, rights, left_bases, right_bases, "bases")
+    check_list("refresh", refresh, len(params))
+    check_number("eps", eps)
+    check_number("weight_decay", weight_decay)
+    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    checked = nonfinite != "propagate"
+    states = (lefts, rights, left_bases, right_bases)
+    for stack in stacks_of(params, grads, lefts, rights, [bool(flag) for flag in refresh]):
+        m, v = stack.take(exp_avgs), stack.take(exp_avg_sqs)
+        g = stack.take(grads)
+        assert m is not None and v is not None and g is not None
+        g = -g.float() if maximize else g.float()
+        none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+        kept = ~finite(g, m) if checked else none
+        t = stack.steps(step_counts)
+        old = Bases(*(stack.take(x) for x in states))
+        first = uninitialised(old, stack, (left_bases, right_bases))
+        new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
+        rotated = rotate(g, new)
+        new_m = beta1 * m + (1.0 - beta1) * rotated
+        new_v = beta2 * v + (1.0 - beta2) * (rotated * rotated)
+        divisor = new_v.sqrt() + eps
+        update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
+        update = rotate_back(update, new)
+        idle = none if first is None or not skip_first else first
+        later = ~none if first is None else ~first
+        if first is None or not bool(first.all()):
+            new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
+            if refresh[stack.entries[0]]:
+                chosen = later & ~kept & finite(*new)
+                new, new_m, new_v_ = refreshed(
+                    new, new_m, new_v, chosen, permute=permute_squares
+                )
+                assert new_v_ is not None
+                new_v = new_v_
+        new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)
+        if checked:
+            kept = kept | ~finite(new_m, new_v, *new)
+        if normalize_grads:
+            update = rms_normalized(update)
+        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        decay = 1.0 - rate * weight_decay
+        bias = adam_bias(beta1, beta2, t) if correct_bias else torch.ones_like(t)
+        moved = ~kept & ~idle
+        move_(stack, params, update, moved, rate=decay * rate * bias, decay=decay)
+        stack.put_(exp_avgs, m, new_m, ~kept)
+        stack.put_(exp_avg_sqs, v, new_v, ~kept)
+        for tensors, before, after in zip(states, old, new, strict=True):
+            stack.put_(tensors, before, after, ~kept)
+        stack.count_(step_counts, skipped, moved, kept)
+
+
+def rms_normalized(update: Tensor) -> Tensor:
+    """U / (rms(U) + 1e-30)."""
+    rms = length(update) / math.sqrt(update[0].numel())
+    return update / column(rms + 1e-30, update)
+
+
+def adam_bias(beta1: float, beta2: float, t: Tensor) -> Tensor:
+    """sqrt(1 - beta2^t) / (1 - beta1^t), the bias corrections as a factor of the step size."""
+    return (1.0 - beta2**t).sqrt() / (1.0 - beta1**t)
