@@ -9,7 +9,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*)
 
-.PHONY: demo test test-long lint format bench papers parity docs clean setup
+.PHONY: demo test test-long lint format bench gpu papers parity docs clean setup
 
 setup: $(VENV)/.built
 
@@ -31,6 +31,7 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(RUN) pytest -m 'not long'
+	$(RUN) if python -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 pytest -m 'triton and not long'; fi
 
 test-long: $(VENV)/.built
 	$(RUN) pytest
@@ -57,6 +58,10 @@ parity: $(VENV)/.built
 
 docs: $(VENV)/.built
 	$(RUN) pip install --quiet mkdocs-material && mkdocs build --strict
+
+# Needs a card and no network; installs nothing. PYTHON is one that has torch and Triton.
+gpu:
+	PYTHON=$(PYTHON) .ci/gpu
 
 clean:
 	rm -rf build dist results site python/*.egg-info python/spectral_kernels/_C*.so

@@ -87,6 +87,7 @@ class Recorder:
         if not programs:
             return
         names = kernel.arg_names
+        options = {name: _unwrapped(value) for name, value in options.items()}
         compile_options = {
             name: options.pop(name) for name in ("num_warps", "num_stages") if name in options
         }
@@ -95,6 +96,11 @@ class Recorder:
         }
         key = repr((kernel.__name__, signature, sorted(options.items(), key=str), compile_options))
         self.calls[key] = kernel, signature, dict(options), compile_options
+
+
+def _unwrapped(value: Any) -> Any:
+    """The value of a compile-time constant; dtypes are what they are."""
+    return getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
 
 
 def _type_of(arg: Any) -> str:

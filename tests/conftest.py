@@ -118,16 +118,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in set(others)]
-    for item in items:
-        # Minutes in the interpreter.
-        if INTERPRETING and "awkward" in item.name:
-            item.add_marker("long")
+    if INTERPRETING:
+        _leave_most_to_the_long_run(items)
     if config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("long")]
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in set(long)]
+
+
+# Cases of a test that the interpreter, which takes a second for what a card does in microseconds,
+# goes through in `make test`.
+_INTERPRETED_CASES = 3
+_SLOW_IN_THE_INTERPRETER = ("awkward", "convergent", "deepseek", "polar_express_8", "130-127")
+
+
+def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
+    functions: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        params = getattr(item, "callspec", None)
+        possible = params is None or torch.float64 not in params.params.values()
+        if possible and not any(word in item.name for word in _SLOW_IN_THE_INTERPRETER):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for cases in functions.values():
+        step = max(1, -(-len(cases) // _INTERPRETED_CASES))
+        kept.update(cases[step // 2 :: step])
+    for item in items:
+        if item not in kept and not item.get_closest_marker("kernel"):
+            item.add_marker("long")
 
 
 @pytest.hookimpl(wrapper=True)

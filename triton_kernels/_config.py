@@ -44,15 +44,16 @@ class Config:
             "num_stages": self.stages,
         }
 
-
     def halved(self) -> Config:
         """A quarter of the tile, with the same order of summation."""
         warps = max(self.warps // 2, 4)
         return dataclasses.replace(self, tile=self.tile // 2, warps=warps)
 
 
-# Short sides up to this are iterated on in one program, if the long side is at most _SMALL_LONG.
-SMALL = 64
+# Short sides up to this are iterated on in one program where X is 16-bit, if the long side is at
+# most _SMALL_LONG: the largest class that compiles without spills. With fp32 operands every class
+# spills (three TF32 products unrolled), so those matrices take a launch a product.
+_SMALL = {"sm_80": 32, "sm_86": 32, "sm_90": 64, "sm_100": 64, "gfx942": 32, "interpreter": 64}
 _SMALL_LONG = 16384
 
 # Short sides above this take the large tile.
@@ -123,6 +124,8 @@ SMALL_TABLE: dict[str, dict[int, Config]] = {
     }
     for arch in TABLE
 }
+for _arch in ("sm_80", "sm_86"):
+    SMALL_TABLE[_arch][32] = Config(32, 64, 8, 2)
 
 
 def small_config(arch: str, short: int) -> Config:
@@ -130,6 +133,9 @@ def small_config(arch: str, short: int) -> Config:
     table = SMALL_TABLE[arch]
     return table[min(tile for tile in table if tile >= short)]
 
+
+# Of the passes over the caller's matrices.
+PASS_WARPS = 8
 
 # Elements of the wide workspace of one group of a list step; longer lists take more launches.
 GROUP_ELEMENTS = 2**28
@@ -144,6 +150,6 @@ def precision_of(arch: str) -> str:
     return "ieee" if arch in ("gfx942", "interpreter") else "tf32x3"
 
 
-def is_small(short: int, long: int) -> bool:
+def is_small(arch: str, dtype: torch.dtype, short: int, long: int) -> bool:
     """Whether one program does all iterations on a matrix."""
-    return short <= SMALL and long <= _SMALL_LONG
+    return dtype.itemsize == 2 and short <= _SMALL[arch] and long <= _SMALL_LONG

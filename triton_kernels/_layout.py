@@ -100,17 +100,15 @@ def _sides(shape: Shape, padding: tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.cache
-def layout_of(
-    shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch.device
-) -> Layout:
+def layout_of(shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch.device) -> Layout:
     """The layout of matrices of these shapes."""
     rows, chunks, spans = [], [], []
     at, chunk_count = [0, 0, 0], 0
     for i, (m, n) in enumerate(shapes):
-        s, l = _sides((m, n), padding)
-        rows.append((m, n, int(m > n), at[0], s, at[1], l, at[2], l))
-        at = [at[0] + s * s, at[1] + s * l, at[2] + l * l]
-        height, width = (l, s) if m > n else (s, l)
+        short, long = _sides((m, n), padding)
+        rows.append((m, n, int(m > n), at[0], short, at[1], long, at[2], long))
+        at = [at[0] + short * short, at[1] + short * long, at[2] + long * long]
+        height, width = (long, short) if m > n else (short, long)
         grid = _grid(i, -(-height // CHUNK_ROWS), -(-width // CHUNK_COLS))
         spans.append((chunk_count, len(grid)))
         chunk_count += len(grid)

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import DTYPES, corner, element, exponent_of, launch, narrowed, placed, scaled, widened, within
+from ._config import PASS_WARPS
+from ._device import (
+    DTYPES,
+    corner,
+    element,
+    exponent_of,
+    launch,
+    narrowed,
+    placed,
+    scaled,
+    widened,
+    within,
+)
 from ._layout import (
     CHUNK_COLS,
     CHUNK_ROWS,
@@ -65,6 +77,7 @@ class Mix:
             "NESTEROV": self.nesterov,
             "CHUNK_ROWS": CHUNK_ROWS,
             "CHUNK_COLS": CHUNK_COLS,
+            "num_warps": PASS_WARPS,
         }
 
 
@@ -195,10 +208,7 @@ def _pack_kernel(
         x = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
     if SCALED:
         x = scaled(x, -tl.load(exponent + matrix)) * tl.load(factor + matrix)
-    if PROPAGATE:
-        x = tl.where(bad & inside, float("nan"), x)
-    else:
-        x = tl.where(bad, 0.0, x)
+    x = tl.where(bad & inside, float("nan") if PROPAGATE else 0.0, x)
     start, ld = corner(layout, matrix, WIDE)
     base = out + start
     # Padding is written too; what lies beyond it belongs to a neighbour.

@@ -113,7 +113,7 @@ class Stack:
     def put_(
         self, tensors: Sequence[Tensor], old: Tensor | None, new: Tensor | None, where: Tensor
     ) -> None:
-        """Writes new values of the chosen matrices, and nothing else but the bits that are there."""
+        """Writes new values of the chosen matrices; the others keep their bits."""
         if old is None or new is None:
             return
         shape = (-1,) + (1,) * (old.ndim - 1)

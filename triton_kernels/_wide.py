@@ -14,7 +14,6 @@ from ._config import Config, architecture, precision_of
 from ._device import ALIGNED, DTYPES, corner, element, launch, multiplied, narrowed, placed, within
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, swapped_unit
 
-
 _LARGEST_SPREAD = 64
 
 
@@ -103,9 +102,10 @@ def deliver(
             loaded = tl.load(lr)
             rate = loaded.to(tl.float32)
             kept = (1.0 - loaded * decay).to(tl.float32)
-        value = kept * tl.load(at, mask=inside, other=0.0).to(tl.float32) - (
-            rate * tl.load(scales + matrix)
-        ) * value
+        value = (
+            kept * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            - (rate * tl.load(scales + matrix)) * value
+        )
     tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
 
 

@@ -236,9 +236,7 @@ def deva_step_(
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
             if refresh[entry]:
                 chosen = later & ~kept & finite(*new) if factors else none
-                new, new_m, new_v = refreshed(
-                    new, new_m, new_v, chosen, permute=public_schatten
-                )
+                new, new_m, new_v = refreshed(new, new_m, new_v, chosen, permute=public_schatten)
         new_m = torch.where(idle[:, None, None], m, new_m)
         if v is not None and new_v is not None:
             new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)

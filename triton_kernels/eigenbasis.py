@@ -306,9 +306,7 @@ def soap_step_(
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
             if refresh[stack.entries[0]]:
                 chosen = later & ~kept & finite(*new)
-                new, new_m, new_v_ = refreshed(
-                    new, new_m, new_v, chosen, permute=permute_squares
-                )
+                new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute_squares)
                 assert new_v_ is not None
                 new_v = new_v_
         new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)

@@ -28,7 +28,7 @@ from ._operator import (
     operator,
     raise_nonfinite,
 )
-from ._steps import Stack, column, finite, length, move_, outside_range, stacks_of
+from ._steps import column, finite, length, move_, outside_range, stacks_of
 from .kron_factor import updated
 from .symmetric_matmul import symmetric
 
@@ -473,7 +473,10 @@ def _new_root(
     if factor is None or old is None:
         return old, none
     found = roots_of(
-        factor / column(bias, factor), step.root, ridge=step.ridge, relative_ridge=step.relative_ridge
+        factor / column(bias, factor),
+        step.root,
+        ridge=step.ridge,
+        relative_ridge=step.relative_ridge,
     )
     zero = (factor == 0.0).all(-1).all(-1)
     failed = (found.status == STAGNATED) | (found.status == NON_FINITE)
@@ -490,14 +493,16 @@ def _kl(
 
     def new_left(root: Tensor | None) -> Tensor | None:
         x = two_sided(g, None, root)
-        return left if left is None else updated(
-            left, x, -2, beta=step.beta2, weight=step.weight / n
+        return (
+            left if left is None else updated(left, x, -2, beta=step.beta2, weight=step.weight / n)
         )
 
     def new_right(root: Tensor | None) -> Tensor | None:
         x = two_sided(g, root, None)
-        return right if right is None else updated(
-            right, x, -1, beta=step.beta2, weight=step.weight / m
+        return (
+            right
+            if right is None
+            else updated(right, x, -1, beta=step.beta2, weight=step.weight / m)
         )
 
     if not refresh:

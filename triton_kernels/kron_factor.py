@@ -83,9 +83,7 @@ def accumulate_(
     return state
 
 
-def _overflow(
-    sides: list[tuple[Tensor, Packed, Tensor, int, float]], beta: float
-) -> Tensor:
+def _overflow(sides: list[tuple[Tensor, Packed, Tensor, int, float]], beta: float) -> Tensor:
     """NONFINITE where an increment is not finite or a sum would not be."""
     bad = None
     for factor, packed, x, side, weight in sides:

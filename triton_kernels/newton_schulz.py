@@ -100,8 +100,9 @@ class Plan:
 def plan_of(m: int, n: int, rule: Rule, restarts: tuple[int, ...], arch: str) -> Plan:
     """The plan of an m x n matrix."""
     short, long = min(m, n), max(m, n)
-    gram = _is_gram(short, long, rule, restarts, is_small(short, long))
-    if is_small(short, long):
+    one_program = is_small(arch, rule.compute_dtype, short, long)
+    gram = _is_gram(short, long, rule, restarts, one_program)
+    if one_program:
         every = tuple(range(1, len(rule.rows)))
         config = small_config(arch, short)
         return Plan("small", config, restarts if gram else every)
@@ -119,8 +120,8 @@ def _is_gram(
     if rule.method != "auto":
         return rule.method == "gram"
     full = rule.compute_dtype == torch.float32
-    if full and (one_program or not restarts):
-        return False  # few rows: rounding errors do not average out
+    if full and not restarts:
+        return False  # the Gram form would lose accuracy without
     if one_program:
         return True  # the passes over X are what counts
     rate = 1.0 if full else _FULL_PRECISION_COST
@@ -140,7 +141,9 @@ def _is_gram(
 
 
 @triton.jit
-def _powers_kernel(spans, squares, floor, out, norm_factor, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _powers_kernel(
+    spans, squares, floor, out, norm_factor, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
     matrix = tl.program_id(0)
     first = tl.load(spans + matrix * 2)
     count = tl.load(spans + matrix * 2 + 1)
@@ -307,9 +310,7 @@ def _indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
 class _Iteration:
     """Both forms on the workspaces of one group, a launch a product."""
 
-    def __init__(
-        self, layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary
-    ) -> None:
+    def __init__(self, layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary) -> None:
         self._layout, self._config, self._restarts = layout, plan.config, plan.restarts
         self._full_config = config_for(
             architecture(layout.device), torch.float32, min(map(min, layout.shapes))
@@ -368,9 +369,7 @@ class _Iteration:
                 product = layout.empty(SHORT, dtype)
                 # Over several steps unit I and q nearly cancel: q takes it in, and is rounded once.
                 whole = unit * a if closing else 0.0
-                symmetric(
-                    layout, config, q, z, product, beta=a, c=q, delta=unit, d=z, gamma=whole
-                )
+                symmetric(layout, config, q, z, product, beta=a, c=q, delta=unit, d=z, gamma=whole)
                 q = product
             unit *= a
             taken += 1
@@ -388,9 +387,7 @@ class _Iteration:
                 powers, pending, unit, q, taken = None, None, 1.0, None, 0
         return self._x if out is None else None
 
-    def _apply(
-        self, q: Tensor, unit: float, powers: Tensor | None, out: Tensor | Delivery
-    ) -> None:
+    def _apply(self, q: Tensor, unit: float, powers: Tensor | None, out: Tensor | Delivery) -> None:
         """(unit I + q) X, times the scale that is pending."""
         wide(
             self._layout,

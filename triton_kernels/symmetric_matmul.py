@@ -25,6 +25,8 @@ from ._layout import (
 from ._operator import operator
 from ._passes import Mix, pack, summarize
 
+_LARGEST_PLACED = 64
+
 
 @triton.jit
 def coefficient(scalar, table, matrix, column, columns, PER_MATRIX: tl.constexpr):
@@ -164,6 +166,9 @@ def symmetric(
     given = out if isinstance(out, Places) else None
     target = a if isinstance(out, Places) else out
     unit = 2 if given is None else given.unit
+    if given is not None and config.tile > _LARGEST_PLACED:
+        # Masks and strided addresses take the registers of a large tile.
+        config = config.halved()
     launch(
         _symmetric_kernel,
         len(tiles := layout.triangle(out_space, config.tile)),

@@ -10,11 +10,13 @@ shape of its tensors and its options, never on global state such as
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -136,10 +138,12 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
-def _triton_rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
-    from . import triton_kernels
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module(f"{__package__}.triton_kernels")
 
-    if op not in triton_kernels.FAMILIES:
+
+def _triton_rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
+    if op not in _triton_kernels().FAMILIES:
         return "it has no Triton kernel"
     for tensor in tensors:
         if tensor.ndim < 2:
@@ -234,9 +238,7 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
 def _python_operator(backend: str, op: str) -> Callable[..., Any]:
     if backend == "reference":
         return getattr(reference, op)
-    from . import triton_kernels
-
-    return triton_kernels.operator(op)
+    return _triton_kernels().operator(op)
 
 
 def call_counts(*, reset: bool = False) -> dict[str, int]:

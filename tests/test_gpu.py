@@ -1,0 +1,140 @@
+"""Every operator on a card: all backends against the specification, graphs, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import spectral_kernels as sk
+import torch
+from support import (
+    FLOATS,
+    MUON,
+    STEPS,
+    Case,
+    case,
+    error,
+    every_case,
+    exact_newton_schulz,
+    gaussian,
+    labels,
+    named,
+    new_step,
+    plain_newton_schulz,
+    same_bits,
+)
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+
+CARDS = ("triton", "cuda")
+
+
+def on_card(one: Case) -> Case:
+    """Copies on the card, in their own layouts; the learning rate stays where it is."""
+
+    def moved(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+        return y.copy_(x)
+
+    return Case(one.op, tree_map(moved, one.args), tree_map(moved, one.options))
+
+
+def run_on(one: Case, backend: str) -> list[Tensor]:
+    if sk.explain(one.op, *one.tensors(), backend=backend).backend is None:
+        pytest.skip(str(sk.explain(one.op, *one.tensors(), backend=backend)))
+    return on_card(one).run(backend)
+
+
+@pytest.mark.parametrize("backend", CARDS)
+@pytest.mark.parametrize(("label", "dtype"), every_case(), ids=named)
+def test_agrees_with_the_specification(label, dtype, backend):
+    one = case(label, dtype)
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("the Triton kernels compute in float32 at most")
+    ours = [x.cpu() for x in run_on(one, backend)]
+    expected = case(label, dtype).to(torch.float64).run("reference")
+    plain = one.run("reference")
+    for x, y, z in zip(ours, expected, plain, strict=True):
+        if x.is_floating_point() and x.ndim >= 2 and x.numel():
+            allowed = 4.0 * error(z, y) + 50.0 * torch.finfo(x.dtype).eps
+            assert error(x, y) <= allowed, (error(x, y), error(z, y))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
+@pytest.mark.parametrize("shape", [(33, 20), (16, 512), (200, 300), (700, 900), (2, 128, 512)])
+def test_newton_schulz_obeys_the_error_rule(shape, dtype):
+    x = gaussian(*shape, dtype=dtype)
+    ours = sk.newton_schulz(x.cuda(), backend="triton").cpu()
+    exact = exact_newton_schulz(x, MUON)
+    theirs = error(plain_newton_schulz(x.cuda(), MUON).cpu(), exact)
+    assert error(ours, exact) <= 2.0 * theirs + 4.0 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
+def test_same_bits_alone_in_a_batch_and_again(dtype):
+    for shape in ((16, 300), (60, 60), (90, 200), (600, 640)):
+        x = gaussian(5, *shape, dtype=dtype).cuda()
+        together = sk.newton_schulz(x, backend="triton")
+        assert same_bits(sk.newton_schulz(x, backend="triton"), together)
+        assert same_bits(sk.newton_schulz(x[3], backend="triton"), together[3])
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
+def test_gram_is_exactly_symmetric_and_exact_on_integers(dtype):
+    for shape in ((5, 7), (130, 70), (3, 257, 1000), (700, 64)):
+        x = torch.randint(-2, 3, shape).to("cuda", dtype)
+        product = sk.gram(x, backend="triton")
+        assert same_bits(product, product.mT.contiguous())
+        assert torch.equal(product.double(), (x.double() @ x.double().mT).to(dtype).double())
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_a_replayed_graph_is_the_eager_step(op):
+    options = {} if op == "muon_step_" else {"refresh": [0, 0]}
+    shapes = ((40, 60), (2, 90, 70))
+    start = on_card(new_step(op, shapes, **options))
+    start.with_(**({} if op == "muon_step_" else {"refresh": [1, 1]})).run("triton")
+    eager, captured = start.clone(), start.clone()
+    for _ in range(3):
+        eager.run("triton")
+    for _ in range(1):
+        captured.run("triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.run("triton")
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(eager.written(), captured.written())
+
+
+def test_a_learning_rate_on_the_card():
+    host = on_card(new_step("muon_step_", ((40, 60), (70, 90))))
+    device = host.clone()
+    device = device.with_(lr=device["lr"].cuda())
+    host = host.with_(lr=host["lr"].cpu())
+    host.run("triton")
+    device.run("triton")
+    for x, y in zip(host["params"], device["params"], strict=True):
+        assert error(x.cpu(), y.double().cpu()) < 1e-6
+
+
+def test_offsets_beyond_2_31_elements():
+    rows = 2**31 // 4096 + 8
+    if torch.cuda.mem_get_info()[0] < 3 * rows * 4096 * 2:
+        pytest.skip("too little memory on the card")
+    x = torch.zeros(rows, 16, 256, dtype=torch.bfloat16, device="cuda")
+    x[-1, 0, 0] = 3.0
+    product = sk.gram(x[-4:], backend="triton")
+    assert float(product[-1, 0, 0]) == 9.0
+    assert float(sk.gram(x, backend="triton")[-1, 0, 0]) == 9.0
+
+
+@pytest.mark.parametrize("label", [label for label in labels() if "-" not in label])
+def test_the_automatic_choice_on_a_card_is_no_specification(label):
+    one = on_card(case(label))
+    explanation = sk.explain(one.op, *one.tensors())
+    assert explanation.backend in ("triton", "cuda") or one.op in ("polar", "eigenbasis")

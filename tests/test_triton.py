@@ -1,0 +1,176 @@
+"""Triton kernels by themselves: schedules, groups, launches, configurations, resources.
+
+The operators are tested with all other backends, by the parameter "triton" of their own tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import MUON, gaussian, integers, later_step, new_step, orthogonal, same_bits
+
+pytestmark = [pytest.mark.triton, pytest.mark.kernel]
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+@pytest.fixture
+def room():
+    """The package; imported late, since Triton decides then whether it interprets."""
+    from spectral_kernels import triton_kernels
+    from spectral_kernels.triton_kernels import _batch, _config, _device, _layout, newton_schulz
+
+    triton_kernels.batch, triton_kernels.config = _batch, _config
+    triton_kernels.device, triton_kernels.layout = _device, _layout
+    triton_kernels.newton_schulz = newton_schulz
+    return triton_kernels
+
+
+@pytest.mark.parametrize("shape", [(70, 30, 130), (5, 200, 3), (64, 64, 64), (1, 1, 1)], ids=str)
+def test_products_of_any_shape_are_exact_on_integers(shape, room):
+    p, k, q = shape
+    a, b = integers(2, p, k), integers(2, k, q, seed=1)
+    assert torch.equal(room.batch.product(a, b), a @ b)
+    assert torch.equal(room.batch.product(a.mT.contiguous().mT, b), a @ b)
+
+
+def test_a_triangle_has_no_program_too_many(room):
+    layout = room.layout.layout_of(((200, 70), (64, 300), (10, 10)), (64, 64), torch.device("cpu"))
+    short = layout.triangle(room.layout.SHORT, 64)
+    # 70 takes two tiles, 64 and 10 take one.
+    assert len(short) == 3 + 1 + 1 and (short[:, 1] >= short[:, 2]).all()
+    assert len(layout.triangle(room.layout.LONG, 64)) == 10 + 15 + 1
+    assert len(layout.tiles(64)) == 2 * 4 + 5 + 1
+    assert len({tuple(tile) for tile in short.tolist()}) == len(short)
+
+
+def test_offsets_are_64_bit(room):
+    shapes = ((40000, 60000),) * 2
+    layout = room.layout.layout_of(shapes, (64, 64), torch.device("cpu"))
+    assert layout.table[1, 5] > 2**31 and layout.table.dtype == torch.int64
+
+
+def test_a_group_takes_its_launches_whatever_the_shapes(room):
+    """One group of the 16-bit small form: two passes, the input, and one launch an orientation."""
+
+    def launched(shapes):
+        case = new_step("muon_step_", shapes, torch.bfloat16, compute_dtype=torch.bfloat16)
+        case.options["restarts"] = [(2,)] * len(shapes)
+        before = room.device.launches()
+        case.run("triton")
+        return room.device.launches() - before
+
+    assert launched(((20, 48), (24, 80), (2, 30, 64))) == 4
+    assert launched(((20, 48), (24, 80), (80, 24))) <= 6
+
+
+def test_launches_of_the_standard_form(room):
+    case = new_step(
+        "muon_step_", ((80, 96), (96, 112)), method="standard", compute_dtype=torch.bfloat16
+    )
+    before = room.device.launches()
+    case.run("triton")
+    # Three launches read the input, and a step takes three.
+    assert room.device.launches() - before == 3 + 3 * len(MUON)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_neighbours_and_their_shapes_do_not_change_a_bit(method):
+    shapes = ((80, 100), (12, 30), (100, 80), (70, 66))
+    together = new_step("muon_step_", shapes, method=method)
+    apart = together.clone()
+    together.run("triton")
+    for i in range(len(shapes)):
+        one = apart.with_(
+            **{
+                name: [apart[name][i]]
+                for name in ("params", "grads", "momentum_buffers", "step_counts")
+            },
+            scales=[apart.options["scales"][i]],
+            restarts=list(apart.options["restarts"])[i : i + 1],
+        )
+        one.run("triton")
+        assert same_bits(one["params"][0], together["params"][i])
+
+
+def test_roots_in_a_batch_have_the_bits_of_roots_alone():
+    from spectral_kernels.triton_kernels.inverse_root import roots_of
+
+    a = torch.stack([(orthogonal(9, s) * torch.logspace(0, -s, 9)) @ orthogonal(9, s).mT
+                     for s in (1, 2, 4)]).float()  # fmt: skip
+    together = roots_of(a, 4, ridge=0.0, relative_ridge=1e-5)
+    for i in range(len(a)):
+        alone = roots_of(a[i : i + 1], 4, ridge=0.0, relative_ridge=1e-5)
+        assert same_bits(alone.root[0], together.root[i])
+    # Each takes its own number of rows.
+    assert len(set(together.steps.tolist())) > 1
+
+
+def test_energies_are_sums_of_squares():
+    from spectral_kernels.triton_kernels.deva import energies
+
+    x = integers(2, 19, 150)
+    for rows, axis in ((True, 2), (False, 1)):
+        assert torch.equal(energies(x, rows=rows), x.double().square().sum(axis))
+
+
+@pytest.mark.parametrize("exponent", [-140, -126, 0, 120])
+def test_exponents_of_every_scale(exponent):
+    from spectral_kernels.triton_kernels._layout import layout_of, matrices_of, places_of
+    from spectral_kernels.triton_kernels._passes import Mix, summarize
+
+    x = torch.tensor([[1.0, -3.0], [0.5, 0.0]]) * 2.0**exponent
+    layout = layout_of(((2, 2),), (64, 64), x.device)
+    found = summarize(Mix(places_of(matrices_of(x), x.dtype, x.device)), layout)
+    assert int(found.exponent) == exponent + 1
+    assert float(found.largest) == 3.0 * 2.0**exponent
+
+
+def test_a_forced_backend_is_counted(room):
+    import spectral_kernels as sk
+
+    sk.call_counts(reset=True)
+    sk.gram(gaussian(3, 4), backend="triton")
+    assert sk.call_counts(reset=True) == {"gram/triton": 1}
+
+
+def test_float64_is_refused_with_a_reason():
+    import spectral_kernels as sk
+
+    with pytest.raises(RuntimeError, match="float32 at most"):
+        sk.gram(gaussian(3, 4, dtype=torch.float64), backend="triton")
+
+
+def test_bad_lists_raise_before_anything_is_written():
+    case = later_step("muon_step_", ((4, 6), (5, 5)), taken=1)
+    wrong = case.with_(momentum_buffers=[case["momentum_buffers"][0], torch.zeros(5, 6)])
+    before = [x.clone() for x in wrong.written()]
+    with pytest.raises(ValueError, match=r"momentum_buffers\[1\]"):
+        wrong.run("triton")
+    assert same_bits(before, wrong.written())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_products_compile_for_every_target(target):
+    """The large 16-bit product: matrix instructions, no spills, within the shared memory."""
+    code = (
+        "import torch\n"
+        "from spectral_kernels.benchmarks import triton_resources as r, triton_workload as w\n"
+        "w._SHORT_SIDES, w._DTYPES = (700,), (torch.bfloat16,)\n"
+        "call = next(w.calls())\n"
+        f"recorder = r.record({target!r}, call)\n"
+        f"lines = [r.compile_line({target!r}, *x) for x in recorder.calls.values()]\n"
+        "assert any(x.matrix_instructions for x in lines), lines\n"
+        "assert not [x for x in lines if x.failure], [x.failure for x in lines]\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
