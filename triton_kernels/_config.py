@@ -53,7 +53,7 @@ class Config:
 # Short sides up to this are iterated on in one program where X is 16-bit, if the long side is at
 # most _SMALL_LONG: the largest class that compiles without spills. With fp32 operands every class
 # spills (three TF32 products unrolled), so those matrices take a launch a product.
-_SMALL = {"sm_80": 32, "sm_86": 32, "sm_90": 64, "sm_100": 64, "gfx942": 32, "interpreter": 64}
+_SMALL = {"sm_80": 32, "sm_86": 32, "sm_90": 64, "sm_100": 32, "gfx942": 32, "interpreter": 64}
 _SMALL_LONG = 16384
 
 # Short sides above this take the large tile.
@@ -124,7 +124,7 @@ SMALL_TABLE: dict[str, dict[int, Config]] = {
     }
     for arch in TABLE
 }
-for _arch in ("sm_80", "sm_86"):
+for _arch in ("sm_80", "sm_86", "sm_100"):
     SMALL_TABLE[_arch][32] = Config(32, 64, 8, 2)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._config import PASS_WARPS
 from ._device import launch
 from ._operator import (
     check_choice,
@@ -349,6 +350,7 @@ def _adapt(
         OUTSIDE=step.eps_mode == "outside",
         ROWS=_BLOCK_ROWS,
         COLS=_BLOCK_COLS,
+        num_warps=PASS_WARPS,
     )
     return new_v, update
 

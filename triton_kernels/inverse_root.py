@@ -157,11 +157,15 @@ class _Iteration:
         return out
 
 
-def roots_of(a: Tensor, p: int, *, ridge: float, relative_ridge: float) -> Roots:
-    """(A + delta I)^(-1/p) of a batch by iteration alone, without a wait for the device.
+def roots_of(
+    a: Tensor, p: int, *, ridge: float, relative_ridge: float, wait: bool = False
+) -> Roots:
+    """(A + delta I)^(-1/p) of a batch by iteration alone.
 
-    The rule is that of `spectral_kernels.inverse_root` with method "iteration" and a single
-    attempt: where the residual does not accept the root, or it overflows, the status is STAGNATED.
+    The rule is that of `spectral_kernels.inverse_root` with method "iteration" and without a
+    second attempt from a lower bound: where the residual does not accept the root, or it overflows,
+    the status is STAGNATED. Without `wait` the host reads nothing back, and launches the products
+    from the spectrum's end too, which then only copy where they are not needed.
     """
     n = a.shape[-1]
     finite = a.isfinite().all(-1).all(-1)
@@ -181,14 +185,26 @@ def roots_of(a: Tensor, p: int, *, ridge: float, relative_ridge: float) -> Roots
     nu = torch.where(null | (nu == 0.0), 1.0, nu)
     low = torch.maximum(delta / nu, delta.new_tensor(4.0 * _U)).clamp(max=1.0)
     rows, counts = _schedules(p, a.device)
-    bound = torch.ceil(-torch.log2(low) * _QUARTERS).long().clamp(0, len(rows) - 1)
     m = b / nu[:, None, None]
-    x = iteration.view(iteration.run(iteration.framed(m), rows[bound], counts[bound]))
+    bound = _bound(low, len(rows))
+    steps = counts[bound]
+    x = iteration.view(iteration.run(iteration.framed(m), rows[bound], steps))
     residual = _residual(x, m, p)
-    diagonal = x.diagonal(dim1=-2, dim2=-1)
+    accepted = (residual <= _LIMIT) & (x.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
+    # Rows for a spectrum that goes down to 1e-6 lose two digits on one that ends at 0.1.
+    end = _lower_end(x, p)
+    again = accepted & (end >= 8.0 * low)
+    if not wait or bool(again.any()):
+        bound = _bound(end, len(rows))
+        second = torch.where(again, counts[bound], 0)
+        y = iteration.view(iteration.run(iteration.framed(m), rows[bound], second))
+        other = _residual(y, m, p)
+        better = again & (other <= _LIMIT) & (y.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
+        x = torch.where(better[:, None, None], y, x)
+        residual, steps = torch.where(better, other, residual), torch.where(better, second, steps)
     root = x * (nu.double() ** (-1.0 / p)).float()[:, None, None]
     root = torch.ldexp(root, -torch.div(exponent, p, rounding_mode="floor")[:, None, None])
-    accepted = (residual <= _LIMIT) & (diagonal > 0.0).all(-1) & root.isfinite().all(-1).all(-1)
+    accepted = accepted & root.isfinite().all(-1).all(-1)
     status = torch.where(accepted, CONVERGED, STAGNATED)
     status = torch.where(null, RANK_DEFICIENT, status)
     status = torch.where(finite, status, NON_FINITE)
@@ -197,10 +213,24 @@ def roots_of(a: Tensor, p: int, *, ridge: float, relative_ridge: float) -> Roots
     return Roots(
         torch.where(bad[:, None, None], math.nan, root),
         status.long(),
-        torch.where(accepted, counts[bound], 0).long(),
+        torch.where(accepted, steps, 0).long(),
         torch.where(bad, math.nan, torch.where(null, 0.0, residual)),
         torch.where(bad, math.nan, torch.ldexp(torch.where(null, 0.0, delta), exponent)),
     )
+
+
+def _bound(low: Tensor, count: int) -> Tensor:
+    """The row of the table whose bound is the next below."""
+    return torch.ceil(-torch.log2(low) * _QUARTERS).nan_to_num().long().clamp(0, count - 1)
+
+
+def _lower_end(x: Tensor, p: int) -> Tensor:
+    """A power of two, at most about half the smallest eigenvalue of M, from its root X."""
+    y = _signs(x.shape[-1], x.device).expand(len(x), -1, -1)
+    for _ in range(3):
+        y = product(x, y)
+    growth = length(product(x, y)) / length(y)
+    return torch.exp2(torch.floor(torch.log2(0.5 * growth**-p))).float()
 
 
 def _residual(x: Tensor, m: Tensor, p: int) -> Tensor:
@@ -231,7 +261,8 @@ def inverse_root(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(A + delta I)^(-1/p); see `spectral_kernels.inverse_root`.
 
-    Waits for the device once, to see which matrices need an eigendecomposition.
+    Waits for the device twice: to see which spectra end far above the ridge, and which matrices
+    need an eigendecomposition.
     """
     batch = a.shape[:-2]
     if not a.numel():
@@ -239,7 +270,7 @@ def inverse_root(
         counts = [a.new_zeros(batch, dtype=torch.int64) for _ in range(2)]
         return torch.empty_like(a), *counts, *numbers
     given = flattened(a)
-    found = roots_of(given, p, ridge=ridge, relative_ridge=relative_ridge)
+    found = roots_of(given, p, ridge=ridge, relative_ridge=relative_ridge, wait=True)
     if method == "eigen":
         again = torch.ones_like(found.status, dtype=torch.bool)
     else:

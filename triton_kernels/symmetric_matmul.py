@@ -54,6 +54,7 @@ def _symmetric_kernel(
     lanes = tl.arange(0, TILE)
     inner = tl.arange(0, DEPTH)
     start, ld = corner(layout, matrix, SPACE)
+    weight = coefficient(alpha, factors, matrix, alpha_column, columns, PER_MATRIX)
     acc = tl.zeros((TILE, TILE), tl.float32)
     if TRANSPOSED:
         # a^T b of operands whose rows are summed over.
@@ -69,11 +70,13 @@ def _symmetric_kernel(
         block = lanes[:, None] * ld + inner[None, :]
         a_at = a + start + row.to(tl.int64) * TILE * ld + block
         b_at = b + start + col.to(tl.int64) * TILE * ld + block
-        for _ in range(0, ld, DEPTH):
+        # A matrix that is done has the weight 0.
+        depth = tl.where(weight == 0.0, 0, ld) if PER_MATRIX else ld
+        for _ in range(0, depth, DEPTH):
             acc = multiplied(tl.load(a_at), tl.trans(tl.load(b_at)), acc, PRECISION)
             a_at += DEPTH
             b_at += DEPTH
-    value = acc * coefficient(alpha, factors, matrix, alpha_column, columns, PER_MATRIX)
+    value = acc * weight
     out_start, out_ld = corner(layout, matrix, OUT_SPACE)
     here = out_start + row.to(tl.int64) * TILE * out_ld + col.to(tl.int64) * TILE
     block = lanes[:, None] * out_ld + lanes[None, :]
