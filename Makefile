@@ -8,8 +8,8 @@ TRITON ?= triton==3.6.0
 
 BIN := $(VENV)/bin
 RUN := . $(BIN)/activate &&
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*)
 
 .PHONY: demo test test-long lint format bench gpu papers parity docs clean setup
 

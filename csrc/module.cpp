@@ -3,14 +3,20 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <array>
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "counters.h"
 #include "cpu/isa/select.h"
 #include "cpu/tiles.h"
 #include "cpu/workspace.h"
+#ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
+#include "cuda/device.h"
+#include "cuda/newton_schulz.h"
+#endif
 
 namespace {
 
@@ -31,6 +37,15 @@ double fma_peak(const std::string& kind, double milliseconds) {
   return flops / seconds * 1e-9;
 }
 
+#ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
+bool cuda_rows_fit(const std::vector<std::array<double, 3>>& rows, double norm_factor) {
+  std::vector<spectral_kernels::cuda::Rows> given;
+  for (const auto& row : rows) given.push_back({row[0], row[1], row[2]});
+  std::vector<spectral_kernels::cuda::Segment> segments;
+  return spectral_kernels::cuda::plan_segments(given, {}, true, false, norm_factor, 0, segments);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -38,6 +53,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of spectral_kernels; operators are in torch.ops.spectral_kernels.";
   m.attr("built_with_torch") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+#ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
+  m.attr("cuda_architectures") = SPECTRAL_KERNELS_CUDA_ARCHITECTURES;
+  m.def("cuda_shared_memory", &cuda::shared_memory_limit, pybind11::arg("device"),
+        "Bytes of shared memory that one block may have; 0 without such a device.");
+  m.def("cuda_rows_fit", &cuda_rows_fit, pybind11::arg("rows"), pybind11::arg("norm_factor"),
+        "Whether the on-chip kernels can hold the numbers that these coefficients lead to.");
+#else
+  m.attr("cuda_architectures") = "";
+#endif
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("supported_isas", &cpu::supported_isas);
   m.def("refused_isas", &cpu::refused_isas, "(name, reason) of the compiled sets that do not run.");

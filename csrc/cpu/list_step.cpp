@@ -1,21 +1,11 @@
 #include "list_step.h"
 
-#include <ATen/MemoryOverlap.h>
-
-#include <algorithm>
 #include <cmath>
 
 #include "parallel.h"
 
 namespace spectral_kernels::cpu {
 namespace {
-
-int64_t batch_of(const at::Tensor& t) { return MatrixBatch(t).count(); }
-
-void check_cpu(const at::Tensor& t, const char* name, size_t i) {
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, "[", i, "] is on ", t.device(),
-                    ", the other tensors are on cpu");
-}
 
 template <class F>
 void with_count(const at::Tensor& t, int64_t index, const F& f) {
@@ -39,59 +29,6 @@ void with_count(const at::Tensor& t, int64_t index, const F& f) {
 
 }  // namespace
 
-void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr) {
-  check_list(grads, "grads", params.size());
-  check_list(step_counts, "step_counts", params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    check_cpu(params[i], "params", i);
-    check_cpu(grads[i], "grads", i);
-    check_matrix(params[i], "params");
-    check_matrix(grads[i], "grads");
-    check_writable(params[i], "params");
-    check_same_shape(params[i], "params", grads[i], "grads");
-    const at::Tensor& count = step_counts[i];
-    TORCH_CHECK_TYPE(count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble ||
-                         count.scalar_type() == at::kLong,
-                     "step_counts must be float32, float64 or int64, got ", count.scalar_type());
-    TORCH_CHECK_VALUE(
-        count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(params[i])),
-        "step_counts[", i, "] must have one element or one for each of the ", batch_of(params[i]),
-        " matrices, got shape ", count.sizes());
-    check_cpu(count, "step_counts", i);
-  }
-  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
-                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
-                   skipped.sizes());
-  TORCH_CHECK_VALUE(lr.numel() == 1, "lr must be one number, got shape ", lr.sizes());
-}
-
-void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional) {
-  check_list(state, name, params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    if (optional && state[i].numel() == 0) continue;
-    check_cpu(state[i], name, i);
-    check_full_precision(state[i], name);
-    check_same_shape(params[i], "params", state[i], name);
-    check_writable(state[i], name);
-  }
-}
-
-void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side) {
-  check_list(factors, name, params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    if (factors[i].numel() == 0) continue;
-    check_cpu(factors[i], name, i);
-    check_full_precision(factors[i], name);
-    check_writable(factors[i], name);
-    auto expected = params[i].sizes().vec();
-    const int64_t n = side == 0 ? params[i].size(-2) : params[i].size(-1);
-    expected[expected.size() - 1] = expected[expected.size() - 2] = n;
-    TORCH_CHECK_VALUE(factors[i].sizes() == expected, name, "[", i, "] must have shape ",
-                      at::IntArrayRef(expected), " or no element, got ", factors[i].sizes());
-  }
-}
-
 void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists) {
   for (const auto& [name, list] : lists)
@@ -100,40 +37,6 @@ void raise_nonfinite(const std::vector<Item>& items,
                                             available_threads())),
                         name, "[", item.entry, "] has a non-finite element (matrix ", item.index,
                         ")");
-}
-
-void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read) {
-  struct Span {
-    uintptr_t begin, end;
-    const at::Tensor* tensor;
-    bool written;
-  };
-  std::vector<Span> spans;
-  const auto add = [&](const at::Tensor& t, bool is_written) {
-    if (t.numel() == 0) return;
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    spans.push_back({begin, begin + uintptr_t(last + 1) * t.element_size(), &t, is_written});
-  };
-  for (const at::TensorList& list : written)
-    for (const at::Tensor& t : list) add(t, true);
-  for (const at::Tensor& t : read) add(t, false);
-  std::sort(spans.begin(), spans.end(),
-            [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < spans.size(); i++) {
-    for (size_t j = i + 1; j < spans.size() && spans[j].begin < spans[i].end; j++) {
-      if (!spans[i].written && !spans[j].written) continue;
-      // Slices of one tensor may interleave without sharing an element, which torch leaves open.
-      const at::MemOverlapStatus status =
-          at::get_overlap_status(*spans[i].tensor, *spans[j].tensor);
-      TORCH_CHECK_VALUE(spans[i].begin != spans[j].begin && status != at::MemOverlapStatus::Full &&
-                            status != at::MemOverlapStatus::Partial,
-                        "tensors of shapes ", spans[i].tensor->sizes(), " and ",
-                        spans[j].tensor->sizes(),
-                        " overlap in memory, or are the same, and one of them is written");
-    }
-  }
 }
 
 double scalar(const at::Tensor& t) {

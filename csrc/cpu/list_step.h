@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../check_lists.h"
 #include "views.h"
 
 namespace spectral_kernels::cpu {
@@ -44,20 +45,9 @@ inline NonFinite nonfinite_policy(const std::string& name) {
                                : NonFinite::kRaise;
 }
 
-// Params and gradients of one list step: shapes, dtypes, devices, aliases.
-void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr);
-// A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
-// `optional`.
-void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
-// As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
-void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
 // nonfinite="raise": before anything is written.
 void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists);
-// No tensor that is written overlaps another, or one that is read.
-void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
-
 // The value of a scalar tensor on the CPU.
 double scalar(const at::Tensor& t);
 

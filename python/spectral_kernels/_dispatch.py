@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, _native, reference
+from . import _cuda, _extension, _native, reference
 
 __all__ = ["Explanation", "call_counts", "explain", "run", "use_backend"]
 
@@ -124,7 +124,7 @@ def unavailable(backend: str) -> str | None:
     if backend == "cpu" and _extension.MODULE is None:
         return _extension.REASON
     if backend == "cuda":
-        return "the CUDA C++ kernels were not built"
+        return _cuda.unavailable()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
@@ -165,12 +165,15 @@ def _rejection(
         return reason
     if backend == "triton":
         return _triton_rejection(op, tensors, options)
-    if backend == "cpu":
+    if backend in ("cpu", "cuda"):
         for tensor in tensors:
-            if tensor.device.type != "cpu":
+            if tensor.device.type != backend:
                 return f"a tensor is on {tensor.device}"
-        if op == "inverse_root" and options.get("method") in _REFERENCE_METHODS:
-            return f"method {options['method']!r} exists for comparison, on 'reference' only"
+    if backend == "cuda":
+        return _cuda.rejection(op, tensors, options)
+    method = options.get("method")
+    if backend == "cpu" and op == "inverse_root" and method in _REFERENCE_METHODS:
+        return f"method {method!r} exists for comparison, on 'reference' only"
     return None
 
 

@@ -1,0 +1,21 @@
+// Input checks of the list steps. All tensors of a step are on the device of its first parameter.
+#pragma once
+
+#include <initializer_list>
+
+#include "check.h"
+
+namespace spectral_kernels {
+
+// Params and gradients of one list step: shapes, dtypes, devices, aliases.
+void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr);
+// A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
+// `optional`.
+void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
+// As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
+void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
+// No tensor that is written overlaps another, or one that is read.
+void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
+
+}  // namespace spectral_kernels

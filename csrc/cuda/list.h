@@ -1,0 +1,36 @@
+// Lists of matrices of mixed shapes, dtypes and strides, as the launch functions take them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace spectral_kernels::cuda {
+
+enum class Type : int { kF32, kBF16, kF16, kF64 };
+
+// A batch of matrices in device memory; strides in elements.
+struct Matrices {
+  void* data = nullptr;
+  Type type = Type::kF32;
+  int64_t row = 0, column = 0, batch = 0;
+};
+
+// `count` matrices of one shape, oriented so that rows <= columns, with what belongs to each.
+struct Entry {
+  Matrices source;    // gradient, or the input of a function
+  Matrices momentum;  // data is null where there is none
+  Matrices target;    // parameter, or the result of a function
+  int64_t columns = 0, count = 0;
+  int64_t first = 0;  // number of its first matrix in the whole list
+  int64_t plane = 0;  // of its first matrix: element of the workspace for packed matrices
+  int64_t line = 0;   // packed columns of one row
+  int64_t part = 0;   // element of the workspace for sums of its first matrix
+  int64_t q = 0;      // and of that for Q
+  int rows = 0;
+  float scale = 1;  // of the update
+};
+
+// The largest |element| of a matrix, as the bits of a float, which order as the numbers do.
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+}  // namespace spectral_kernels::cuda

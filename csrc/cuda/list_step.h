@@ -1,0 +1,46 @@
+// List kernels that every fused step begins and ends with.
+#pragma once
+
+#include <vector>
+
+#include "list.h"
+
+namespace spectral_kernels::cuda {
+
+enum class NonFinite : int { kSkip, kPropagate };
+
+enum class Of : int { kSource, kMomentum };
+
+// largest[i] <- max of itself and the bits of max |element| of matrix i: at least kInfinityBits
+// where one is not finite. The maximum of integers does not depend on the order it is taken in.
+int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream);
+
+struct Prologue {
+  bool nesterov = false, maximize = false;
+  float momentum = 0;
+  NonFinite nonfinite = NonFinite::kPropagate;
+  bool f16 = false;  // packed as fp16, otherwise bf16
+  int planes = 1;    // 2: high and low fp16 halves of fp32
+};
+
+// M <- momentum M + (1 - momentum) G, and X = (1 - momentum) G + momentum M (nesterov) or M (X = G
+// without momentum), scaled by the power of two of largest[i] and packed row by row, zero-padded to
+// `line` columns. A matrix that is skipped keeps its M and is packed as zeros.
+int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
+                    const uint32_t* largest, uint16_t* packed, void* stream);
+
+// The matrices of one parameter, and its step count: one, or one a matrix.
+struct Counter {
+  int64_t first = 0, count = 0;
+  void* steps = nullptr;
+  Type type = Type::kF32;
+  bool integer = false;  // int64 instead of `type`
+  bool each = false;
+};
+
+// Adds 1 to the step counts of what was updated (to a single one if any matrix was), and to
+// `skipped` the number of matrices that were not.
+int launch_count(const std::vector<Counter>& counters, NonFinite nonfinite, const uint32_t* largest,
+                 unsigned long long* skipped, void* stream);
+
+}  // namespace spectral_kernels::cuda

@@ -1,0 +1,123 @@
+// A list as kernels see it: a table that travels with the launch, so that no copy, no allocation
+// and no synchronisation is needed and a captured graph stays valid.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "list.h"
+#include "ptx.h"
+
+namespace spectral_kernels::cuda {
+
+constexpr int kTableEntries = 48;
+
+// What one launch covers. Blocks first_block[i] .. first_block[i+1]-1 belong to entry i.
+struct Table {
+  int count = 0;
+  int64_t first_block[kTableEntries + 1] = {};
+  Entry entries[kTableEntries];
+};
+
+// Where a block works.
+struct Place {
+  const Entry* entry;
+  int64_t matrix;  // within the entry
+  int64_t part;    // of the matrix
+};
+
+// `parts(entry)` blocks work on each matrix.
+template <class Parts>
+DEVICE Place place(const Table& table, int64_t block, Parts parts) {
+  int low = 0, high = table.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (table.first_block[middle] <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const Entry& entry = table.entries[low];
+  const int64_t own = block - table.first_block[low], each = parts(entry);
+  return {&entry, own / each, own % each};
+}
+
+// Launches `go(table, blocks)` until all entries are covered.
+template <class Parts, class Go>
+int for_each_table(const std::vector<Entry>& entries, Parts parts, Go go) {
+  constexpr int64_t kMostBlocks = 0x7fffffff;
+  for (size_t begin = 0; begin < entries.size();) {
+    Table table;
+    int64_t blocks = 0;
+    size_t i = begin;
+    for (; i < entries.size() && table.count < kTableEntries; i++) {
+      const int64_t own = entries[i].count * parts(entries[i]);
+      if (blocks + own > kMostBlocks) break;
+      table.first_block[table.count] = blocks;
+      table.entries[table.count++] = entries[i];
+      blocks += own;
+    }
+    if (i == begin) return 1;  // cudaErrorInvalidValue: more blocks than a grid can have
+    table.first_block[table.count] = blocks;
+    begin = i;
+    if (blocks == 0) continue;
+    const int error = go(table, unsigned(blocks));
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+DEVICE float read(const Matrices& m, int64_t at) {
+  switch (m.type) {
+    case Type::kBF16:
+      return unpack_bf16(static_cast<const uint16_t*>(m.data)[at]).x;
+    case Type::kF16:
+      return unpack_f16(static_cast<const uint16_t*>(m.data)[at]).x;
+    case Type::kF64:
+      return float(static_cast<const double*>(m.data)[at]);
+    default:
+      return static_cast<const float*>(m.data)[at];
+  }
+}
+
+DEVICE void write(const Matrices& m, int64_t at, float value) {
+  switch (m.type) {
+    case Type::kBF16:
+      static_cast<uint16_t*>(m.data)[at] = uint16_t(pack_bf16(value, 0.f));
+      break;
+    case Type::kF16:
+      static_cast<uint16_t*>(m.data)[at] = uint16_t(pack_f16(value, 0.f));
+      break;
+    case Type::kF64:
+      static_cast<double*>(m.data)[at] = double(value);
+      break;
+    default:
+      static_cast<float*>(m.data)[at] = value;
+  }
+}
+
+DEVICE bool finite(uint32_t largest) { return largest < kInfinityBits; }
+
+// floor(log2 |x|) of a finite, non-zero x given by its bits.
+DEVICE int exponent_of(uint32_t bits) {
+  const int exponent = int(bits >> 23 & 255);
+  return exponent > 0 ? exponent - 127 : -118 - __clz(int(bits & 0x7fffffu));
+}
+
+// x 2^exponent in two steps, as a factor alone may overflow.
+struct PowerOfTwo {
+  float first, second;
+  DEVICE explicit PowerOfTwo(int exponent)
+      : first(float_of(uint32_t(exponent / 2 + 127) << 23)),
+        second(float_of(uint32_t(exponent - exponent / 2 + 127) << 23)) {}
+  DEVICE float operator()(float x) const { return x * first * second; }
+};
+
+// The largest element of a packed matrix is brought to [2^13, 2^14) in fp16, whose subnormals are
+// near, and to [1, 2) in bf16.
+constexpr int kTopExponentF16 = 13;
+DEVICE int pack_shift(uint32_t largest, bool f16) {
+  return (f16 ? kTopExponentF16 : 0) - exponent_of(largest);
+}
+
+}  // namespace spectral_kernels::cuda

@@ -1,0 +1,57 @@
+"""What the CUDA C++ kernels take: the table behind the choice between them and Triton.
+
+The operators listed here are served where a matrix stays on chip for the whole iteration, which is
+where nothing else can: three launches a list against some 15 dependent ones. Everything larger is
+products, and goes to Triton. The limit of 128 rows is that of one block's shared memory (3 matrices
+of 41 KB each); processors with less than 123 KB (sm_86, 89, 120) take up to 96 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+MOST_ROWS = 128
+_ROWS_OF_TILES = (16, 32, 64, 96, 128)
+
+OPERATORS = ("newton_schulz", "muon_step_")
+
+
+def unavailable() -> str | None:
+    """Why the CUDA C++ kernels cannot run anything here, or None."""
+    if _extension.MODULE is None:
+        return _extension.REASON
+    if not _extension.MODULE.cuda_architectures:
+        return "the CUDA C++ kernels were not built"
+    return None
+
+
+def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
+    """Why these kernels cannot run `op` on these tensors of a GPU, or None."""
+    if op not in OPERATORS:
+        return "there is no CUDA C++ kernel for it"
+    if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
+        return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
+    for tensor in tensors:
+        side = min(tensor.shape[-2:])
+        if side > MOST_ROWS:
+            return f"a matrix of shape {tuple(tensor.shape)} does not fit on chip ({MOST_ROWS} rows)"
+        limit = _extension.MODULE.cuda_shared_memory(tensor.device.index or 0)
+        if shared_memory(side) > limit:
+            return f"{side} rows take {shared_memory(side)} bytes of shared memory, of {limit}"
+    if "rows" in options and not _extension.MODULE.cuda_rows_fit(
+        [list(row) for row in options["rows"]], options["norm_factor"]
+    ):
+        return "with these coefficients the numbers outgrow fp16"
+    return None
+
+
+def shared_memory(rows: int) -> int:
+    """Bytes of one block's shared memory that a matrix of so many rows takes on chip."""
+    tiles = next(most for most in _ROWS_OF_TILES if rows <= most) // 16
+    return 3 * tiles * (tiles // 2 + 1) * 1024 + 8 * tiles

@@ -1,0 +1,473 @@
+// Runs the CUDA C++ of csrc/cuda on the CPU, for tests of what it computes: every CUDA thread of a
+// block is a fiber on one OS thread, and barriers, shuffles, ldmatrix, movmatrix and mma.sync are
+// collectives that wait for all their members.
+//
+//   g++ -x c++ -include emulation.h kernel.cu
+//
+// What it finds: wrong indices, layouts and tails; accesses outside dynamic shared memory (guard
+// pages) and reads of what nobody has written there (NaN); cp.async read before its wait;
+// misaligned shared addresses; barriers that not all threads reach; a missing barrier, since one
+// warp runs as far as it can before the next one does. What it cannot find: races between blocks,
+// which run one after another, memory fences, bank conflicts, speed.
+//
+// set_order(0): blocks, warps and lanes in order; 1: reversed; 2 and up: random, the number is the
+// seed. set_truncation(true): mma results are rounded toward zero, as tensor cores do.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define CUDA_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __grid_constant__
+#define DEVICE inline
+#define HOST_DEVICE inline
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace emulation {
+
+[[noreturn]] inline void die(const char* what);
+
+// Memory that ends (rounded up to 16 bytes) at an unreadable page and begins after one; all NaN.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : size_((bytes + 15) / 16 * 16) {
+    pages_ = (size_ + kPage - 1) / kPage * kPage;
+    map_ = static_cast<char*>(
+        mmap(nullptr, pages_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (map_ == MAP_FAILED) die("no memory");
+    if (pages_ != 0 && mprotect(map_ + kPage, pages_, PROT_READ | PROT_WRITE) != 0)
+      die("no memory");
+    memset(map_ + kPage, 0xFF, pages_);
+  }
+  ~Guarded() { munmap(map_, pages_ + 2 * kPage); }
+  Guarded(const Guarded&) = delete;
+  char* data() const { return map_ + kPage + pages_ - size_; }
+  size_t size() const { return size_; }
+
+ private:
+  static constexpr size_t kPage = 4096;
+  size_t size_, pages_ = 0;
+  char* map_ = nullptr;
+};
+
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct PendingCopy {
+  char* to;
+  char bytes[16];
+};
+
+constexpr size_t kStackBytes = 1 << 16;
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume_at;
+  std::unique_ptr<char[]> stack;
+  bool started = false, finished = false;
+  dim3 thread;
+  unsigned index = 0, collectives = 0;
+  std::vector<std::vector<PendingCopy>> copies;  // by group, oldest first; the last one is open
+};
+
+// What the lanes of a warp hand to each other; two buffers, so that one barrier a collective is
+// enough.
+struct Exchange {
+  uint32_t words[2][32][8];
+};
+
+inline jmp_buf scheduler;
+inline Fiber* current = nullptr;
+inline int threads = 0, alive = 0;
+inline long progress = 0;
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
+inline std::vector<Exchange> exchanges;
+inline std::vector<Fiber> fibers;
+inline std::unique_ptr<Guarded> shared_memory;
+inline dim3 block_index, block_size, grid_size;
+inline std::function<void()>* body = nullptr;
+inline int order = 0;
+inline bool truncation = false;
+inline std::mt19937 generator(0);
+
+inline void die(const char* what) {
+  fprintf(stderr, "emulation: %s (block %u,%u,%u thread %u)\n", what, block_index.x, block_index.y,
+          block_index.z, current == nullptr ? 0 : current->index);
+  fflush(stderr);
+  _exit(86);
+}
+
+inline void yield() {
+  if (_setjmp(current->resume_at) == 0) _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier, int count) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived >= count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++progress;
+  } else {
+    while (barrier.generation == generation) yield();
+  }
+}
+
+inline unsigned lane() { return current->index & 31; }
+
+inline void wait_for_warp() {
+  const int warp = int(current->index / 32);
+  wait(warp_barriers[size_t(warp)], std::min(32, threads - warp * 32));
+}
+
+inline auto& exchange() { return exchanges[current->index / 32].words[current->collectives++ & 1]; }
+
+inline void run_thread() {
+  (*body)();
+  for (const auto& group : current->copies)
+    if (!group.empty()) die("a cp.async was never waited for");
+  current->finished = true;
+  --alive;
+  ++progress;
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume_at, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+template <class T>
+void arrange(std::vector<T>& items) {
+  if (order == 1) std::reverse(items.begin(), items.end());
+  if (order > 1) std::shuffle(items.begin(), items.end(), generator);
+}
+
+inline std::vector<int> numbers(int count) {
+  std::vector<int> out(static_cast<size_t>(count));
+  for (int i = 0; i < count; i++) out[size_t(i)] = i;
+  return out;
+}
+
+inline void start_threads() {
+  for (int i = 0; i < threads; i++) {
+    Fiber& fiber = fibers[size_t(i)];
+    const unsigned t = unsigned(i);
+    fiber.started = fiber.finished = false;
+    fiber.collectives = 0;
+    fiber.copies.assign(1, {});
+    fiber.index = t;
+    fiber.thread =
+        dim3(t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y));
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_thread, 0);
+  }
+}
+
+inline void run_block() {
+  const int warp_count = (threads + 31) / 32;
+  block_barrier = Barrier{};
+  warp_barriers.assign(size_t(warp_count), Barrier{});
+  exchanges.resize(size_t(warp_count));
+  alive = threads;
+  memset(shared_memory->data(), 0xFF, shared_memory->size());
+  start_threads();
+  while (alive > 0) {
+    const long before = progress;
+    std::vector<int> warps = numbers(warp_count);
+    arrange(warps);
+    for (const int warp : warps) {
+      long last;
+      do {  // as far as this warp can go: a missing barrier shows
+        last = progress;
+        std::vector<int> lanes = numbers(32);
+        arrange(lanes);
+        for (const int l : lanes) {
+          const int t = warp * 32 + l;
+          if (t < threads && !fibers[size_t(t)].finished) resume(fibers[size_t(t)]);
+        }
+      } while (last != progress);
+    }
+    if (before == progress && alive > 0) die("deadlock: not all threads reach a barrier");
+  }
+}
+
+template <class F>
+void launch(dim3 grid, dim3 block, size_t bytes, F kernel) {
+  grid_size = grid;
+  block_size = block;
+  threads = int(block.x * block.y * block.z);
+  if (threads > 1024) die("more than 1024 threads a block");
+  shared_memory = std::make_unique<Guarded>((bytes + 127) / 128 * 128);
+  std::function<void()> run = kernel;
+  body = &run;
+  if (int(fibers.size()) < threads) {
+    fibers = std::vector<Fiber>(size_t(threads));
+    for (Fiber& fiber : fibers) fiber.stack = std::make_unique<char[]>(kStackBytes);
+  }
+  std::vector<dim3> blocks;
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) blocks.push_back(dim3(x, y, z));
+  arrange(blocks);
+  for (const dim3& index : blocks) {
+    block_index = index;
+    run_block();
+  }
+  current = nullptr;
+}
+
+template <class T>
+T shuffle(T value, unsigned source) {
+  static_assert(sizeof(T) <= 32);
+  auto& words = exchange();
+  memcpy(words[lane()], &value, sizeof(T));
+  wait_for_warp();
+  T out;
+  memcpy(&out, words[source & 31], sizeof(T));
+  return out;
+}
+
+inline float from_bits(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+inline float from_bf16(uint32_t h) { return from_bits(h << 16); }
+
+inline float expand_f16(uint32_t h) {
+  const int exponent = int(h >> 10 & 31), mantissa = int(h & 1023);
+  float value = ldexpf(float(mantissa), -24);
+  if (exponent == 31) value = mantissa != 0 ? NAN : INFINITY;
+  if (exponent > 0 && exponent < 31) value = ldexpf(float(1024 + mantissa), exponent - 25);
+  return (h & 0x8000) != 0 ? -value : value;
+}
+
+inline float from_f16(uint32_t h) {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(65536);
+    for (uint32_t i = 0; i < 65536; i++) values[i] = expand_f16(i);
+    return values;
+  }();
+  return table[h & 0xffff];
+}
+
+// Both round to nearest even.
+inline uint32_t to_f16(float f) {
+  if (f != f) return 0x7fff;
+  const uint32_t sign = std::signbit(f) ? 0x8000 : 0;
+  const float size = fabsf(f);
+  if (size >= 65520.f) return sign | 0x7c00;
+  if (size == 0) return sign;
+  int exponent;
+  frexpf(size, &exponent);
+  exponent = std::max(exponent, -13);
+  const float mantissa = nearbyintf(ldexpf(size, 11 - exponent));
+  return sign | uint32_t(mantissa + (mantissa >= 1024 ? float((exponent + 13) * 1024) : 0.f));
+}
+inline uint32_t to_bf16(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return f != f ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+
+// D (16 x 8) += A (16 x 16) B (16 x 8). A lane's words of A go to slots 0..3, those of B to 4..5.
+template <float (*kValue)(uint32_t)>
+void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  auto& words = exchange();
+  const unsigned l = lane();
+  memcpy(words[l], a, 16);
+  memcpy(words[l] + 4, b, 8);
+  wait_for_warp();
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned row = (l >> 2) + (i >> 1) * 8, column = (l & 3) * 2 + (i & 1);
+    double sum = double(d[i]);
+    for (unsigned k = 0; k < 16; k++) {
+      const unsigned half = k / 8, pair = k % 8 / 2, shift = k % 2 * 16;
+      const uint32_t x = words[(row & 7) * 4 + pair][(row >> 3) + half * 2];
+      const uint32_t y = words[column * 4 + pair][4 + half];
+      sum += double(kValue(x >> shift & 0xffff)) * double(kValue(y >> shift & 0xffff));
+    }
+    d[i] = float(sum);
+    if (truncation && fabs(double(d[i])) > fabs(sum)) d[i] = nextafterf(d[i], 0.f);
+  }
+}
+
+inline void check_shared(const void* p, size_t bytes, size_t alignment) {
+  const char* begin = shared_memory->data();
+  const char* at = static_cast<const char*>(p);
+  if (at < begin || at + bytes > begin + shared_memory->size())
+    die("a shared address is out of range");
+  if (reinterpret_cast<uintptr_t>(at) % alignment != 0) die("a shared address is misaligned");
+}
+
+inline void load(uint32_t r[4], const void* row, bool transposed) {
+  auto& words = exchange();
+  const unsigned l = lane();
+  check_shared(row, 16, 16);
+  memcpy(words[l], &row, sizeof(row));
+  wait_for_warp();
+  for (unsigned i = 0; i < 4; i++) {
+    uint16_t pair[2];
+    for (unsigned e = 0; e < 2; e++) {
+      const unsigned other = (l & 3) * 2 + e, own = l >> 2;
+      const uint16_t* line;
+      memcpy(&line, words[i * 8 + (transposed ? other : own)], sizeof(line));
+      pair[e] = line[transposed ? own : other];
+    }
+    memcpy(&r[i], pair, 4);
+  }
+  wait_for_warp();  // the rows are read above: nobody may store before
+}
+
+inline void set_order(int value) {
+  order = value;
+  generator.seed(unsigned(value));
+}
+inline void set_truncation(bool on) { truncation = on; }
+
+}  // namespace emulation
+
+#define threadIdx (emulation::current->thread)
+#define blockIdx (emulation::block_index)
+#define blockDim (emulation::block_size)
+#define gridDim (emulation::grid_size)
+#define LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  emulation::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); })
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulation::shared_memory->data())
+
+inline void __syncthreads() { emulation::wait(emulation::block_barrier, emulation::alive); }
+inline void __syncwarp(unsigned = ~0u) { emulation::wait_for_warp(); }
+inline void __threadfence() {}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::shuffle(value, emulation::lane() ^ unsigned(mask));
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulation::shuffle(value, unsigned(source));
+}
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T old = *p;
+  *p = old + value;
+  return old;
+}
+template <class T>
+T atomicMax(T* p, T value) {
+  const T old = *p;
+  *p = std::max(old, value);
+  return old;
+}
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+
+// The functions that csrc/cuda/ptx.h holds for nvcc.
+namespace spectral_kernels::cuda {
+
+inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  emulation::multiply<emulation::from_bf16>(d, a, b);
+}
+inline void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  emulation::multiply<emulation::from_f16>(d, a, b);
+}
+inline void load_matrix(uint32_t r[4], const void* row) { emulation::load(r, row, false); }
+inline void load_matrix_transposed(uint32_t r[4], const void* row) {
+  emulation::load(r, row, true);
+}
+inline uint32_t transpose_matrix(uint32_t value) {
+  auto& words = emulation::exchange();
+  const unsigned l = emulation::lane();
+  words[l][0] = value;
+  emulation::wait_for_warp();
+  uint32_t out = 0;
+  for (unsigned e = 0; e < 2; e++) {
+    const unsigned row = (l & 3) * 2 + e, column = l >> 2;
+    out |= (words[row * 4 + column / 2][0] >> 16 * (column & 1) & 0xffff) << 16 * e;
+  }
+  return out;
+}
+// The bytes arrive at the wait; until then their place holds NaN.
+inline void copy_async(void* to, const void* from, bool valid) {
+  emulation::check_shared(to, 16, 16);
+  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    emulation::die("a cp.async source is misaligned");
+  emulation::PendingCopy copy{static_cast<char*>(to), {}};
+  if (valid) memcpy(copy.bytes, from, 16);
+  memset(to, 0xFF, 16);
+  emulation::current->copies.back().push_back(copy);
+}
+inline void copy_async_commit() { emulation::current->copies.push_back({}); }
+template <int N>
+void copy_async_wait() {
+  auto& groups = emulation::current->copies;
+  while (int(groups.size()) > N + 1) {
+    for (const auto& copy : groups[0]) memcpy(copy.to, copy.bytes, 16);
+    groups.erase(groups.begin());
+  }
+}
+inline uint32_t pack_f16(float low, float high) {
+  return emulation::to_f16(low) | emulation::to_f16(high) << 16;
+}
+inline uint32_t pack_bf16(float low, float high) {
+  return emulation::to_bf16(low) | emulation::to_bf16(high) << 16;
+}
+inline float2 unpack_f16(uint32_t w) {
+  return {emulation::from_f16(w & 0xffff), emulation::from_f16(w >> 16)};
+}
+inline float2 unpack_bf16(uint32_t w) {
+  return {emulation::from_bf16(w & 0xffff), emulation::from_bf16(w >> 16)};
+}
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float float_of(uint32_t u) { return emulation::from_bits(u); }
+
+}  // namespace spectral_kernels::cuda
