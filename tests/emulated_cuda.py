@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from spectral_kernels import _extension
+from spectral_kernels import _dispatch, _extension, _native
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +97,48 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def arrange(order: int = 0, *, truncation: bool = False) -> None:
-    """The order of blocks, warps and lanes of later launches, and the rounding of mma."""
-    library().set_emulation(order, int(truncation))
+def arrange(order: int = 0, *, truncation: bool = False, left_out: str = "") -> None:
+    """The order of blocks, warps and lanes of later launches, the rounding of mma, and a barrier,
+    as "file:line", that does nothing."""
+    library().set_emulation(order, int(truncation), left_out.encode())
+
+
+def barriers() -> list[str]:
+    """Every block-wide barrier in the kernels, as "file:line"."""
+    return [
+        f"{path.name}:{number}"
+        for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.h")])
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "__syncthreads();" in line
+    ]
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Backend "cuda" is the emulation, and takes CPU tensors."""
+    library()
+    rejection, operator = _dispatch._rejection, _native.operator
+    _dispatch._rejection = lambda *_: None
+    _native.operator = functools.partial(operator, library="spectral_kernels_emulated")
+    try:
+        with _dispatch.use_backend("cuda"):
+            yield
+    finally:
+        _dispatch._rejection, _native.operator = rejection, operator
+        arrange()
+
+
+class Guarded:
+    """A copy of `x` whose memory ends (or begins) at a page that nobody may touch."""
+
+    def __init__(self, x: torch.Tensor, *, at_end: bool = True) -> None:
+        page = mmap.PAGESIZE
+        size = x.numel() * x.element_size()
+        inside = max(page, -(-size // page) * page)
+        self._map = mmap.mmap(-1, inside + 2 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        for forbidden in (start, start + page + inside):
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), page, 0) == 0
+        offset = page + (inside - size if at_end else 0)
+        flat = torch.frombuffer(self._map, dtype=x.dtype, count=x.numel(), offset=offset)
+        self.tensor = flat.view(x.shape).copy_(x)

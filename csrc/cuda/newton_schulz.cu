@@ -555,10 +555,11 @@ class Bounds {
 
 bool plan_segments(const std::vector<Rows>& rows, const std::vector<int64_t>& restarts, bool f16,
                    bool schatten8, double norm_factor, double eps, std::vector<Segment>& out) {
-  constexpr double kMargin = 1.02;    // rounding of the norm
+  constexpr double kMargin =
+      1.001;  // rounding of the norm; more takes some sets out of their interval
   constexpr double kMost = 1u << 24;  // beyond it the low halves are lost
   constexpr float kAgain = 8192;      // packed X of later segments: below 2^15 up to 3.9
-  Bounds bounds(kMargin / norm_factor);
+  Bounds bounds(1 / norm_factor);
   out.clear();
   for (size_t t = 0; t < rows.size();) {
     size_t end = t + 1;

@@ -120,14 +120,14 @@ class OnChip {
     });
   }
 
-  // The sum over the block of every thread's value, in a fixed order; `scratch` holds NB doubles.
+  // The sum over the block of every thread's value, in a fixed order; `scratch` holds NB doubles,
+  // which are free again after the next barrier.
   DEVICE double sum(double value, double* scratch) const {
     for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
     if (lane == 0) scratch[warp] = value;
     __syncthreads();
     value = 0;
     for (int i = 0; i < kNB; i++) value += scratch[i];
-    __syncthreads();
     return value;
   }
 

@@ -143,7 +143,7 @@ Iteration plan(at::ArrayRef<double> flat_rows, const std::string& method, at::In
                     "norm_factor must be positive and finite, got ", norm_factor);
   TORCH_CHECK_NOT_IMPLEMENTED(
       compute_dtype == at::kFloat || compute_dtype == at::kHalf || compute_dtype == at::kBFloat16,
-      op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in ", compute_dtype);
+      op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
   std::vector<Rows> rows;
   for (size_t i = 0; i < flat_rows.size(); i += 3)
     rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});

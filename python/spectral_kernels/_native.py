@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """`torch.ops.spectral_kernels.<name>`, with nested sequences flattened for its schema."""
-    packet = getattr(torch.ops.spectral_kernels, name)
+def operator(name: str, library: str = "spectral_kernels") -> Callable[..., Any]:
+    """`torch.ops.<library>.<name>`, with nested sequences flattened for its schema."""
+    packet = getattr(getattr(torch.ops, library), name)
     if name == "newton_schulz":
 
         def newton_schulz(x: torch.Tensor, rows: Any, **options: Any) -> torch.Tensor:

@@ -6,9 +6,10 @@
 #include "../../csrc/cuda/register.h"
 #include "emulation.h"
 
-extern "C" void set_emulation(int order, int truncation) {
+extern "C" void set_emulation(int order, int truncation, const char* left_out) {
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
+  emulation::left_out = left_out;
 }
 
 TORCH_LIBRARY(spectral_kernels_emulated, m) {

@@ -1,0 +1,104 @@
+"""The emulation of CUDA itself, and what every CUDA kernel promises: barriers, orders, tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import emulated_cuda
+import pytest
+import torch
+from emulated_cuda import arrange, barriers, emulated
+from spectral_kernels import _cuda
+from support import MUON, gaussian, new_step, same_bits
+
+pytestmark = pytest.mark.usefixtures("native")
+
+# Barriers whose absence cannot be seen: another one lies between, whatever the shape.
+REDUNDANT: dict[str, str] = {}
+
+
+def build(source, to, *flags):
+    emulated_cuda.run([emulated_cuda.compiler(), "-std=c++17", *flags, str(source), "-o", str(to)])
+
+
+def test_emulation_itself(tmp_path):
+    program = tmp_path / "selftest"
+    flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover")
+    build(emulated_cuda.EMULATION / "selftest.cpp", program, *flags)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^(\d+) of \1 checks passed", done.stdout)
+
+
+def iterated(x, **options):
+    given = {
+        "method": "auto",
+        "restarts": [],
+        "compute_dtype": x.dtype,
+        "eps": 0.0,
+        "norm": "frobenius",
+        "norm_factor": 1.0,
+    }
+    rows = [value for row in MUON for value in row]
+    op = torch.ops.spectral_kernels_emulated.newton_schulz
+    return op(x, rows, **{**given, **options})
+
+
+def workload():
+    """Every kernel and every barrier of csrc/cuda, on more than one warp, step and tile."""
+    x = gaussian(2, 60, 700)
+    results = [
+        iterated(x, restarts=[2, 3]),
+        iterated(x.bfloat16(), norm="schatten8"),
+        iterated(x[0, :30, :130].half(), method="standard"),
+    ]
+    case = new_step("muon_step_", [(2, 33, 70), (70, 20), (50, 1, 4)])
+    case["grads"][2][40:] = torch.nan
+    with emulated():
+        case.run("cuda")
+    results += [case[name] for name in case.names(write=True)]
+    return results
+
+
+def test_no_order_changes_a_bit():
+    with emulated():
+        expected = workload()
+        for order in (1, 2, 3):
+            arrange(order)
+            assert same_bits(workload(), expected), f"order {order}"
+
+
+def noticed(barrier, order, expected):
+    """Whether the results differ, or the emulation fails, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            arrange(order, left_out=barrier)
+            status = 0 if same_bits(workload(), expected) else 1
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def test_every_barrier_is_missed():
+    torch.set_num_threads(1)
+    with emulated():
+        expected = workload()
+        assert not noticed("none", 0, expected)
+        sites = [site for site in barriers() if site not in REDUNDANT]
+        assert len(sites) > 10
+        unnoticed = [
+            site
+            for site in sites
+            if not any(noticed(site, order, expected) for order in (0, 1, 3))
+        ]
+    assert not unnoticed
+
+
+def test_shared_memory_of_the_table():
+    for rows, size in ((1, 3080), (16, 3080), (17, 12304), (64, 36896), (128, 122944)):
+        assert _cuda.shared_memory(rows) == size

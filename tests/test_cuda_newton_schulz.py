@@ -1,0 +1,259 @@
+"""newton_schulz and muon_step_ of the CUDA C++ kernels, run by the emulation."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from emulated_cuda import Guarded, arrange, emulated
+from spectral_kernels import _cuda
+from spectral_kernels.coefficients import names, resolve
+from spectral_kernels.newton_schulz import newton_schulz, restarts_for
+from support import (
+    LAYOUTS,
+    MUON,
+    Placed,
+    assert_rule,
+    assert_step_rule,
+    decaying,
+    error,
+    exact_newton_schulz,
+    gaussian,
+    later_step,
+    new_step,
+    plain_newton_schulz,
+    same_bits,
+    with_singular_values,
+)
+
+pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Around the edges of tiles of 16 rows and 64 columns, and of chunks of 2048.
+SHAPES = ((1, 1), (3, 2), (1, 300), (16, 16), (17, 64), (40, 33), (65, 64), (96, 97), (113, 20))
+
+
+@pytest.fixture
+def backend_emulated():
+    torch.set_num_threads(1)
+    with emulated():
+        yield
+
+
+def spectra(shape, dtype):
+    s = min(shape)
+    yield gaussian(*shape, dtype=dtype, seed=1)
+    yield with_singular_values(*shape, decaying(s, 1e3), 2).to(dtype)
+    low = torch.zeros(s, dtype=torch.float64)
+    low[: max(1, s // 4)] = 1.0
+    yield with_singular_values(*shape, low, 3).to(dtype)
+
+
+@functools.cache
+def plain_errors(shape, dtype, coefficients):
+    """Error of plain torch on each spectrum: the worst of a few multiples."""
+    rows = resolve(coefficients)
+    return [
+        [
+            plain_newton_schulz((x.double() * c / rows.norm_factor).to(dtype), rows.rows)
+            for c in (1.0, 1.23, 1.41, 1.73)
+        ]
+        for x in spectra(shape, dtype)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_rule(shape, dtype):
+    rows = resolve("muon").rows
+    few = dtype == torch.float32 and min(shape) < _cuda.LEAST_ROWS_FP32  # not chosen by itself
+    for x, plain in zip(spectra(shape, dtype), plain_errors(shape, dtype, "muon"), strict=True):
+        # A rank-deficient matrix has rounding noise in its null space, which the polynomial blows
+        # up by the product of its a: the noise of the input counts.
+        noise = 16.0 * torch.finfo(dtype).eps * math.prod(row[0] for row in rows) / 16
+        noise = noise if torch.linalg.matrix_rank(x.double()) < min(shape) else 0.0
+        noise += 4e-6 if few else 0.0
+        assert_rule(newton_schulz(x), plain, exact_newton_schulz(x, rows), noise=noise)
+
+
+@pytest.mark.parametrize("coefficients", sorted(names()))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_coefficient_set(coefficients, dtype):
+    rows = resolve(coefficients)
+    x = gaussian(24, 70, dtype=dtype)
+    expected = exact_newton_schulz(x, rows.rows, rows.norm_factor)
+    plain = [
+        plain_newton_schulz((x.double() * c).to(dtype), rows.rows)
+        for c in (1.0, 1.23, 1.41, 1.73)
+    ]
+    if rows.norm_factor == 1.0:
+        assert_rule(newton_schulz(x, coefficients=coefficients), plain, expected)
+    ours = error(newton_schulz(x, coefficients=coefficients), expected)
+    assert ours < (1e-5 if dtype == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("norm", ["frobenius", "schatten8"])
+def test_method_and_norm_agree_with_the_reference(method, norm):
+    x = gaussian(2, 20, 90)
+    options = {"method": method, "norm": norm, "eps": 0.5}
+    expected = newton_schulz(x.double(), **options, backend="reference")
+    assert error(newton_schulz(x, **options), expected) < 2e-5
+
+
+@pytest.mark.parametrize("truncation", [False, True])
+def test_long_rows_are_summed_in_chunks(truncation):
+    x = gaussian(18, 4500)
+    arrange(0, truncation=truncation)
+    plain = [plain_newton_schulz(x * c, MUON) for c in (1.0, 1.23, 1.41, 1.73)]
+    assert_rule(newton_schulz(x), plain, exact_newton_schulz(x, MUON))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_does_not_matter(dtype):
+    x = gaussian(20, 33, dtype=dtype).clamp(-2, 2)
+    x[x.abs() < 2.0**-6] = 0.0
+    expected = newton_schulz(x)
+    powers = (-8, 1, 13) if dtype == torch.float16 else (-110, -20, 1, 100)
+    for power in powers:
+        assert same_bits(newton_schulz((x.double() * 2.0**power).to(dtype)), expected), power
+
+
+def test_subnormal_input():
+    x = gaussian(8, 12) * 1e-43
+    assert error(newton_schulz(x), exact_newton_schulz(x, MUON)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 20, 37), (2, 37, 20)], ids=str)
+def test_layouts(layout, shape):
+    x = gaussian(*shape)
+    placed = Placed(x, layout)
+    result = newton_schulz(placed.tensor)
+    placed.assert_untouched_around()
+    assert same_bits(result, newton_schulz(x))
+    assert result.is_contiguous()
+
+
+def test_batch_mates_do_not_matter():
+    x = gaussian(2, 2, 30, 50)
+    x[0, 1] = 0.0
+    x[1, 0, 3, 4] = math.nan
+    result = newton_schulz(x)
+    assert not result[0, 1].any()
+    assert result[1, 0].isnan().all()
+    for index in ((0, 0), (1, 1)):
+        assert same_bits(result[index], newton_schulz(x[index]))
+    assert not newton_schulz(torch.full((4, 5), math.inf)).isfinite().any()
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_access_outside_the_tensors(at_end):
+    for dtype in DTYPES:
+        x = gaussian(3, 7, 13, dtype=dtype)
+        guarded = Guarded(x, at_end=at_end)
+        assert same_bits(newton_schulz(guarded.tensor), newton_schulz(x))
+    case = new_step("muon_step_", [(5, 9), (9, 5)])
+    expected = case.clone()
+    expected.run("cuda")
+    guards = {
+        name: [Guarded(t, at_end=at_end) for t in case[name]]
+        for name in ("params", "grads", "momentum_buffers")
+    }
+    guarded_case = case.with_(**{k: [g.tensor for g in v] for k, v in guards.items()})
+    guarded_case.run("cuda")
+    assert same_bits(guarded_case["params"], expected["params"])
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_step_rule(compute_dtype, nesterov):
+    options = {
+        "compute_dtype": compute_dtype,
+        "nesterov": nesterov,
+        "restarts": restarts_for([torch.empty(9, 40)], resolve("muon"), "auto", compute_dtype),
+        "weight_decay": 0.1,
+    }
+    shapes = [(9, 40), (2, 33, 20), (0, 3), (16, 16), (70, 100)]
+    for dtype in DTYPES[:2]:
+        for case in (
+            new_step("muon_step_", shapes, dtype, **options),
+            later_step("muon_step_", shapes, dtype, **options),
+        ):
+            assert_step_rule(case, "cuda")
+
+
+def test_a_list_is_its_entries():
+    """More entries than one launch takes, of all tile counts, empty ones at any position."""
+    shapes = [(0, 3), *((1 + 7 * i % 40, 1 + 5 * i % 33) for i in range(101)), (4, 0), (120, 3)]
+    together = new_step("muon_step_", shapes)
+    alone = together.clone()
+    together.run("cuda")
+    lists = ("params", "grads", "momentum_buffers", "step_counts")
+    for i in (1, 50, 100, 103):
+        one = alone.with_(
+            **{name: [alone[name][i]] for name in lists}, scales=[alone.options["scales"][i]]
+        )
+        one.run("cuda")
+        assert same_bits(one["params"][0], together["params"][i])
+        assert same_bits(one["momentum_buffers"][0], together["momentum_buffers"][i])
+
+
+@pytest.mark.parametrize("per_matrix_counts", [True, False])
+def test_non_finite_matrices_are_skipped(per_matrix_counts):
+    case = new_step("muon_step_", [(3, 6, 9), (5, 5)], per_matrix_counts=per_matrix_counts)
+    clean = case.clone()
+    case["grads"][0][1, 2, 3] = math.inf
+    case["momentum_buffers"][1][0, 0] = math.nan
+    before = case.clone()
+    case.run("cuda")
+    clean.run("cuda")
+    for name in ("params", "momentum_buffers"):
+        assert same_bits(case[name][0][1], before[name][0][1])
+        assert same_bits(case[name][1], before[name][1])
+        for i in (0, 2):
+            assert same_bits(case[name][0][i], clean[name][0][i])
+    assert int(case["skipped"]) == 2
+    assert case["step_counts"][0].tolist() == ([1.0, 0.0, 1.0] if per_matrix_counts else 1.0)
+    assert case["step_counts"][1].tolist() == 0.0
+
+
+def test_non_finite_matrices_propagate_or_raise():
+    case = new_step("muon_step_", [(3, 4), (2, 6, 9)], nonfinite="propagate")
+    case["grads"][1][1, 2, 3] = math.nan
+    stopped = case.clone()
+    stopped.options["nonfinite"] = "raise"
+    untouched = stopped.clone()
+    case.run("cuda")
+    assert case["params"][1][1].isnan().all()
+    assert case["params"][1][0].isfinite().all()
+    assert int(case["skipped"]) == 0
+    with pytest.raises(ValueError, match=r"grads\[1\] has a non-finite element \(matrix 1\)"):
+        stopped.run("cuda")
+    for name in stopped.names(write=True):
+        assert same_bits(stopped[name], untouched[name])
+
+
+def test_zero_gradient_decays_only():
+    case = new_step("muon_step_", [(6, 9)], weight_decay=0.5)
+    case["grads"][0].zero_()
+    before = case["params"][0].clone()
+    case.run("cuda")
+    assert torch.allclose(case["params"][0], before * 0.95, rtol=1e-6)
+    assert not case["momentum_buffers"][0].any()
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "sentence"),
+    [
+        (gaussian(3, 4, dtype=torch.float64), {}, "not in fp64"),
+        (gaussian(129, 129), {}, "a side of at most 128"),
+        (gaussian(3, 4), {"coefficients": (50.0, 0.0, 0.0)}, "grow beyond"),
+    ],
+    ids=("fp64", "large", "growth"),
+)
+def test_what_is_not_served_is_refused(x, options, sentence):
+    with pytest.raises(NotImplementedError, match=sentence):
+        newton_schulz(x, **options)
