@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from spectral_kernels import _dispatch, _extension, _native
+from spectral_kernels import _cuda, _dispatch, _extension, _native
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 CUDA = ROOT / "csrc" / "cuda"
 
 # The operators that csrc/cuda/register.cpp implements.
-OPERATORS = ("newton_schulz", "muon_step_")
+OPERATORS = _cuda.OPERATORS
 
 
 def compiler() -> str:
@@ -77,7 +77,10 @@ def library() -> ctypes.CDLL:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
             bindings = [CUDA / "register.cpp", EMULATION / "bind.cpp"]
-            bindings += [ROOT / "csrc" / name for name in ("check_lists.cpp", "counters.cpp")]
+            bindings += [
+                ROOT / "csrc" / name
+                for name in ("check_lists.cpp", "counters.cpp", "root_rows.cpp")
+            ]
             jobs = [(compile_kernel, path) for path in kernels()]
             jobs += [(compile_binding, path) for path in bindings]
             objects = [Path(folder) / f"{path.stem}.o" for _, path in jobs]

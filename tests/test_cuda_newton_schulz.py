@@ -85,8 +85,7 @@ def test_every_coefficient_set(coefficients, dtype):
     x = gaussian(24, 70, dtype=dtype)
     expected = exact_newton_schulz(x, rows.rows, rows.norm_factor)
     plain = [
-        plain_newton_schulz((x.double() * c).to(dtype), rows.rows)
-        for c in (1.0, 1.23, 1.41, 1.73)
+        plain_newton_schulz((x.double() * c).to(dtype), rows.rows) for c in (1.0, 1.23, 1.41, 1.73)
     ]
     if rows.norm_factor == 1.0:
         assert_rule(newton_schulz(x, coefficients=coefficients), plain, expected)

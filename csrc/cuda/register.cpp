@@ -2,22 +2,31 @@
 // stream. c10/core only, so that it also builds, links and loads beside a CPU torch.
 #include "register.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../check.h"
 #include "../check_lists.h"
 #include "../counters.h"
 #include "device.h"
+#include "inverse_root.h"
 #include "list_step.h"
 #include "newton_schulz.h"
 
@@ -322,10 +331,132 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                kOp);
 }
 
+// Inverse roots
+
+// One matrix by an eigendecomposition in fp64, where no iteration is safe or none succeeded.
+// reference/inverse_root.py specifies the cut, the residual and when it is accepted.
+struct EigenRoot {
+  at::Tensor root, residual;
+  int64_t status;
+};
+
+EigenRoot eigen_root(const at::Tensor& a, const at::Tensor& delta, const at::Tensor& signs, int p,
+                     bool after_attempts) {
+  constexpr double kUnitRoundoff = 0x1p-24, kUnitRoundoff64 = 0x1p-53;
+  const int64_t n = a.size(-1);
+  const at::Tensor given = a.to(at::kDouble);
+  const at::Tensor symmetric = (given + given.mT()) * 0.5;
+  const auto pair = at::linalg_eigh(symmetric);
+  const at::Tensor &values = std::get<0>(pair), &vectors = std::get<1>(pair);
+  const double cut = std::max(4 * kUnitRoundoff, 4 * double(n) * kUnitRoundoff64);
+  const double ridge = delta.item<double>(), least = values[0].item<double>();
+  const double largest = std::max(0.0, values[n - 1].item<double>());
+  const at::Tensor spectrum = values.clamp_min(0) + ridge;
+  const at::Tensor kept = spectrum > (ridge > 0 ? 0 : cut * largest);
+  const auto power = [&](double exponent) {
+    return at::where(kept, spectrum.pow(exponent / p), at::zeros_like(spectrum));
+  };
+  const at::Tensor half = vectors * power(-0.5);
+  const at::Tensor checked = (spectrum > std::max(cut, 1e-12) * (largest + ridge)).to(at::kDouble);
+  const auto apply = [&](double exponent, const at::Tensor& y) {
+    return at::matmul(vectors * (power(exponent) * checked), at::matmul(vectors.mT(), y));
+  };
+  const at::Tensor right = apply(-double(p - p / 2), signs);
+  const at::Tensor product = apply(-double(p / 2), at::matmul(symmetric, right) + right * ridge);
+  const at::Tensor wanted = at::matmul(vectors * checked, at::matmul(vectors.mT(), signs));
+  const double residual = ((product - wanted).norm() / signs.norm()).item<double>();
+  EigenRoot result{at::matmul(half, half.mT()), product.new_full({}, residual), 0};
+  const bool indefinite = least < -std::sqrt(double(n)) * cut * largest;
+  if (indefinite || !(residual <= 0.25))
+    result.status = 1;
+  else if (!kept.all().item<bool>())
+    result.status = kRootRankDeficient;
+  else
+    result.status = after_attempts ? 2 : 0;
+  return result;
+}
+
+const RootSchedules& schedules_of(int64_t p) {
+  static const std::array<RootSchedules, 8> all = [] {
+    std::array<RootSchedules, 8> out;
+    for (int i = 0; i < 8; i++) out[size_t(i)] = root_schedules(i + 1);
+    return out;
+  }();
+  return all[size_t(p - 1)];
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_root(
+    const at::Tensor& a, int64_t p, double ridge, double relative_ridge, c10::string_view method) {
+  constexpr const char* kOp = "inverse_root";
+  count_call(kOp, "cuda");
+  check_full_precision(a, "a");
+  check_square(a, "a");
+  TORCH_CHECK_VALUE(p >= 1 && p <= 8, "p must be in 1..8, got ", p);
+  TORCH_CHECK_VALUE(ridge >= 0 && std::isfinite(ridge), "ridge must be at least 0, got ", ridge);
+  TORCH_CHECK_VALUE(relative_ridge >= 0 && std::isfinite(relative_ridge),
+                    "relative_ridge must be at least 0, got ", relative_ridge);
+  const std::string how(method);
+  check_one_of(how, "method", {"auto", "iteration", "eigen"});
+  TORCH_CHECK_NOT_IMPLEMENTED(how != "eigen", kOp,
+                              ": the CUDA C++ kernels iterate; method 'eigen' runs elsewhere");
+  const c10::DeviceGuard guard(a.device());
+  const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
+  const at::Tensor root =
+      at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor status = at::empty(batch, a.options().dtype(at::kLong));
+  const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
+  const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
+  if (a.numel() == 0) return {root, status, steps, residual, delta};
+  check_onchip(a, kOp);
+  const int64_t bytes = root_onchip_bytes(int(a.size(-1))),
+                limit = shared_memory_limit(std::max(0, int(a.device().index())));
+  TORCH_CHECK_NOT_IMPLEMENTED(bytes <= limit, kOp, ": a side of ", a.size(-1), " needs ", bytes,
+                              " bytes of shared memory, and this device has ", limit);
+  std::vector<Entry> entries;
+  append(entries, a, {}, root, 1);
+  for (size_t i = 1; i < entries.size(); i++)
+    entries[i].first = entries[i - 1].first + entries[i - 1].count;
+  const at::Tensor largest = at::zeros({leading(a)}, a.options().dtype(at::kInt));
+  uint32_t* bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
+  RootCall call;
+  call.ridge = float(ridge);
+  call.relative_ridge = float(relative_ridge);
+  call.always = how == "iteration";
+  const RootResults results{status.data_ptr<int64_t>(), steps.data_ptr<int64_t>(),
+                            residual.data_ptr<float>(), delta.data_ptr<float>()};
+  const RootSchedules& schedules = schedules_of(p);
+  check_launch(launch_largest(entries, Of::kSource, bits, stream_of(a)), kOp);
+  check_launch(launch_inverse_root(entries, schedules, call, bits, results, stream_of(a)), kOp);
+
+  // The one wait for the device, for matrices that the iteration does not serve.
+  const int64_t n = a.size(-1), count = leading(a);
+  const at::Tensor outcomes = status.reshape({count}).cpu();
+  const at::Tensor flat_a = a.reshape({count, n, n}), flat_root = root.view({count, n, n});
+  at::Tensor signs;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t outcome = outcomes.const_data_ptr<int64_t>()[i];
+    if (outcome >= 0) continue;
+    if (!signs.defined()) {
+      std::vector<double> values;
+      for (int64_t j = 0; j < n * 8; j++)
+        values.push_back(schedules.signs[j / 32] >> j % 32 & 1 ? -1.0 : 1.0);
+      signs = at::tensor(values, a.options().dtype(at::kDouble)).view({n, 8});
+    }
+    const EigenRoot found =
+        eigen_root(flat_a[i], delta.reshape({count})[i], signs, int(p), outcome == kRootFailed);
+    flat_root[i].copy_(found.root);
+    status.view({count})[i].fill_(found.status);
+    steps.view({count})[i].zero_();
+    residual.view({count})[i].copy_(found.residual);
+  }
+  return {root, status, steps, residual, delta};
+}
+
 }  // namespace
 
 void register_operators(torch::Library& m) {
   m.impl("newton_schulz", &newton_schulz);
+  m.impl("inverse_root", &inverse_root);
   m.impl("muon_step_", &muon_step_);
 }
 

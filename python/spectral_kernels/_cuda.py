@@ -22,7 +22,7 @@ MOST_ROWS = 128
 LEAST_ROWS_FP32 = 8
 _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
-OPERATORS = ("newton_schulz", "muon_step_")
+OPERATORS = ("newton_schulz", "muon_step_", "inverse_root")
 
 
 def unavailable() -> str | None:
@@ -36,20 +36,26 @@ def unavailable() -> str | None:
 
 def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
     """Why these kernels cannot run `op` on these tensors of a GPU, or None."""
-    if op not in OPERATORS:
+    module = _extension.MODULE
+    if module is None or op not in OPERATORS:
         return "there is no CUDA C++ kernel for it"
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
     for tensor in tensors:
         side = min(tensor.shape[-2:])
         if side > MOST_ROWS:
-            return f"a matrix of shape {tuple(tensor.shape)} does not fit on chip ({MOST_ROWS} rows)"
+            return f"shape {tuple(tensor.shape)} does not fit on chip (at most {MOST_ROWS} rows)"
         if side < LEAST_ROWS_FP32 and options.get("compute_dtype") == torch.float32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
-        limit = _extension.MODULE.cuda_shared_memory(tensor.device.index or 0)
+        limit = module.cuda_shared_memory(tensor.device.index or 0)
         if shared_memory(side) > limit:
             return f"{side} rows take {shared_memory(side)} bytes of shared memory, of {limit}"
-    if "rows" in options and not _extension.MODULE.cuda_rows_fit(
+    if op == "inverse_root":
+        if options.get("method") == "eigen":
+            return "the CUDA C++ kernels iterate, they do not decompose"
+        if options.get("ridge") == options.get("relative_ridge") == 0.0:
+            return "without a ridge only an eigendecomposition is safe"
+    if "rows" in options and not module.cuda_rows_fit(
         [list(row) for row in options["rows"]], options["norm_factor"]
     ):
         return "with these coefficients the numbers outgrow fp16"

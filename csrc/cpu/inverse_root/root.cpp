@@ -12,10 +12,10 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../root_rows.h"
 #include "../lapack.h"
 #include "../parallel.h"
 #include "../views.h"
-#include "rows.h"
 
 namespace spectral_kernels::cpu {
 namespace {

@@ -1,10 +1,10 @@
-#include "rows.h"
+#include "root_rows.h"
 
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
-namespace spectral_kernels::cpu {
+namespace spectral_kernels {
 namespace {
 
 // x N(x)^p
@@ -97,4 +97,4 @@ std::vector<RootRow> root_schedule(double low, int p, double tolerance) {
   return rows;
 }
 
-}  // namespace spectral_kernels::cpu
+}  // namespace spectral_kernels

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-namespace spectral_kernels::cpu {
+namespace spectral_kernels {
 
 struct RootRow {
   double a, b, c;
@@ -15,4 +15,4 @@ double root_tolerance(double low, double unit_roundoff);
 // Rows that take the spectrum [low, 1] to [1 - tolerance, 1]: two linear, the rest quadratic.
 std::vector<RootRow> root_schedule(double low, int p, double tolerance);
 
-}  // namespace spectral_kernels::cpu
+}  // namespace spectral_kernels
