@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from spectral_kernels import _cuda, _dispatch, _extension, _native
@@ -70,7 +71,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled once for each state of the sources; operators in torch.ops.spectral_kernels_emulated."""
+    """The operators in torch.ops.spectral_kernels_emulated; built once for each state of the code."""
     sources = [*CUDA.glob("*"), *EMULATION.glob("*"), *(ROOT / "csrc").glob("*.*"), Path(__file__)]
     built = ROOT / "build" / "emulation" / f"{fingerprint(sources)}.so"
     if not built.exists():
@@ -117,6 +118,16 @@ def barriers() -> list[str]:
 
 
 @contextlib.contextmanager
+def arranged(order: int = 0, **options: Any) -> Iterator[None]:
+    """`arrange` for the body."""
+    arrange(order, **options)
+    try:
+        yield
+    finally:
+        arrange()
+
+
+@contextlib.contextmanager
 def emulated() -> Iterator[None]:
     """Backend "cuda" is the emulation, and takes CPU tensors."""
     library()
@@ -128,7 +139,6 @@ def emulated() -> Iterator[None]:
             yield
     finally:
         _dispatch._rejection, _native.operator = rejection, operator
-        arrange()
 
 
 class Guarded:

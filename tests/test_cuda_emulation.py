@@ -9,7 +9,7 @@ import subprocess
 import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import arrange, barriers, emulated
+from emulated_cuda import arrange, arranged, barriers, emulated
 from spectral_kernels import _cuda
 from support import MUON, gaussian, new_step, same_bits, semidefinite
 
@@ -70,8 +70,8 @@ def test_no_order_changes_a_bit():
     with emulated():
         expected = workload()
         for order in (1, 2, 3):
-            arrange(order)
-            assert same_bits(workload(), expected), f"order {order}"
+            with arranged(order):
+                assert same_bits(workload(), expected), f"order {order}"
 
 
 def noticed(barrier, order, expected):

@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       if (chip.row(low) >= n && chip.diagonal(d, h, low, 0)) u = 1;
       if (chip.row(low) >= n && chip.diagonal(d, h, low, 1)) v = 1;
     });
-    __syncthreads();
+    // The first row of every schedule is linear: M is read after the barriers that N needs.
     chip.store(acc, shared + kM, kMScale);
-    __syncthreads();
     float x_scale = 1;
     for (int t = 0; t < steps; t++) {
       const RootStep& s = schedules.rows[level][t];
@@ -258,7 +257,6 @@ __global__ void __launch_bounds__(kNB * 32, 1)
     const double negative = chip.sum(least > 0 ? 0 : 1, scratch);
     if (residual <= kResidualLimit && negative == 0)
       return finish(kRootConverged, steps, residual, shown);
-    __syncthreads();
   }
   finish(kRootFailed, 0, 0, shown);
 }
