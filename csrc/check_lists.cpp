@@ -108,4 +108,11 @@ void check_distinct(std::initializer_list<at::TensorList> written, at::TensorLis
   }
 }
 
+void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries) {
+  bool rising = ends.empty() || (ends.size() == entries && ends.back() == int64_t(restarts.size()));
+  for (size_t i = 0; rising && i < ends.size(); i++) rising = ends[i] >= (i == 0 ? 0 : ends[i - 1]);
+  TORCH_CHECK_VALUE(rising, "restart_ends must rise to ", restarts.size(), " in ", entries,
+                    " entries, or be empty, got ", ends);
+}
+
 }  // namespace spectral_kernels

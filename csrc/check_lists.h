@@ -17,5 +17,7 @@ void check_state(at::TensorList state, const char* name, at::TensorList params, 
 void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
 // No tensor that is written overlaps another, or one that is read.
 void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
+// Flat restarts of a list: those of entry i end at ends[i]; no ends, no restarts.
+void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries);
 
 }  // namespace spectral_kernels

@@ -71,7 +71,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The operators in torch.ops.spectral_kernels_emulated; built once for each state of the code."""
+    """The operators in torch.ops.spectral_kernels_emulated; built once per state of the code."""
     sources = [*CUDA.glob("*"), *EMULATION.glob("*"), *(ROOT / "csrc").glob("*.*"), Path(__file__)]
     built = ROOT / "build" / "emulation" / f"{fingerprint(sources)}.so"
     if not built.exists():

@@ -104,3 +104,5 @@ def test_every_barrier_is_missed():
 def test_shared_memory_of_the_table():
     for rows, size in ((1, 3080), (16, 3080), (17, 12304), (64, 36896), (128, 122944)):
         assert _cuda.shared_memory(rows) == size
+    for rows, size in ((1, 14368), (64, 41008), (65, 131152)):
+        assert _cuda.root_shared_memory(rows) == size

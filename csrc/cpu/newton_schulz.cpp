@@ -458,13 +458,6 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   ns.iterate(input, pack.shift, last, workspace, threads);
 }
 
-void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries) {
-  bool rising = ends.empty() || (ends.size() == entries && ends.back() == int64_t(restarts.size()));
-  for (size_t i = 0; rising && i < ends.size(); i++) rising = ends[i] >= (i == 0 ? 0 : ends[i - 1]);
-  TORCH_CHECK_VALUE(rising, "restart_ends must rise to ", restarts.size(), " in ", entries,
-                    " entries, or be empty, got ", ends);
-}
-
 void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                 at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
                 double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,

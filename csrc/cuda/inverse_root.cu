@@ -139,8 +139,11 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const int level_of_low = -exponent_of(bits_of(bounded ? delta / nu : 4 * kUnitRoundoff));
   const int lowest = level_of_low > 1 ? level_of_low : 1;  // one step at least
 
+  // A schedule that goes down further than the spectrum loses accuracy. The root that the ridge's
+  // own schedule leads to bounds the spectrum from below, and may call for a second one; where it
+  // fails, the second is longer.
+  int level = lowest;
   for (int attempt = 0; attempt < 2; attempt++) {
-    const int level = lowest + 4 * attempt < kRootLevels ? lowest + 4 * attempt : kRootLevels - 1;
     const int steps = schedules.steps[level];
     load(1 / nu);
     Chip::each(acc, [&](int d, int h, int low, float& u, float& v) {  // 1 stays 1 beyond n
@@ -219,6 +222,22 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       put(i, j, u * back);
       put(i, j + 1, v * back);
     });
+    // log2 of a bound on the largest eigenvalue of X, || X^4 ||_F^(1/4)
+    float exponent_of_x = 0;
+    if (attempt == 0) {
+      for (int squared = 0; squared < 3; squared++) {
+        const float norm = float(sqrt(chip.sum_of_squares(acc, scratch)));
+        exponent_of_x += log2f(norm) / float(1 << squared);
+        if (squared == 2) break;
+        Chip::scale(acc, 1 / norm);
+        chip.store(acc, shared + kN, kMScale);
+        __syncthreads();
+        Chip::zero(acc);
+        chip.product(acc, kN, kN);
+        Chip::scale(acc, 1 / (kMScale * kMScale));
+        __syncthreads();
+      }
+    }
     load(1 / nu);
     chip.store(acc, shared + kM, kMScale);
 
@@ -255,8 +274,16 @@ __global__ void __launch_bounds__(kNB * 32, 1)
     const float residual = float(sqrt(chip.sum(error, scratch) / (n * kProbes)));
     __syncthreads();
     const double negative = chip.sum(least > 0 ? 0 : 1, scratch);
-    if (residual <= kResidualLimit && negative == 0)
-      return finish(kRootConverged, steps, residual, shown);
+    const bool accepted = residual <= kResidualLimit && negative == 0;
+    if (accepted) finish(kRootConverged, steps, residual, shown);
+    if (attempt == 1 && accepted) return;
+    if (!accepted) {
+      level = lowest + 4 < kRootLevels ? lowest + 4 : kRootLevels - 1;
+      continue;
+    }
+    const int measured = 1 + int(ceilf(float(p) * exponent_of_x));
+    if (measured + 1 >= level) return;
+    level = measured > 1 ? measured : 1;
   }
   finish(kRootFailed, 0, 0, shown);
 }

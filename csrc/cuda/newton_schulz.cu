@@ -557,15 +557,19 @@ bool plan_segments(const std::vector<Rows>& rows, const std::vector<int64_t>& re
                    bool schatten8, double norm_factor, double eps, std::vector<Segment>& out) {
   constexpr double kMargin =
       1.001;  // rounding of the norm; more takes some sets out of their interval
+  // The null space of R is rounding noise of 2^-23, some of it negative, and grows by a² a step.
+  constexpr double kMostGrowth = 1100;
   constexpr double kMost = 1u << 24;  // beyond it the low halves are lost
   constexpr float kAgain = 8192;      // packed X of later segments: below 2^15 up to 3.9
   Bounds bounds(1 / norm_factor);
   out.clear();
   for (size_t t = 0; t < rows.size();) {
     size_t end = t + 1;
+    double growth = std::abs(rows[t].a);
     while (end < rows.size() && end - t < size_t(kMostSegmentSteps) &&
+           growth * std::abs(rows[end].a) <= kMostGrowth &&
            std::count(restarts.begin(), restarts.end(), int64_t(end)) == 0)
-      end++;
+      growth *= std::abs(rows[end++].a);
     Segment segment;
     segment.first = t == 0;
     segment.schatten8 = schatten8;

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -134,45 +135,57 @@ void check_onchip(const at::Tensor& t, const char* op) {
 
 // Newton–Schulz
 
-struct Iteration {
-  std::vector<Segment> segments;
-  bool f16 = false;
-  int planes = 1;
-};
-
-Iteration plan(at::ArrayRef<double> flat_rows, const std::string& method, at::IntArrayRef restarts,
-               at::ScalarType compute_dtype, double eps, const std::string& norm,
-               double norm_factor, const char* op) {
-  TORCH_CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
-                    "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
-  check_one_of(method, "method", {"auto", "standard", "gram"});
-  check_one_of(norm, "norm", {"frobenius", "schatten8"});
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
-  TORCH_CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
-                    "norm_factor must be positive and finite, got ", norm_factor);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      compute_dtype == at::kFloat || compute_dtype == at::kHalf || compute_dtype == at::kBFloat16,
-      op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+// How a list is iterated on, but for the restarts of its entries.
+struct Plan {
   std::vector<Rows> rows;
-  for (size_t i = 0; i < flat_rows.size(); i += 3)
-    rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});
-  std::vector<int64_t> cuts(restarts.begin(), restarts.end());
-  // In full precision the Gram form keeps the accuracy of the standard one only with restarts that
-  // were measured for the rows.
-  const bool full = compute_dtype == at::kFloat;
-  if (method == "standard" || (method == "auto" && full && cuts.empty())) {
-    cuts.clear();
-    for (size_t t = 1; t < rows.size(); t++) cuts.push_back(int64_t(t));
+  std::string method;
+  bool full = false, f16 = false, schatten8 = false;
+  int planes = 1;
+  double norm_factor = 1, eps = 0;
+  const char* op;
+
+  Plan(at::ArrayRef<double> flat_rows, c10::string_view method_, at::ScalarType compute_dtype,
+       double eps_, c10::string_view norm, double norm_factor_, const char* op_)
+      : method(method_), norm_factor(norm_factor_), eps(eps_), op(op_) {
+    TORCH_CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
+                      "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
+    check_one_of(method, "method", {"auto", "standard", "gram"});
+    check_one_of(std::string(norm), "norm", {"frobenius", "schatten8"});
+    TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ",
+                      eps);
+    TORCH_CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
+                      "norm_factor must be positive and finite, got ", norm_factor);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        compute_dtype == at::kFloat || compute_dtype == at::kHalf || compute_dtype == at::kBFloat16,
+        op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+    for (size_t i = 0; i < flat_rows.size(); i += 3)
+      rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});
+    full = compute_dtype == at::kFloat;
+    f16 = compute_dtype != at::kBFloat16;
+    planes = full ? 2 : 1;
+    schatten8 = norm == "schatten8";
   }
-  Iteration iteration;
-  iteration.planes = full ? 2 : 1;
-  iteration.f16 = compute_dtype != at::kBFloat16;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      plan_segments(rows, cuts, iteration.f16, norm == "schatten8", norm_factor, eps,
-                    iteration.segments),
-      op, ": these coefficients grow beyond what the CUDA C++ kernels can hold");
-  return iteration;
-}
+
+  // Steps before which X is formed anew. In full precision the Gram form keeps the accuracy of the
+  // standard one only with restarts that were measured for the rows; with a 16-bit X the 22 bits
+  // of its Gram matrix are enough without.
+  std::vector<int64_t> cuts(at::IntArrayRef restarts) const {
+    std::vector<int64_t> steps;
+    if (method == "standard" || (method == "auto" && full && restarts.empty()))
+      for (size_t t = 1; t < rows.size(); t++) steps.push_back(int64_t(t));
+    else if (method == "gram" || full)
+      steps.assign(restarts.begin(), restarts.end());
+    return steps;
+  }
+
+  std::vector<Segment> segments(const std::vector<int64_t>& steps) const {
+    std::vector<Segment> out;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        plan_segments(rows, steps, f16, schatten8, norm_factor, eps, out), op,
+        ": these coefficients grow beyond what the CUDA C++ kernels can hold");
+    return out;
+  }
+};
 
 // Scratch of one call, in one allocation.
 class Scratch {
@@ -204,24 +217,24 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   constexpr const char* kOp = "newton_schulz";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
-  const Iteration iteration = plan(rows, std::string(method), restarts, compute_dtype, eps,
-                                   std::string(norm), norm_factor, kOp);
+  const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
+  const std::vector<Segment> segments = plan.segments(plan.cuts(restarts));
   const c10::DeviceGuard guard(x.device());
   at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   check_onchip(x, kOp);
   std::vector<Entry> entries;
   append(entries, x, {}, out, 1);
-  Scratch scratch(place_onchip(entries, iteration.planes), x);
+  Scratch scratch(place_onchip(entries, plan.planes), x);
   void* stream = stream_of(x);
   Prologue prologue;
-  prologue.f16 = iteration.f16;
-  prologue.planes = iteration.planes;
+  prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
   check_launch(launch_largest(entries, Of::kSource, scratch.largest(), stream), kOp);
   check_launch(
       launch_prologue(entries, prologue, scratch.largest(), scratch.buffers.packed, stream), kOp);
-  check_launch(launch_newton_schulz(entries, iteration.segments, iteration.f16, iteration.planes,
-                                    scratch.largest(), scratch.buffers, Update(), stream),
+  check_launch(launch_newton_schulz(entries, segments, plan.f16, plan.planes, scratch.largest(),
+                                    scratch.buffers, Update(), stream),
                kOp);
   return out;
 }
@@ -265,43 +278,58 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                 at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
                 double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
                 at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
-                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
-                bool maximize, c10::string_view nonfinite) {
+                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
+                c10::string_view norm, double norm_factor, bool maximize,
+                c10::string_view nonfinite) {
   constexpr const char* kOp = "muon_step_";
   count_call(kOp, "cuda");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
-  check_distinct({params, momentum_buffers});
+  check_distinct({params, momentum_buffers}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   const std::string policy(nonfinite);
   check_one_of(policy, "nonfinite", {"skip", "propagate", "raise"});
   TORCH_CHECK_TYPE(lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble,
                    "lr must be float32 or float64, got ", lr.scalar_type());
-  const Iteration iteration = plan(rows, std::string(method), restarts, compute_dtype, eps,
-                                   std::string(norm), norm_factor, kOp);
+  const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
+  check_restart_ends(restarts, restart_ends, params.size());
   if (params.empty()) return;
   TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
                     ", the other tensors are on ", params[0].device());
   const c10::DeviceGuard guard(params[0].device());
   std::vector<Entry> entries;
+  std::vector<std::vector<int64_t>> cuts;  // one an entry of the table
   for (size_t i = 0; i < params.size(); i++) {
     if (params[i].numel() == 0) continue;
     check_onchip(params[i], kOp);
     append(entries, grads[i], momentum_buffers[i], params[i], float(scales[i]));
+    const int64_t begin = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
+    const int64_t end = restart_ends.empty() ? 0 : restart_ends[i];
+    cuts.resize(entries.size(), plan.cuts(restarts.slice(size_t(begin), size_t(end - begin))));
   }
   const std::vector<Counter> counters = counters_of(step_counts, params);
   if (entries.empty()) return;
-  Scratch scratch(place_onchip(entries, iteration.planes), params[0]);
+  Scratch scratch(place_onchip(entries, plan.planes), params[0]);
   void* stream = stream_of(params[0]);
+  struct Group {
+    std::vector<Segment> segments;
+    std::vector<Entry> entries;
+  };
+  std::map<std::vector<int64_t>, Group> groups;  // by their restarts
+  for (size_t i = 0; i < entries.size(); i++) {
+    Group& group = groups[cuts[i]];
+    if (group.segments.empty()) group.segments = plan.segments(cuts[i]);
+    group.entries.push_back(entries[i]);
+  }
 
   Prologue prologue;
   prologue.nesterov = nesterov;
   prologue.maximize = maximize;
   prologue.momentum = float(momentum);
   prologue.nonfinite = policy == "skip" ? NonFinite::kSkip : NonFinite::kPropagate;
-  prologue.f16 = iteration.f16;
-  prologue.planes = iteration.planes;
+  prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
   Update update;
   update.in_place = true;
   update.weight_decay = float(weight_decay);
@@ -323,9 +351,11 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   }
   check_launch(
       launch_prologue(entries, prologue, scratch.largest(), scratch.buffers.packed, stream), kOp);
-  check_launch(launch_newton_schulz(entries, iteration.segments, iteration.f16, iteration.planes,
-                                    scratch.largest(), scratch.buffers, update, stream),
-               kOp);
+  for (const auto& item : groups)
+    check_launch(
+        launch_newton_schulz(item.second.entries, item.second.segments, plan.f16, plan.planes,
+                             scratch.largest(), scratch.buffers, update, stream),
+        kOp);
   check_launch(launch_count(counters, update.nonfinite, scratch.largest(),
                             static_cast<unsigned long long*>(skipped.data_ptr()), stream),
                kOp);

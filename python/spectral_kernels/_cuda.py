@@ -29,9 +29,15 @@ def unavailable() -> str | None:
     """Why the CUDA C++ kernels cannot run anything here, or None."""
     if _extension.MODULE is None:
         return _extension.REASON
-    if not _extension.MODULE.cuda_architectures:
+    if not architectures():
         return "the CUDA C++ kernels were not built"
     return None
+
+
+def architectures() -> list[str]:
+    """Processors that the library holds machine code for, as "sm_90a"; PTX serves later ones."""
+    listed: str = getattr(_extension.MODULE, "cuda_architectures", "")
+    return [f"sm_{name}" for name in listed.split(",") if name]
 
 
 def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
@@ -48,8 +54,9 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         if side < LEAST_ROWS_FP32 and options.get("compute_dtype") == torch.float32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         limit = module.cuda_shared_memory(tensor.device.index or 0)
-        if shared_memory(side) > limit:
-            return f"{side} rows take {shared_memory(side)} bytes of shared memory, of {limit}"
+        needed = root_shared_memory(side) if op == "inverse_root" else shared_memory(side)
+        if needed > limit:
+            return f"{side} rows take {needed} bytes of shared memory, of {limit}"
     if op == "inverse_root":
         if options.get("method") == "eigen":
             return "the CUDA C++ kernels iterate, they do not decompose"
@@ -66,3 +73,9 @@ def shared_memory(rows: int) -> int:
     """Bytes of one block's shared memory that a matrix of so many rows takes on chip."""
     tiles = next(most for most in _ROWS_OF_TILES if rows <= most) // 16
     return 3 * tiles * (tiles // 2 + 1) * 1024 + 8 * tiles
+
+
+def root_shared_memory(rows: int) -> int:
+    """The same for inverse_root, with the vectors that its residual is taken on."""
+    tiles = next(most for most in (32, 64, 128) if rows <= most) // 16
+    return 3 * tiles * (tiles // 2 + 1) * 1024 + 1024 * tiles + 8 * tiles + 16

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _extension
+from . import _cuda, _dispatch, _extension
 
 __all__ = ["collect", "main", "text"]
 
@@ -161,6 +161,7 @@ def _gpu() -> dict[str, str]:
             f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         ),
         "device": _or_reason(_device),
+        "cuda_kernels": _or_reason(_cuda_kernels),
         "nvcc": _or_reason(_nvcc),
         "triton": _or_reason(_triton),
     }
@@ -171,6 +172,13 @@ def _device() -> str:
         return "torch sees no GPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join(names)
+
+
+def _cuda_kernels() -> str:
+    reason = _cuda.unavailable()
+    if reason is not None:
+        return reason
+    return f"{', '.join(_cuda.OPERATORS)} for {', '.join(_cuda.architectures())}"
 
 
 def _nvcc() -> str:
