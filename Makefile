@@ -26,18 +26,21 @@ $(VENV)/.environment: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES)
 	$(RUN) pip install --quiet --no-build-isolation --editable '.[cli,examples,test,lint]'
-	# A CUDA build of torch brings its own.
+	touch $@
+
+# For its interpreter. A CUDA build of torch brings its own.
+$(VENV)/.triton: $(VENV)/.built
 	$(RUN) python -c 'import triton' 2>/dev/null || pip install --quiet $(TRITON)
 	touch $@
 
 demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
-test: $(VENV)/.built
+test: $(VENV)/.triton
 	$(RUN) pytest -m 'not long'
 	$(RUN) TRITON_INTERPRET=1 pytest -m 'triton and not long'
 
-test-long: $(VENV)/.built
+test-long: $(VENV)/.triton
 	$(RUN) pytest
 	$(RUN) TRITON_INTERPRET=1 pytest -m triton
 
