@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import spectral_kernels as sk
 import torch
@@ -25,6 +26,7 @@ from support import (
     same_bits,
     semidefinite,
     state_dtype,
+    unit_roundoff,
 )
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -410,4 +412,8 @@ def test_any_product(drawn):
     grad, left, right = drawn
     result = sk.kron_precondition(grad, left, right)
     expected = two_sided(grad, left, right)
-    assert_rule(result, plain_two_sided(grad, left, right), expected, roundings=6.0)
+    # Where most of a small product cancels, the accumulation's rounding is what is left.
+    magnitude = two_sided(*(None if x is None else x.abs() for x in drawn))
+    lost = float(np.linalg.norm(magnitude) / np.linalg.norm(expected))
+    noise = 2.0 * unit_roundoff(result.dtype) * lost
+    assert_rule(result, plain_two_sided(grad, left, right), expected, roundings=6.0, noise=noise)

@@ -62,7 +62,10 @@ def test_public_names():
     assert set(sk.__all__) == NAMES
     for name in NAMES:
         assert getattr(sk, name) is not None
-    assert {"Muon", "Shampoo", "SOAP", "DeVA", "param_groups"} == set(sk.optim.__all__)
+    optimizers = {"Muon", "Shampoo", "SOAP", "DeVA"}
+    assert optimizers | {"Diagnostics", "ParameterDiagnostics", "param_groups"} == set(
+        sk.optim.__all__
+    )
     with pytest.raises(AttributeError, match="has no attribute 'orthogonalize'"):
         sk.orthogonalize  # noqa: B018
 

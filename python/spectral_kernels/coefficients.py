@@ -113,7 +113,7 @@ _SETS: dict[str, Rows] = {
 # two clusters) is at most 1.95 times that of the standard iteration in plain torch, from 16 x 17 to
 # 768 x 3072 (2026-11-22).
 _ANY_SIZE = 2**63
-_SMALLEST_SIDE = 16  # below, rounding errors do not average out: up to 12 times the error
+SMALLEST_GRAM = 16  # below, rounding errors do not average out: up to 12 times the error
 _GRAM_RESTARTS: dict[Rows, tuple[tuple[int, tuple[int, ...]], ...]] = {
     _SETS["muon"]: ((2**16, (2, 3)), (2**19 - 1, (2, 3, 4)), (_ANY_SIZE, (3,))),
     _SETS["quintic"]: ((2**16, (2, 3)), (_ANY_SIZE, (3,))),
@@ -202,7 +202,7 @@ def gram_restarts(
     if not isinstance(coefficients, Coefficients):
         coefficients = resolve(coefficients)
     for limit, restarts in _GRAM_RESTARTS.get(coefficients.rows, ()):
-        if min(m, n) >= _SMALLEST_SIDE and m * n <= limit:
+        if min(m, n) >= SMALLEST_GRAM and m * n <= limit:
             return restarts
     return None
 

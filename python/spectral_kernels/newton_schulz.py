@@ -236,6 +236,8 @@ def restarts_for(
     if restarts is not None:
         return tuple(_checks.integer("restarts", step, 1, count - 1) for step in restarts)
     if dtype not in _checks.FULL:
+        if method == "auto" and min(x.shape[-2:]) < _coefficients.SMALLEST_GRAM:
+            return ()
         # The rounding noise of a rank-deficient Gram matrix, negative eigenvalues included, grows
         # with every step: three steps keep it below that of plain torch, five need not.
         return tuple(range(2, count, 3))
