@@ -483,6 +483,37 @@ def test_gradients_out_of_range_are_skipped(exponent, backend):
         assert name in ("root_failures",) or not same_bits(case[name][0], before[name][0]), name
 
 
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+@pytest.mark.parametrize("relative_ridge", [0.0, 1e-6])
+@pytest.mark.parametrize("least", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("old_end", [1.0, 1e-2, 1e-4, 0.0])
+def test_an_old_root_of_another_spectrum_misleads_nobody(
+    old_end, least, relative_ridge, dtype, backend
+):
+    """Where the old root's spectrum ended is a guess of where the new one does, and no more."""
+    n = 48
+    options = {"beta2": 1.0, "debias": False, "root": 4, "sides": ("left",)}
+    case = new_step("shampoo_step_", ((n, 2),), dtype, relative_ridge=relative_ridge, **options)
+    case["step_counts"][0].fill_(3)
+    # All at one, but for a single eigenvalue: it has the smallest share of any probe.
+    values = torch.ones(n, dtype=torch.float64)
+    values[-1] = least
+    case["lefts"][0].copy_(with_eigenvalues(values))
+    old = torch.linspace(1.0, max(old_end, 1e-12), n, dtype=torch.float64) ** -0.25
+    case["left_roots"][0].copy_(torch.diag(old) if old_end else torch.zeros(n, n))
+    case["grads"][0].mul_(1e-6)
+    case.run(backend.name)
+    factor = case["lefts"][0]
+    delta = relative_ridge * float(factor.double().abs().sum(-1).max())
+    plain = [
+        c**0.25 * plain_eigen_root((c * factor).to(dtype), 4, c * delta).double()
+        for c in MULTIPLES
+    ]
+    expected = exact_inverse_root(factor, 4, delta)
+    assert_rule(case["left_roots"][0], plain, expected, roundings=16.0)
+    assert not case["root_failures"][0].any()
+
+
 def test_failed_root_keeps_the_old_one_and_is_counted(backend):
     """F09: an indefinite factor has no root."""
     case = later_step("shampoo_step_", ((4, 6), (4, 6)), relative_ridge=0.0)

@@ -22,7 +22,13 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kProbes = 8;  // columns of the sign matrix that residuals are taken on
-constexpr double kGap = 8;      // between a spectrum's end and its rows' that asks for others
+// A spectrum that ends this far above what its rows were made for is done again: rows for a longer
+// spectrum cost digits.
+constexpr double kGap = 8;
+// An old root's end of the spectrum may have come down this far.
+constexpr double kDrift = 4;
+constexpr double kLast = std::numeric_limits<double>::infinity();  // a gap that nothing shows
+constexpr double kTrialLimit = 0.1;
 
 double unit_roundoff(Kind kind) {
   return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
@@ -55,7 +61,7 @@ class RootProblem {
         threads_(threads),
         divisor_(divisor),
         write_failures_(write_failures),
-        workspace_(kPanels * panel_bytes(n_, n_, kind_) + 3 * panel_bytes(n_, kProbes, kind_)) {
+        workspace_(kPanels * panel_bytes(n_, n_, kind_)) {
     for (Panels& panels : pool_) panels = take_panels(workspace_, n_, n_, kind_);
   }
 
@@ -95,7 +101,7 @@ class RootProblem {
     return true;
   }
 
-  RootResult solve(const Matrix& out) {
+  RootResult solve(const Matrix& old, const Matrix& out) {
     if (options_.method != "eigen") {
       b_ = acquire();
       combine(b_, a_, 1, {}, 0, delta_);
@@ -104,10 +110,12 @@ class RootProblem {
       nu_ = std::pow(sum_of_squares(square, threads_), 0.25) * (1 + 4 * u_);
       release(square);
       const bool ridged = delta_ >= 4 * u_ * nu_;
+      const double low = ridged ? delta_ / nu_ : 4 * u_, limit = residual_limit(kind_, low);
+      const double expected = old ? end_of_old(old) / kDrift : 0;
+      if (expected > low && iterate({expected, limit, kDrift * kGap, true}, out)) return result_;
       if (options_.method == "iteration" || ridged) {
-        const double low = ridged ? delta_ / nu_ : 4 * u_;
         for (const double attempt : {low, low / 16})
-          if (iterate(attempt, residual_limit(kind_, low), true, out)) return result_;
+          if (iterate({attempt, limit, kGap, false}, out)) return result_;
         eigen(out);
         if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
         return result_;
@@ -180,10 +188,16 @@ class RootProblem {
     if (own_square) release(square);
   }
 
-  // True, with the root written, if the residual and the diagonal accept it. With `refine` a
-  // spectrum that turns out to end far above `low` is done again with the rows for it: those for
-  // `low` have cost it up to two digits.
-  bool iterate(double low, double limit, bool refine, const Matrix& out) {
+  // Rows for eigenvalues from `low` to 1; a spectrum that shows its end `gap` times above is done
+  // again from there. A trial is a guess of `low`: eigenvalues below it would be missed.
+  struct Attempt {
+    double low, limit, gap;
+    bool trial;
+  };
+
+  // True, with the root written, if the residual and the diagonal accept it.
+  bool iterate(const Attempt& attempt, const Matrix& out) {
+    const double low = attempt.low;
     const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(low, u_));
     Panels m = b_, x = {};
     for (size_t step = 0; step < rows.size(); step++) {
@@ -224,19 +238,29 @@ class RootProblem {
       x = acquire();
       combine(x, {}, 0, {}, 0, 1);
     }
-    const double residual = residual_of(x);
     double least = std::numeric_limits<double>::infinity(), most = 0;
     for (int64_t i = 0; i < n_; i++) {
       least = std::min(least, element(x, i, i));
       most = std::max(most, element(x, i, i));
     }
-    const bool accepted = residual <= limit && least > 0;
-    if (accepted && refine) {
-      const double end = lower_end(x);
-      if (end >= kGap * low) {
-        release(x);
-        return iterate(end, limit, false, out) || iterate(low, limit, false, out);
+    double residual, end = 0;
+    bool accepted;
+    {
+      Probes probes(n_, kind_);
+      residual = residual_of(x, probes);
+      accepted = residual <= attempt.limit && least > 0;
+      if (accepted && attempt.gap < kLast) end = lower_end(x, probes);
+      if (accepted && attempt.trial) {
+        // Eigenvalues that the guess missed are the smallest. The probes turn towards those, where
+        // a residual shows the lost ones and the end those that were nearly reached.
+        for (int turn = 0; turn < 2; turn++) end = lower_end(x, probes);
+        accepted = end >= low && residual_of(x, probes) <= kTrialLimit;
       }
+    }
+    if (accepted && end >= attempt.gap * low) {
+      release(x);
+      return iterate({end, attempt.limit, kLast, false}, out) ||
+             iterate({low, attempt.limit, kLast, false}, out);
     }
     if (accepted) {
       result_.status = RootStatus::kConverged;
@@ -266,57 +290,84 @@ class RootProblem {
     return false;
   }
 
-  // A power of two, at most about half the smallest eigenvalue of B / nu, from its root X.
-  double lower_end(const Panels& x) {
-    const std::vector<double> signs = probe_signs(n_);
-    Workspace workspace(2 * panel_bytes(n_, kProbes, kind_));
-    Panels y = take_panels(workspace, n_, kProbes, kind_),
-           z = take_panels(workspace, n_, kProbes, kind_);
-    Pack pack;
-    pack.x = Matrix{const_cast<double*>(signs.data()), n_, kProbes, kProbes, 1, DType::kF64};
-    pack.out = y;
-    run(pack, 1);
-    double before = 1;
-    for (int step = 0; step < 4; step++) {
-      if (step == 3) before = sum_of_squares(y, 1);
-      Product p;
-      p.a = x;
-      p.b = y;
-      p.out = z;
-      run(p, threads_);
-      std::swap(y, z);
+  // Eight columns of a packed matrix of probes, begun as signs, and a product of it.
+  struct Probes {
+    Probes(int64_t n, Kind kind)
+        : workspace(3 * panel_bytes(n, kProbes, kind)),
+          columns(take_panels(workspace, n, kProbes, kind)),
+          image(take_panels(workspace, n, kProbes, kind)),
+          next(take_panels(workspace, n, kProbes, kind)) {
+      const std::vector<double> signs = probe_signs(n);
+      Pack pack;
+      pack.x = Matrix{const_cast<double*>(signs.data()), n, kProbes, kProbes, 1, DType::kF64};
+      pack.out = columns;
+      run(pack, 1);
     }
-    const double growth = std::sqrt(sum_of_squares(y, 1) / before);
-    return std::exp2(std::floor(std::log2(0.5 * std::pow(growth, -double(options_.p)))));
+    Workspace workspace;
+    Panels columns, image, next;
+  };
+
+  void times(const Panels& a, double alpha, const Panels& columns, const Panels& out) {
+    Product p;
+    p.a = a;
+    p.b = columns;
+    p.alpha = alpha;
+    p.out = out;
+    run(p, threads_);
   }
 
-  // ||(X^floor(p/2) (B / nu) X^ceil(p/2) - I) Omega||_F / ||Omega||_F
-  double residual_of(const Panels& x) {
-    const std::vector<double> signs = probe_signs(n_);
-    Workspace workspace(3 * panel_bytes(n_, kProbes, kind_));
-    Panels omega = take_panels(workspace, n_, kProbes, kind_),
-           y = take_panels(workspace, n_, kProbes, kind_);
-    Panels z = take_panels(workspace, n_, kProbes, kind_);
+  // ||X||_2 by four power steps from the probes, which become X^4 times what they were, but for
+  // their length.
+  double largest_eigenvalue(const Panels& x, Probes& probes) {
+    double before = 1;
+    for (int step = 0; step < 4; step++) {
+      if (step == 3) before = std::sqrt(sum_of_squares(probes.columns, 1));
+      times(x, 1, probes.columns, probes.next);
+      std::swap(probes.columns, probes.next);
+    }
+    const double after = std::sqrt(sum_of_squares(probes.columns, 1));
+    combine(probes.columns, probes.columns, std::ldexp(1, -exponent_of(after)), {}, 0, 0);
+    return after / before;
+  }
+
+  // A power of two, at most about half the smallest eigenvalue of B / nu, from its root X.
+  double lower_end(const Panels& x, Probes& probes) {
+    const double largest = largest_eigenvalue(x, probes);
+    return std::exp2(std::floor(std::log2(0.5 * std::pow(largest, -double(options_.p)))));
+  }
+
+  // The same from a root of an earlier A, 0 if there is none.
+  double end_of_old(const Matrix& old) {
+    const double largest = max_abs(old, threads_);
+    if (!(largest > 0 && std::isfinite(largest))) return 0;
+    const int exponent = exponent_of(largest);
+    const Panels x = acquire();
     Pack pack;
-    pack.x = Matrix{const_cast<double*>(signs.data()), n_, kProbes, kProbes, 1, DType::kF64};
-    pack.out = omega;
-    run(pack, 1);
+    pack.x = old;
+    pack.shift = -exponent;
+    pack.out = x;
+    run(pack, threads_);
+    Probes probes(n_, kind_);
+    const double scale =
+        std::ldexp(1, exponent) * std::pow(std::ldexp(nu_ / divisor_, shift_), 1.0 / options_.p);
+    const double end = std::pow(scale * largest_eigenvalue(x, probes), -double(options_.p));
+    release(x);
+    return std::isfinite(end) ? std::exp2(std::floor(std::log2(0.5 * std::min(end, 1.0)))) : 0;
+  }
+
+  // ||(X^floor(p/2) (B / nu) X^ceil(p/2) - I) Y||_F / ||Y||_F on the probes Y, which survive.
+  double residual_of(const Panels& x, Probes& probes) {
+    Panels y = probes.columns;
     const auto apply = [&](const Panels& a, double alpha) {
-      Product p;
-      p.a = a;
-      p.b = y;
-      p.alpha = alpha;
-      p.out = z;
-      run(p, threads_);
-      std::swap(y, z);
+      times(a, alpha, y, probes.next);
+      y = probes.next;
+      std::swap(probes.next, probes.image);
     };
-    pack.out = y;
-    run(pack, 1);
     for (int i = 0; i < options_.p - options_.p / 2; i++) apply(x, 1);
     apply(b_, 1 / nu_);
     for (int i = 0; i < options_.p / 2; i++) apply(x, 1);
-    combine(y, y, 1, omega, -1, 0);
-    return std::sqrt(sum_of_squares(y, 1) / double(n_ * kProbes));
+    combine(y, y, 1, probes.columns, -1, 0);
+    return std::sqrt(sum_of_squares(y, 1) / sum_of_squares(probes.columns, 1));
   }
 
   void eigen(const Matrix& out) {
@@ -455,10 +506,10 @@ void check_root_options(const RootOptions& options) {
 }
 
 RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options,
-                        const Matrix& out, bool write_failures, int threads) {
+                        const Matrix& old, const Matrix& out, bool write_failures, int threads) {
   RootProblem problem(a, divisor, options, write_failures, threads);
   if (!problem.prepare(a, out)) return problem.result();
-  return problem.solve(out);
+  return problem.solve(old, out);
 }
 
 double root_work(int64_t n, int p) {
@@ -487,7 +538,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
     parallel_matrices(std::vector<double>(results.size(), root_work(a.size(-1), options.p)),
                       [&](int64_t i, int threads) {
                         results[size_t(i)] =
-                            inverse_root(as[i], 1, options, roots[i], true, threads);
+                            inverse_root(as[i], 1, options, {}, roots[i], true, threads);
                       });
   const auto put = [](const at::Tensor& t, size_t i, double value) {
     if (t.scalar_type() == at::kDouble)

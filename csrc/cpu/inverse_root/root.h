@@ -25,9 +25,11 @@ struct RootResult {
 void check_root_options(const RootOptions& options);
 
 // out = (A / divisor + delta I)^(-1/p). Where the status is kStagnated or kNonFinite, or the root
-// overflows, nothing is written unless `write_failures` (NaN for non-finite input).
+// overflows, nothing is written unless `write_failures` (NaN for non-finite input). `old`, which
+// may be none and may be `out`, is a root of an earlier A: where its spectrum ended, this one's is
+// tried to end. A wrong guess costs time only.
 RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& options,
-                        const Matrix& out, bool write_failures, int threads);
+                        const Matrix& old, const Matrix& out, bool write_failures, int threads);
 
 // Multiply-adds of a typical call, to schedule by.
 double root_work(int64_t n, int p);

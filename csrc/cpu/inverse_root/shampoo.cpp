@@ -138,7 +138,8 @@ class ShampooMatrix {
 
   void take_root(const Matrix& factor, const Matrix& root, double bias, int side) {
     if (!factor || max_abs(factor, threads_) == 0) return;
-    const RootResult result = inverse_root(factor, bias, step_.root, root, false, threads_);
+    const Matrix old = t_ > 1 ? root : Matrix{};  // what stands there at first is no root
+    const RootResult result = inverse_root(factor, bias, step_.root, old, root, false, threads_);
     if (result.status == RootStatus::kStagnated || result.status == RootStatus::kNonFinite)
       state_.failures[side]++;
   }
