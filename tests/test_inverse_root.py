@@ -506,8 +506,7 @@ def test_an_old_root_of_another_spectrum_misleads_nobody(
     factor = case["lefts"][0]
     delta = relative_ridge * float(factor.double().abs().sum(-1).max())
     plain = [
-        c**0.25 * plain_eigen_root((c * factor).to(dtype), 4, c * delta).double()
-        for c in MULTIPLES
+        c**0.25 * plain_eigen_root((c * factor).to(dtype), 4, c * delta).double() for c in MULTIPLES
     ]
     expected = exact_inverse_root(factor, 4, delta)
     assert_rule(case["left_roots"][0], plain, expected, roundings=16.0)
