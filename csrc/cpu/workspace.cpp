@@ -24,7 +24,7 @@ constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20;
 std::mutex mutex;
 std::vector<Chunk> idle;  // sorted by size
 size_t kept = 0, lent = 0, peak = 0;
-size_t limit = size_t(256) << 20;
+size_t limit = size_t(512) << 20;
 bool poison = false;
 
 Chunk allocate(size_t bytes) {

@@ -15,13 +15,13 @@
 #include "../../root_rows.h"
 #include "../lapack.h"
 #include "../parallel.h"
+#include "../probes.h"
 #include "../views.h"
 
 namespace spectral_kernels::cpu {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr int64_t kProbes = 8;  // columns of the sign matrix that residuals are taken on
 // A spectrum that ends this far above what its rows were made for is done again: rows for a longer
 // spectrum cost digits.
 constexpr double kGap = 8;
@@ -32,17 +32,6 @@ constexpr double kTrialLimit = 0.1;
 
 double unit_roundoff(Kind kind) {
   return kind == Kind::kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
-}
-
-// The fixed signs, in the order of the rows (see sign_matrix in the reference).
-std::vector<double> probe_signs(int64_t n) {
-  std::vector<double> signs(size_t(n * kProbes));
-  uint32_t state = 1;
-  for (double& sign : signs) {
-    state = state * 1664525u + 1013904223u;
-    sign = state >> 31 ? -1.0 : 1.0;
-  }
-  return signs;
 }
 
 double residual_limit(Kind kind, double low) {
@@ -290,23 +279,6 @@ class RootProblem {
     return false;
   }
 
-  // Eight columns of a packed matrix of probes, begun as signs, and a product of it.
-  struct Probes {
-    Probes(int64_t n, Kind kind)
-        : workspace(3 * panel_bytes(n, kProbes, kind)),
-          columns(take_panels(workspace, n, kProbes, kind)),
-          image(take_panels(workspace, n, kProbes, kind)),
-          next(take_panels(workspace, n, kProbes, kind)) {
-      const std::vector<double> signs = probe_signs(n);
-      Pack pack;
-      pack.x = Matrix{const_cast<double*>(signs.data()), n, kProbes, kProbes, 1, DType::kF64};
-      pack.out = columns;
-      run(pack, 1);
-    }
-    Workspace workspace;
-    Panels columns, image, next;
-  };
-
   void times(const Panels& a, double alpha, const Panels& columns, const Panels& out) {
     Product p;
     p.a = a;
@@ -434,8 +406,8 @@ class RootProblem {
   // The residual on the eigenvalues that rounding does not hide: P (...) P in place of (...).
   double eigen_residual(const std::vector<double>& spectrum, const std::vector<double>& powers,
                         const std::vector<double>& vectors, double cut) const {
-    const size_t n = size_t(n_), probes = size_t(kProbes);
-    const std::vector<double> omega = probe_signs(n_);
+    const size_t n = size_t(n_), probes = size_t(Probes::kCount);
+    const std::vector<double> omega = Probes::signs(n_);
     const double above = checked_above(spectrum, cut);
     const auto checked = [&](size_t j) { return spectrum[j] > above; };
     // Row j of the coefficients belongs to eigenvector j.
