@@ -129,7 +129,8 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Prob
     for name in ("pytorch-optimizer", "heavyball"):
         library = peers.find(name)
         if library is not None:
-            contenders.append(steps.contender(name, _maker(library.SOAP), judged=False))
+            made = _maker(partial(library.SOAP, **_SAME_WORK.get(name, {})))
+            contenders.append(steps.contender(name, made, judged=False))
 
     def plain() -> list[Tensor]:
         return steps.on_reference(ours(1), prepare)
@@ -141,6 +142,16 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Prob
         work=({"fp32": rotated_work(shapes)},),
         period=FREQUENCY,
     )
+
+
+# heavyball leaves sides above 2048 alone, merges dimensions and refreshes by a schedule of its own.
+_SAME_WORK: dict[str, dict[str, Any]] = {
+    "heavyball": {
+        "max_precond_dim": 1 << 20,
+        "merge_dims": False,
+        "use_precond_schedule": False,
+    }
+}
 
 
 def _maker(cls: Callable[..., Optimizer]) -> Callable[[int], Make]:

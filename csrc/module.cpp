@@ -13,6 +13,7 @@
 #include "cpu/isa/select.h"
 #include "cpu/tiles.h"
 #include "cpu/workspace.h"
+#include "root_rows.h"
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
 #include "cuda/device.h"
 #include "cuda/newton_schulz.h"
@@ -72,6 +73,14 @@ PYBIND11_MODULE(_C, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "GFLOP/s of fp32, fp64 or bf16 multiply-adds on this thread; 0 where there are no "
         "instructions.");
+  m.def(
+      "root_products",
+      [](double low, int p, double unit_roundoff) {
+        using namespace spectral_kernels;
+        return root_products(short_root_schedule(low, p, root_tolerance(low, unit_roundoff)), p);
+      },
+      pybind11::arg("low"), pybind11::arg("p"), pybind11::arg("unit_roundoff"),
+      "Products of matrices in the CPU kernels' inverse root of a spectrum that ends at `low`.");
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
   m.def("set_workspace_limit", &cpu::set_workspace_limit, pybind11::arg("bytes"));

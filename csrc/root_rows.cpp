@@ -1,15 +1,17 @@
 #include "root_rows.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace spectral_kernels {
 namespace {
 
 // x N(x)^p
 double coupled(const RootRow& row, double x, int p) {
-  return x * std::pow(row.a + x * (row.b + x * row.c), p);
+  return x * std::pow(row.a + x * (row.b + x * (row.c + x * (row.d + x * row.e))), p);
 }
 
 // Equal values at both ends of [low, 1] and the interior maximum 1. `low` becomes the next lower
@@ -83,6 +85,127 @@ RootRow quadratic_row(double& low, int p) {
                            ", p=" + std::to_string(p));
 }
 
+constexpr int kLong = 4;  // degree of a long row
+using Quartic = std::array<double, kLong + 1>;
+
+double value(const double* c, int degree, double x) {
+  double sum = c[degree];
+  for (int k = degree - 1; k >= 0; k--) sum = sum * x + c[k];
+  return sum;
+}
+
+// The zeros in (low, 1) of a polynomial that has as many there as its degree: between those of its
+// derivative.
+void real_zeros(const double* c, int degree, double low, double* zeros) {
+  if (degree == 1) {
+    zeros[0] = -c[0] / c[1];
+    return;
+  }
+  double derivative[kLong] = {}, bounds[kLong + 1];
+  for (int k = 1; k <= degree; k++) derivative[k - 1] = k * c[k];
+  bounds[0] = low;
+  real_zeros(derivative, degree - 1, low, bounds + 1);
+  bounds[degree] = 1;
+  for (int i = 0; i < degree; i++) {
+    double left = bounds[i], right = bounds[i + 1];
+    const bool rising = value(c, degree, right) > value(c, degree, left);
+    for (int halving = 0; halving < 60; halving++) {
+      const double middle = 0.5 * (left + right);
+      ((value(c, degree, middle) > 0) == rising ? right : left) = middle;
+    }
+    zeros[i] = 0.5 * (left + right);
+  }
+}
+
+// As quadratic_row, on six points. N interpolates (1 -+ error) x^(-1/p), so its fifth divided
+// difference vanishes, which gives the error; the new points are the zeros of N / p + x N'.
+RootRow quartic_row(double& low, int p) {
+  const double q = 1.0 / p;
+  if (low > 0.97) {  // rounding hides the extrema: the Taylor row of (1 - e)^(-1/p)
+    RootRow row{0, 0, 0};
+    double power[kLong + 1] = {1, 0, 0, 0, 0}, coefficient = 1;  // of e^k = (1 - x)^k
+    double* const sum[] = {&row.a, &row.b, &row.c, &row.d, &row.e};
+    for (int k = 0; k <= kLong; k++) {
+      for (int i = 0; i <= k; i++) *sum[i] += coefficient * power[i];
+      for (int i = kLong; i > 0; i--) power[i] -= power[i - 1];
+      coefficient *= (q + k) / (k + 1);
+    }
+    low = 1 - 2 * p * coefficient * std::pow(1 - low, kLong + 1);
+    return row;
+  }
+  constexpr int kPoints = kLong + 2;
+  const double tau = std::pow(low, q), pi = std::acos(-1.0);
+  double x[kPoints];
+  for (int i = 0; i < kPoints; i++)
+    x[i] = std::pow(tau + (1 - tau) * 0.5 * (1 - std::cos(pi * i / (kPoints - 1))), p);
+  x[0] = low;
+  x[kPoints - 1] = 1;
+  constexpr int kMostExchanges = 50;
+  for (int exchange = 0; exchange < kMostExchanges; exchange++) {
+    double h[kPoints], plain = 0, alternating = 0;
+    for (int i = 0; i < kPoints; i++) {
+      h[i] = std::pow(x[i], -q);
+      double w = 1;
+      for (int j = 0; j < kPoints; j++)
+        if (j != i) w /= x[i] - x[j];
+      plain += w * h[i];
+      alternating += (i % 2 == 0 ? -1 : 1) * w * h[i];
+    }
+    const double error = -plain / alternating;
+    // Newton's form on all points but the first, from 1 downwards, and its expansion.
+    double difference[kLong + 1];
+    for (int i = 0; i <= kLong; i++) {
+      const int at = kPoints - 1 - i;
+      difference[i] = (1 + (at % 2 == 0 ? -error : error)) * h[at];
+    }
+    for (int order = 1; order <= kLong; order++)
+      for (int i = kLong; i >= order; i--)
+        difference[i] =
+            (difference[i] - difference[i - 1]) / (x[kPoints - 1 - i] - x[kPoints - 1 - i + order]);
+    Quartic n{};
+    for (int i = kLong; i >= 0; i--) {
+      const double point = x[kPoints - 1 - i];
+      for (int k = kLong; k > 0; k--) n[size_t(k)] = n[size_t(k - 1)] - point * n[size_t(k)];
+      n[0] = difference[i] - point * n[0];
+    }
+    double slope[kLong + 1], extrema[kLong], moved = 0;
+    for (int k = 0; k <= kLong; k++) slope[k] = (q + k) * n[size_t(k)];
+    real_zeros(slope, kLong, low, extrema);
+    for (int i = 0; i < kLong; i++) moved = std::max(moved, std::abs(extrema[i] - x[i + 1]));
+    if (moved < 1e-4 * std::min(x[1], 1 - low)) {
+      const double scale = 1 / (1 + std::abs(error));
+      const RootRow row{scale * n[0], scale * n[1], scale * n[2], scale * n[3], scale * n[4]};
+      low = coupled(row, low, p);
+      return row;
+    }
+    std::copy_n(extrema, kLong, x + 1);
+  }
+  throw std::runtime_error("no quartic root row for low=" + std::to_string(low) +
+                           ", p=" + std::to_string(p));
+}
+
+// Two linear rows, `quadratic` quadratic ones, then quartic ones; the last of the lowest degree
+// that reaches the tolerance.
+std::vector<RootRow> mixed_schedule(double low, int p, double tolerance, size_t quadratic) {
+  constexpr size_t kLinear = 2;
+  std::vector<RootRow> rows;
+  while (1 - low > tolerance) {
+    double next = low;
+    RootRow row = linear_row(next, p);
+    if (rows.size() >= kLinear && 1 - next > tolerance) {
+      next = low;
+      row = quadratic_row(next, p);
+      if (rows.size() >= kLinear + quadratic && 1 - next > tolerance) {
+        next = low;
+        row = quartic_row(next, p);
+      }
+    }
+    rows.push_back(row);
+    low = next;
+  }
+  return rows;
+}
+
 }  // namespace
 
 double root_tolerance(double low, double unit_roundoff) {
@@ -95,6 +218,29 @@ std::vector<RootRow> root_schedule(double low, int p, double tolerance) {
   while (1 - low > tolerance)
     rows.push_back(rows.size() < kLinearRows ? linear_row(low, p) : quadratic_row(low, p));
   return rows;
+}
+
+int root_products(const std::vector<RootRow>& rows, int p) {
+  int power = -1;  // of N^p M: squarings, and a product for every other bit
+  for (int rest = p; rest > 0; rest /= 2) power += 1 + rest % 2;
+  int products = 0;
+  for (size_t step = 0; step < rows.size(); step++) {
+    const RootRow& row = rows[step];
+    products += row.c == 0 ? 0 : row.e == 0 ? 1 : 2;
+    products += (step > 0) + (step + 1 < rows.size() ? power : 0);
+  }
+  return products;
+}
+
+std::vector<RootRow> short_root_schedule(double low, int p, double tolerance) {
+  constexpr size_t kMost = 64;
+  std::vector<RootRow> best = mixed_schedule(low, p, tolerance, kMost);
+  if (p == 1) return best;
+  for (const size_t quadratic : {0, 1, 2}) {
+    std::vector<RootRow> rows = mixed_schedule(low, p, tolerance, quadratic);
+    if (root_products(rows, p) < root_products(best, p)) best = std::move(rows);
+  }
+  return best;
 }
 
 }  // namespace spectral_kernels

@@ -85,7 +85,8 @@ def inverse_root(
         p: the root, 1 to 8. Rational exponents are powers of a root.
         ridge: an absolute ridge, at least 0.
         relative_ridge: a ridge relative to A's largest absolute row sum, at least 0.
-        method: "iteration", products only: two linear and then quadratic equi-oscillating rows;
+        method: "iteration", products only: two linear and then quadratic equi-oscillating rows
+            (on the CPU also of degree 4, for fewer products);
             "eigen", a float64 eigendecomposition; "auto", the first where the ridge is large enough
             to bound the spectrum (delta >= 4 u ||A + delta I||), else the second; "newton" and
             "newton_db" (p = 2, 4, 8), coupled Newton and Denman-Beavers for comparison, on backend

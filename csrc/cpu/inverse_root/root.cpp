@@ -177,6 +177,37 @@ class RootProblem {
     if (own_square) release(square);
   }
 
+  // N = a + b (s M) + c (s M)² into `out`.
+  void quadratic(const Panels& m, const RootRow& row, double s, const Panels& out) {
+    Product p;
+    p.a = p.b = m;
+    p.symmetric = true;
+    p.alpha = row.c * s * s;
+    p.beta_panels = row.b * s;
+    p.add_panels = m;
+    p.gamma = row.a;
+    p.out = out;
+    run(p, threads_);
+  }
+
+  // N = a + b (s M) + (s M)² (c + d (s M) + e (s M)²) into `out`.
+  void quartic(const Panels& m, const RootRow& row, double s, const Panels& out) {
+    const Panels square = acquire(), rest = acquire();
+    symmetric(m, m, s * s, square);
+    combine(rest, m, row.d * s, square, row.e, row.c);
+    Product p;
+    p.a = square;
+    p.b = rest;
+    p.symmetric = true;
+    p.beta_panels = row.b * s;
+    p.add_panels = m;
+    p.gamma = row.a;
+    p.out = out;
+    run(p, threads_);
+    release(square);
+    release(rest);
+  }
+
   // Rows for eigenvalues from `low` to 1; a spectrum that shows its end `gap` times above is done
   // again from there. A trial is a guess of `low`: eigenvalues below it would be missed.
   struct Attempt {
@@ -187,7 +218,7 @@ class RootProblem {
   // True, with the root written, if the residual and the diagonal accept it.
   bool iterate(const Attempt& attempt, const Matrix& out) {
     const double low = attempt.low;
-    const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(low, u_));
+    const std::vector<RootRow> rows = short_root_schedule(low, options_.p, root_tolerance(low, u_));
     Panels m = b_, x = {};
     for (size_t step = 0; step < rows.size(); step++) {
       const RootRow& row = rows[step];
@@ -195,16 +226,10 @@ class RootProblem {
       const Panels n = acquire();
       if (row.c == 0) {
         combine(n, m, row.b * scale, {}, 0, row.a);
+      } else if (row.e == 0) {
+        quadratic(m, row, scale, n);
       } else {
-        Product p;
-        p.a = p.b = m;
-        p.symmetric = true;
-        p.alpha = row.c * scale * scale;
-        p.beta_panels = row.b * scale;
-        p.add_panels = m;
-        p.gamma = row.a;
-        p.out = n;
-        run(p, threads_);
+        quartic(m, row, scale, n);
       }
       if (step + 1 < rows.size()) {
         const Panels next = acquire();

@@ -192,6 +192,12 @@ SK_INLINE void clear_block(T* block) {
   for (int i = 0; i < P * P; i += Simd<T>::kLanes) store(block + i, Vector<T>{});
 }
 
+template <int bytes>
+SK_INLINE void prefetch(const void* p) {
+  for (int line = 0; line < bytes; line += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + line);
+}
+
 template <class S, class T>
 static void load_block_of(const Matrix& m, int64_t i0, int64_t j0, int rows, int cols, T* block) {
   constexpr int P = Simd<T>::kPanel;
@@ -199,7 +205,11 @@ static void load_block_of(const Matrix& m, int64_t i0, int64_t j0, int rows, int
   if (m.col_stride == 1) {
     if (rows < P || cols < P) clear_block(block);
     if (cols == P)
-      for (int i = 0; i < rows; i++) get_row(base + i * m.row_stride, P, block + i * P);
+      for (int i = 0; i < rows; i++) {
+        const S* row = base + i * m.row_stride;
+        prefetch<P * sizeof(S)>(row + P);  // the next block's: no stride is short enough to guess
+        get_row(row, P, block + i * P);
+      }
     else
       for (int i = 0; i < rows; i++) get_row(base + i * m.row_stride, cols, block + i * P);
   } else if (m.row_stride == 1) {
