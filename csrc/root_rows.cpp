@@ -94,8 +94,8 @@ double value(const double* c, int degree, double x) {
   return sum;
 }
 
-// The zeros in (low, 1) of a polynomial that has as many there as its degree: between those of its
-// derivative.
+// The zeros in (low, 1) of a polynomial that has as many there as its degree: each between two of
+// its derivative's, by Newton's method inside a shrinking bracket.
 void real_zeros(const double* c, int degree, double low, double* zeros) {
   if (degree == 1) {
     zeros[0] = -c[0] / c[1];
@@ -107,13 +107,18 @@ void real_zeros(const double* c, int degree, double low, double* zeros) {
   real_zeros(derivative, degree - 1, low, bounds + 1);
   bounds[degree] = 1;
   for (int i = 0; i < degree; i++) {
-    double left = bounds[i], right = bounds[i + 1];
+    double left = bounds[i], right = bounds[i + 1], x = 0.5 * (left + right);
     const bool rising = value(c, degree, right) > value(c, degree, left);
-    for (int halving = 0; halving < 60; halving++) {
-      const double middle = 0.5 * (left + right);
-      ((value(c, degree, middle) > 0) == rising ? right : left) = middle;
+    for (int step = 0; step < 60; step++) {
+      const double y = value(c, degree, x);
+      ((y > 0) == rising ? right : left) = x;
+      double next = x - y / value(derivative, degree - 1, x);
+      if (!(next > left && next < right)) next = 0.5 * (left + right);
+      const bool still = std::abs(next - x) <= 1e-12 * x;
+      x = next;
+      if (still) break;
     }
-    zeros[i] = 0.5 * (left + right);
+    zeros[i] = x;
   }
 }
 
@@ -236,7 +241,7 @@ std::vector<RootRow> short_root_schedule(double low, int p, double tolerance) {
   constexpr size_t kMost = 64;
   std::vector<RootRow> best = mixed_schedule(low, p, tolerance, kMost);
   if (p == 1) return best;
-  for (const size_t quadratic : {0, 1, 2}) {
+  for (const size_t quadratic : {0, 1}) {
     std::vector<RootRow> rows = mixed_schedule(low, p, tolerance, quadratic);
     if (root_products(rows, p) < root_products(best, p)) best = std::move(rows);
   }

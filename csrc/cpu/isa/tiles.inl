@@ -657,22 +657,39 @@ static void scale_blocks(const Scale& p, int64_t j0, int64_t j1) {
   }
 }
 
+// Numbers that fill a vector once they are fp64.
+template <class T>
+SK_INLINE Vector<double> load_wide(const T* p) {
+  typedef T Narrow
+      __attribute__((vector_size(Simd<double>::kLanes * sizeof(T)), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vector<double>);
+}
+
 template <class T>
 static void column_sums_of(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
                            double* sums) {
-  constexpr int P = Simd<T>::kPanel;
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<double>::kLanes, kVectors = P / kLanes;
   for (int64_t bj = j0; bj < j1; bj++) {
-    double sum[P] = {};
+    Vector<double> sum[kVectors] = {};
     const T* x = panel_block<T>(a, 0, bj);
     if (what == ColumnSum::kAbs) {
       for (int64_t i = 0; i < a.rows; i++, x += P)
-        for (size_t j = 0; j < P; j++) sum[j] += double(x[j] < 0 ? -x[j] : x[j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++) {
+          const Vector<double> of_x = load_wide(x + v * kLanes);
+          sum[v] += of_x < 0 ? -of_x : of_x;
+        }
     } else {
       const T* y = panel_block<T>(b, 0, bj);
       for (int64_t i = 0; i < a.rows; i++, x += P, y += P)
-        for (size_t j = 0; j < P; j++) sum[j] += double(x[j]) * double(y[j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++)
+          sum[v] += load_wide(x + v * kLanes) * load_wide(y + v * kLanes);
     }
-    for (int64_t j = bj * P; j < a.cols && j < (bj + 1) * P; j++) sums[j] = sum[j - bj * P];
+    for (int64_t j = bj * P; j < a.cols && j < (bj + 1) * P; j++) {
+      const int at = int(j - bj * P);
+      sums[j] = sum[at / kLanes][at % kLanes];
+    }
   }
 }
 
