@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,8 @@ def _baseline_error(problem: Problem, errors: dict[str, float]) -> float:
 
 
 def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    first = next(iter(str(error).splitlines()), "")
+    return textwrap.shorten(f"{type(error).__name__}: {first}", 120, placeholder=" …")
 
 
 def _times(timing: Timing, ours: Timing, case: Case, name: str) -> dict[str, Any]:
