@@ -103,7 +103,10 @@ class DevaMatrix {
       if (step_.correct_bias)
         rate *= std::sqrt(1 - std::pow(step_.beta2, t_)) / (1 - std::pow(step_.beta1, t_));
     }
-    rotated_.move(u, param_, rate, decay, step_.normalize_grads);
+    // After a 16-bit Newton-Schulz the way back adds a quarter of its error to it.
+    const bool halves = step_.schatten && kind_ == Kind::kF32 && ns_.kind() == Kind::kBF16;
+    const Kind precision = halves ? Kind::kBF16 : kind_;
+    rotated_.move(u, param_, rate, decay, step_.normalize_grads, precision);
     if (!first) {
       rotated_.accumulate();
       if (refresh) rotated_.refresh(has_squares() ? squares_ : Matrix{}, step_.public_schatten());

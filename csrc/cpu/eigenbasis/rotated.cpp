@@ -121,15 +121,16 @@ bool RotatedStep::wants_transposed() const { return sides_.right_basis && shape(
 
 void RotatedStep::two_sided(const Panels& x, const Panels& x_t, bool back, Product last) {
   const TwoSidedShape shape = this->shape();
-  Workspace workspace(panel_bytes(m_, m_, kind_) + panel_bytes(n_, n_, kind_) +
-                      shape.workspace_bytes(kind_));
+  const Kind kind = (x ? x : x_t).kind;
+  Workspace workspace(panel_bytes(m_, m_, kind) + panel_bytes(n_, n_, kind) +
+                      shape.workspace_bytes(kind));
   TwoSided operands;
   operands.x = x;
   operands.x_t = x_t;
   // Q_Lᵀ X Q_R takes the left operand transposed, which is Q_L; the way back Q_Lᵀ, and Q_Rᵀ on the
   // right.
   const auto pack_basis = [&](const Matrix& basis, int64_t size) {
-    const Panels out = take_panels(workspace, size, size, kind_);
+    const Panels out = take_panels(workspace, size, size, kind);
     Pack pack;
     pack.x = back ? basis.transposed() : basis;
     pack.out = out;
@@ -157,7 +158,7 @@ bool RotatedStep::squares_fit(const Panels& g) const {
 }
 
 void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double decay,
-                       bool normalize) {
+                       bool normalize, Kind precision) {
   Combine direct;
   direct.alpha = -rate;
   direct.delta = decay;
@@ -168,10 +169,10 @@ void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double
       last.alpha = -rate;
       last.beta = decay;
       last.add = last.store = param;
-      return rotate_back(u, last);
+      return rotate_back(u, last, precision);
     }
     direct.a = last.out = take();
-    rotate_back(u, last);
+    rotate_back(u, last, precision);
   } else {
     direct.a = u;
   }
@@ -180,8 +181,16 @@ void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double
   run(direct, threads_);
 }
 
-void RotatedStep::rotate_back(const Panels& u, Product last) {
-  two_sided(wants_transposed() ? Panels{} : u, wants_transposed() ? u : Panels{}, true, last);
+void RotatedStep::rotate_back(const Panels& u, Product last, Kind precision) {
+  Workspace workspace(panel_bytes(u.rows, u.cols, precision));
+  Panels x = u;
+  if (precision != u.kind) {
+    Combine rounded;
+    rounded.a = u;
+    x = rounded.out = take_panels(workspace, u.rows, u.cols, precision);
+    run(rounded, threads_);
+  }
+  two_sided(wants_transposed() ? Panels{} : x, wants_transposed() ? x : Panels{}, true, last);
 }
 
 void RotatedStep::accumulate() {

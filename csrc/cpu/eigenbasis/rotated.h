@@ -44,7 +44,9 @@ class RotatedStep {
   // Which form of U rotate_back() wants.
   bool wants_transposed() const;
   // W <- decay W - rate Q_L U Q_Rᵀ, divided by its rms (+ 1e-30) with `normalize`; U or Uᵀ packed.
-  void move(const Panels& u, const Matrix& param, double rate, double decay, bool normalize);
+  // `precision` is that of the operands: kind(), or kBF16 for a U that is no better than that.
+  void move(const Panels& u, const Matrix& param, double rate, double decay, bool normalize,
+            Kind precision);
   // L <- beta L + (1 - beta) G Gᵀ, R likewise.
   void accumulate();
   // New bases, the moment carried over into them. With `permute` the columns are sorted and V's
@@ -58,7 +60,7 @@ class RotatedStep {
 
  private:
   Panels packed(bool transposed, Kind kind);
-  void rotate_back(const Panels& u, Product last);
+  void rotate_back(const Panels& u, Product last, Kind precision);
   TwoSidedShape shape() const;
   void two_sided(const Panels& x, const Panels& x_t, bool back, Product last);
 

@@ -50,7 +50,7 @@ Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& gra
                           ? std::sqrt(1 - std::pow(step.beta2, t)) / (1 - std::pow(step.beta1, t))
                           : 1;
   const double decay = 1 - step.lr * step.weight_decay;
-  rotated.move(u, param, decay * step.lr * bias, decay, step.normalize_grads);
+  rotated.move(u, param, decay * step.lr * bias, decay, step.normalize_grads, rotated.kind());
   if (!first) {
     rotated.accumulate();
     if (refresh) rotated.refresh(squares, step.permute_squares);
