@@ -32,6 +32,9 @@ _SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
 _QUICK = ("512x512", "64x128x128")
 _EIGEN, _NEWTON = "Distributed Shampoo eigen", "Distributed Shampoo Newton"
 _RIDGE = 1e-6  # the largest eigenvalue is 1
+# The same of a step's factors, whose largest eigenvalue is about 100; and one that is lost in
+# rounding, so that our roots begin with float64 decompositions.
+_STEP_RIDGE, _NO_RIDGE = 1e-4, 1e-6
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
@@ -92,13 +95,19 @@ def _distributed_shampoo(a: Tensor, p: int) -> Iterator[Contender]:
     yield Contender(_NEWTON, call(CoupledNewtonConfig()))
 
 
-def _shampoo(shape: str, dtype: torch.dtype, every: int, **options: Any) -> Case:
-    build = partial(_build_step, parameter_shapes(shape), dtype, every)
+def _shampoo(
+    shape: str, dtype: torch.dtype, every: int, ridge: float = _STEP_RIDGE, **options: Any
+) -> Case:
+    build = partial(_build_step, parameter_shapes(shape), dtype, every, ridge)
     variant = "root every step" if every == 1 else f"root every {every}"
+    if ridge == _NO_RIDGE:
+        variant += ", ridge below rounding"
     return Case("shampoo_step_", shape, dtype, build, variant, **options)
 
 
-def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: int) -> Problem:
+def _build_step(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: int, ridge: float
+) -> Problem:
     """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
     steps = Steps(start(shapes), dtype)
     common = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -107,7 +116,7 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: 
         return lambda params: optim.Shampoo(
             params,
             **common,
-            ridge=_RIDGE,
+            ridge=ridge,
             relative_ridge=0.0,
             graft="none",
             precondition_frequency=every,
@@ -124,7 +133,7 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: 
             return lambda every: lambda params: DistributedShampoo(
                 params,
                 **common,
-                epsilon=_RIDGE,
+                epsilon=ridge,
                 max_preconditioner_dim=1024,
                 precondition_frequency=every,
                 preconditioner_config=Config(amortized_computation_config=config),
@@ -161,7 +170,8 @@ def _cases() -> Iterator[Case]:
         yield _root((512, 512), torch.float32, p)
     yield _root((256, 256), torch.float64, 4)
     yield _shampoo("small-list", torch.float32, FREQUENCY, quick=True)
-    yield _shampoo("1024x1024", torch.float32, FREQUENCY)
+    for ridge in (_STEP_RIDGE, _NO_RIDGE):
+        yield _shampoo("1024x1024", torch.float32, FREQUENCY, ridge)
 
 
 def _acceptance() -> Iterator[Case]:

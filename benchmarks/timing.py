@@ -43,8 +43,9 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every call in turn, in a new random order each round.
 
-    A call whose work changes with a period is timed over whole periods; its time is the mean over
-    the phases of the medians. A call that takes many times the budget is timed once.
+    A call whose work changes with a period is timed over whole periods, one at least and without
+    its first call, which may set things up; its time is the mean over the phases of the medians.
+    Another call that takes many times the budget is timed once.
 
     Args:
         calls: name -> what to time; each must be ready to run again.
@@ -53,14 +54,16 @@ def measure(
     """
     first = {name: _once(call) for name, call in calls.items()}
     hopeless = {name for name, seconds in first.items() if seconds * period > _HOPELESS * budget}
-    going = [name for name in calls if name not in hopeless]
+    once = hopeless if period == 1 else set()
+    going = [name for name in calls if name not in once]
     estimates = {name: min(first[name], _once(calls[name])) for name in going}
     repeats = {
         name: 1 if period > 1 else max(1, round(_SAMPLE / max(estimate, 1e-7)))
         for name, estimate in estimates.items()
     }
     slow = {name for name, seconds in estimates.items() if seconds * period > budget / 2}
-    least = (_SLOW_ROUNDS if len(slow) == len(going) else _ROUNDS) * period
+    most = {name: (1 if name in hopeless else _SLOW_ROUNDS) * period for name in slow | hopeless}
+    least = (max(most.values()) if len(most) == len(going) else _ROUNDS * period) if going else 0
     samples: dict[str, list[float]] = {name: [] for name in going}
     shuffle = random.Random(0).shuffle
     start = time.perf_counter()
@@ -70,10 +73,10 @@ def measure(
             break
         shuffle(going)
         for name in going:
-            if name not in slow or done < _SLOW_ROUNDS * period:
+            if done < most.get(name, done + 1):
                 samples[name].append(_once(calls[name], repeats[name]))
     timings = {name: _summary(values, period) for name, values in samples.items()}
-    return timings | {name: _summary([first[name]], 1) for name in hopeless}
+    return timings | {name: _summary([first[name]], 1) for name in once}
 
 
 def _once(call: Callable[[], Any], repeats: int = 1) -> float:

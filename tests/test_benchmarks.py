@@ -7,6 +7,7 @@ import json
 import math
 import random
 import sys
+import time
 import types
 
 import pytest
@@ -233,6 +234,18 @@ def test_a_hopeless_contender_is_timed_once(monkeypatch):
     assert len(slow) == 1
     assert timings["slow"].samples == 1
     assert timings["fast"].samples > 1
+
+
+def test_a_hopeless_periodic_contender_is_timed_for_one_period():
+    calls = []
+
+    def crawl():  # the first call sets up, and every fourth after it is the dear one
+        time.sleep(0.05 if not calls else 0.02 if len(calls) % 4 == 2 else 0.002)
+        calls.append(None)
+
+    timings = timing.measure({"slow": crawl}, budget=1e-6, period=4)
+    assert timings["slow"].samples == 4
+    assert 0.005 < timings["slow"].median < 0.02
 
 
 def test_load_counts_others_only():
