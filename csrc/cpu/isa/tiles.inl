@@ -563,9 +563,40 @@ SK_INLINE T power_of_two(int e) {
     return __builtin_bit_cast(double, uint64_t(e + 1023) << 52);
 }
 
+// The pairs of Xᵀ are words of a row-major bf16 X as they stand: transposed, not converted.
+static void pack_words(const Pack& p, int64_t i0, int64_t i1) {
+  constexpr int P = Simd<float>::kPanel, kWord = sizeof(uint32_t);
+  const int64_t words = ceil_div(p.x.cols, int64_t(2));
+  alignas(64) Block<float> x, transposed;
+  for (int64_t bi = i0; bi < i1; bi++) {
+    const int rows = int(p.x.rows - bi * P < P ? p.x.rows - bi * P : P);
+    const BF16* base = static_cast<const BF16*>(p.x.data) + bi * P * p.x.row_stride;
+    uint32_t* out = pair_block(p.out_t, 0, bi);
+    for (int64_t w = 0; w < words; w += P) {
+      const int count = int(words - w < P ? words - w : P);
+      const int64_t bytes = (p.x.cols - 2 * w < 2 * P ? p.x.cols - 2 * w : 2 * P) * 2;
+      if (rows < P || bytes < P * kWord) clear_block(x);
+      for (int i = 0; i < rows; i++) {
+        const BF16* row = base + i * p.x.row_stride + 2 * w;
+        prefetch<P * kWord>(row + 2 * P);
+        if (bytes == P * kWord)
+          __builtin_memcpy(x + i * P, row, P * kWord);
+        else
+          __builtin_memcpy(x + i * P, row, size_t(bytes));
+      }
+      transpose_block(x, transposed);
+      __builtin_memcpy(out + w * P, transposed, size_t(count) * P * kWord);
+    }
+  }
+}
+
 template <class T>
 static void pack_blocks(const Pack& p, int64_t i0, int64_t i1) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  if constexpr (sizeof(T) == 4)
+    if (p.x.dtype == DType::kBF16 && p.x.col_stride == 1 && p.out_t && !p.out &&
+        p.out_t.kind == Kind::kBF16 && !p.momentum && !p.negate && p.shift == 0)
+      return pack_words(p, i0, i1);
   const int64_t column_blocks = ceil_div(p.x.cols, int64_t(P));
   // Two factors, since 2^149 and 2^1074, which bring the smallest numbers up to 1, are not finite.
   const T first = power_of_two<T>(p.shift / 2), second = power_of_two<T>(p.shift - p.shift / 2);
