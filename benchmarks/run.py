@@ -90,9 +90,12 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
                 return row
         calls = {c.name: c.run for c in problem.contenders if c.name not in failures}
         with Load() as load:
-            before = _peaks(problem.work)
+            before = _peaks(problem.work, threads)
             timings = measure(calls, budget=budget, period=problem.period)
-            peaks = {rate: max(peak, before[rate]) for rate, peak in _peaks(problem.work).items()}
+            peaks = {
+                rate: max(peak, before[rate])
+                for rate, peak in _peaks(problem.work, threads).items()
+            }
         row["others_load"] = load.others
         row["peak_gflops_a_thread"] = peaks
         row["share_of_peak"] = _share(problem.work, peaks, threads, timings[OURS].median)
@@ -146,9 +149,9 @@ def _times(timing: Timing, ours: Timing, case: Case, name: str) -> dict[str, Any
     return entry
 
 
-def _peaks(work: Sequence[Work]) -> dict[str, float]:
+def _peaks(work: Sequence[Work], threads: int) -> dict[str, float]:
     rates = sorted({rate for form in work for rate in form})
-    peaks = {rate: fma_peak(rate) for rate in rates}
+    peaks = {rate: fma_peak(rate, threads) for rate in rates}
     return {rate: peak for rate, peak in peaks.items() if peak is not None}
 
 

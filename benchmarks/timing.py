@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,27 @@ def _quartiles(samples: list[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def fma_peak(kind: str) -> float | None:
-    """GFLOP/s of one thread doing nothing but fused multiply-adds: the best of three, now.
+def fma_peak(kind: str, threads: int = 1) -> float | None:
+    """GFLOP/s a thread while `threads` of them do nothing but fused multiply-adds: the best of
+    three, now. Together they are slower than alone, as far as the clock depends on the load.
 
     Args:
         kind: "fp32", "fp64" or "bf16".
+        threads: how many.
 
     Returns:
         None where there is no compiled part, or no instruction for it in the set in use.
     """
-    if _extension.MODULE is None:
+    module = _extension.MODULE
+    if module is None:
         return None
-    peak = max(_extension.MODULE.fma_peak(kind, _PEAK_MILLISECONDS) for _ in range(3))
-    return float(peak) or None
+    with ThreadPoolExecutor(threads) as pool:
+
+        def together() -> float:
+            rates = pool.map(module.fma_peak, [kind] * threads, [_PEAK_MILLISECONDS] * threads)
+            return statistics.fmean(rates)
+
+        return max(together() for _ in range(3)) or None
 
 
 class Load:

@@ -258,8 +258,9 @@ def test_load_counts_others_only():
     assert load.others is None or 0.0 <= load.others <= 1.0
 
 
-def test_the_fma_peak_is_a_rate():
-    peak = timing.fma_peak("fp32")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_fma_peak_is_a_rate(threads):
+    peak = timing.fma_peak("fp32", threads)
     assert peak is None or 0.5 < peak < 1e4
 
 
