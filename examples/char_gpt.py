@@ -33,15 +33,15 @@ OPTIMIZERS = ("adamw", "torch-muon", "muon", "shampoo", "soap", "deva")
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each behind a norm and around a residual."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
+        self.norm1 = nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (
-            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+            nn.Linear(width, width, bias=False) for _ in range(4)
         )
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
@@ -57,13 +57,13 @@ class Block(nn.Module):
 class CharGPT(nn.Module):
     """Predicts the next character."""
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, characters: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(characters, WIDTH)
-        self.position_embedding = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, characters, bias=False)
+        self.token_embedding = nn.Embedding(characters, width)
+        self.position_embedding = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -22,6 +22,9 @@ HELD_OUT = 360
 class Digits(Task):
     """1797 images of 8 x 8 pixels in ten classes; the last 360 are held out."""
 
+    unit = "images"
+    per_step = BATCH
+
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
@@ -63,6 +66,7 @@ class Convolutional(Classifier):
     """Three convolutions, two of them strided, and a linear layer."""
 
     name = "digits-conv"
+    steps = 200
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -82,7 +86,7 @@ class Autoencoder(Digits):
     """The deep autoencoder that second-order methods are compared on: 64 pixels to 8 numbers."""
 
     name = "autoencoder"
-    steps = 600
+    steps = 400
     score = "held-out error"
 
     def model(self) -> nn.Module:

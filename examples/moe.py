@@ -58,6 +58,8 @@ class MixtureOfExperts(Task):
 
     name = "moe"
     steps = 400
+    unit = "tokens"
+    per_step = BATCH
     batched = True
     overrides = {"experts.up": "matrix", "experts.down": "matrix", "*router*": "adamw"}
 

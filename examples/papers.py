@@ -1,12 +1,15 @@
 """The two papers' claims at laptop scale: tuned fairly, several seeds, tables and figures.
 
-    python examples/papers.py --output results/papers
-    python examples/papers.py --tasks digits-mlp --trials 1 --seeds 1 --scale 0.05
+    python examples/papers.py
+    python examples/papers.py --tasks digits-mlp --trials 2 --seeds 1 --scale 0.05
 
-For every task and optimizer the learning rate is searched with the same number of trials, a factor
-of two apart, on a seed of its own; the best is run with the other seeds. Then the time average of
-U U^T over the last steps is measured for Muon, Shampoo and KL-Shampoo, and how betas, ridge and
-exponent move it; and DeVA's figure 2 is drawn again. tables.md holds all numbers.
+For every task and optimizer the learning rate is searched with the same number of trials on a seed
+of its own; the best is run with the other seeds. Then the time average of U U^T is measured for
+Muon, Shampoo and KL-Shampoo, and how betas, ridge and exponent move it; and DeVA's figure 2 is
+drawn again.
+
+One thread; seconds are the process' CPU time, so that other work on the machine counts little.
+Finished runs are kept under --runs and not run again: delete that folder to start anew.
 
 Source of the claims: arXiv 2602.06880 (DeVA), arXiv 2602.09314 (Clarifying Shampoo).
 """
@@ -14,14 +17,17 @@ Source of the claims: arXiv 2602.06880 (DeVA), arXiv 2602.09314 (Clarifying Sham
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import orthogonality
 import torch
 import trace_quadratic
 from characters import Characters
@@ -29,171 +35,127 @@ from digits import Autoencoder, Convolutional, Perceptron
 from matrix_problem import MatrixProblem
 from moe import MixtureOfExperts
 from spectral_kernels.benchmarks import plots, run
-from torch import Tensor
-from workload import CHOICES, History, Task, plot_losses, progress, running_mean, train
+from workload import (
+    CHOICES,
+    History,
+    Task,
+    plot_losses,
+    progress,
+    running_mean,
+    seconds,
+    train,
+)
 
 TUNING_SEED = 1000
 OPTIMIZERS = ("adamw", "muon", "shampoo", "shampoo-half", "kl-shampoo", "soap", "deva")
-
-# What the average of U U^T is measured for: optimizer and options.
-VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "Muon": ("muon", {}),
-    "Shampoo 1/4": ("shampoo", {"precondition_frequency": 1}),
-    "Shampoo 1/2": ("shampoo-half", {"precondition_frequency": 1}),
-    "KL-Shampoo": ("kl-shampoo", {"precondition_frequency": 1}),
-    "Shampoo 1/2, beta1 0": (
-        "shampoo-half",
-        {"precondition_frequency": 1, "betas": (0.0, 0.95)},
-    ),
-    "Shampoo 1/2, beta2 0.8": (
-        "shampoo-half",
-        {"precondition_frequency": 1, "betas": (0.9, 0.8)},
-    ),
-    "Shampoo 1/2, beta2 0.99": (
-        "shampoo-half",
-        {"precondition_frequency": 1, "betas": (0.9, 0.99)},
-    ),
-    "Shampoo 1/2, ridge 1e-3": (
-        "shampoo-half",
-        {"precondition_frequency": 1, "relative_ridge": 1e-3},
-    ),
-    "Shampoo 1/2, roots every 10 steps": ("shampoo-half", {}),
-}
-
-
 TASKS: Mapping[str, type[Task]] = {
     task.name: task
     for task in (
-        Characters,
         Perceptron,
-        Convolutional,
+        Characters,
         Autoencoder,
         MixtureOfExperts,
+        Convolutional,
         MatrixProblem,
     )
 }
+# Updates are averaged on these, over the second half of so many steps.
+AVERAGED: Mapping[str, int] = {Perceptron.name: 300, Characters.name: 200}
 
 
-def rates(centre: float, trials: int) -> list[float]:
-    """Learning rates a factor of two apart, around the given one."""
-    return [centre * 2.0 ** (trial - trials // 2) for trial in range(trials)]
+class Runs:
+    """Runs on one thread that a file remembers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _once(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if not path.exists():
+            found = compute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(found))
+            part.rename(path)
+        return json.loads(path.read_text())
+
+    def history(self, task: Task, name: str, *, steps: int, seed: int, lr: float) -> History:
+        """A training run."""
+
+        def compute() -> dict[str, Any]:
+            label = f"{task.name}, {CHOICES[name].label}, lr {lr:.2g}, seed {seed}"
+            with progress(label, steps) as moved:
+                history = train(
+                    task,
+                    name,
+                    steps=steps,
+                    seed=seed,
+                    lr=lr,
+                    on_step=moved,
+                    clock=time.process_time,
+                )
+            return asdict(history)
+
+        file = f"{name}, {steps} steps, lr {lr:.6g}, seed {seed}.json"
+        return History(**self._once(self.folder / task.name / file, compute))
+
+    def orthogonality(self, task: Task, label: str, *, steps: int, lr: float) -> dict[str, Any]:
+        """Of one variant's updates."""
+        compute = functools.partial(orthogonality.measure, task, label, lr=lr, steps=steps)
+        file = f"{label.replace('/', ' by ')}, {steps} steps, lr {lr:.6g}.json"
+        return self._once(self.folder / f"{task.name}-orthogonality" / file, compute)
 
 
-def tune(task: Task, name: str, *, steps: int, trials: int) -> tuple[float, dict[str, float]]:
-    """The learning rate with the best score, and the scores of all."""
-    scores = {}
-    for lr in rates(CHOICES[name].lr, trials):
-        with progress(f"{task.name}, {CHOICES[name].label}, lr {lr:.2g}", steps) as moved:
-            history = train(task, name, steps=steps, seed=TUNING_SEED, lr=lr, on_step=moved)
-        scores[lr] = history.score if math.isfinite(history.score) else math.inf
-    return min(scores, key=scores.__getitem__), {f"{lr:g}": x for lr, x in scores.items()}
+def search(centre: float, trials: int, score: Callable[[float], float]) -> dict[float, float]:
+    """Scores of so many learning rates: by twos until both sides are worse, then in between.
+
+    Every optimizer gets the same number of trials, wherever its search starts.
+    """
+    found: dict[float, float] = {}
+    for _ in range(trials):
+        best = min(found, key=found.__getitem__) if found else 0.0
+        offsets = (best + step for step in (0.0, 1.0, -1.0, 0.5, -0.5, 0.25, -0.25, 0.125))
+        offset = next(offset for offset in offsets if offset not in found)
+        if found and found[best] == math.inf:
+            offset = min(found) - 1.0
+        value = score(centre * 2.0**offset)
+        found[offset] = value if math.isfinite(value) else math.inf
+    return {centre * 2.0**offset: value for offset, value in sorted(found.items())}
 
 
-def compare(task: Task, options: argparse.Namespace, steps: int) -> dict[str, Any]:
+def at_edge(scores: Mapping[float, float]) -> bool:
+    """Whether the best learning rate is the lowest or highest that was tried."""
+    best = min(scores, key=scores.__getitem__)
+    return best in (min(scores), max(scores))
+
+
+def compare(task: Task, runs: Runs, options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Every optimizer at its own best learning rate; their plot."""
-    found: dict[str, Any] = {}
-    curves: dict[str, list[History]] = {}
+    tuning: dict[str, dict[float, float]] = {}
     for name in options.optimizers:
-        lr, scores = tune(task, name, steps=steps, trials=options.trials)
-        histories = []
-        for seed in range(options.seeds):
-            with progress(f"{task.name}, {CHOICES[name].label}, seed {seed}", steps) as moved:
-                histories.append(train(task, name, steps=steps, seed=seed, lr=lr, on_step=moved))
-        curves[CHOICES[name].label] = histories
-        found[CHOICES[name].label] = {
-            "lr": lr,
-            "tuning": scores,
-            "runs": [asdict(history) for history in histories],
-        }
+
+        def score(lr: float, name: str = name) -> float:
+            return runs.history(task, name, steps=steps, seed=TUNING_SEED, lr=lr).score
+
+        tuning[name] = search(CHOICES[name].lr, options.trials, score)
+    best = {name: min(scores, key=scores.__getitem__) for name, scores in tuning.items()}
+    # Seed by seed, so that a busy hour of the machine meets all optimizers.
+    histories: dict[str, list[History]] = {name: [] for name in options.optimizers}
+    for seed in range(options.seeds):
+        for name, lr in best.items():
+            histories[name].append(runs.history(task, name, steps=steps, seed=seed, lr=lr))
+    curves = {CHOICES[name].label: found for name, found in histories.items()}
     title = f"{task.name}: own best of {options.trials} learning rates, {options.seeds} seeds"
-    plot_losses(curves, options.output / f"{task.name}.png", title)
-    return {"sha256": task.sha256, "steps": steps, "optimizers": found}
-
-
-# Time-averaged semi-orthogonality.
-
-
-def isotropy_error(product: Tensor) -> float:
-    """||P s / tr P - I||_F / sqrt(s) of an s x s matrix P = E[U U^T]."""
-    size = product.shape[-1]
-    scaled = product * (size / product.trace())
-    eye = torch.eye(size, dtype=product.dtype)
-    return float(torch.linalg.matrix_norm(scaled - eye)) / size**0.5
-
-
-class Average:
-    """Sums U U^T over the shorter side of every hidden matrix, from a given step on."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.single: dict[str, list[float]] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.errors: list[float] = []
-
-    def add(self, step: int, chosen: Any) -> None:
-        """One watched step."""
-        if step <= self.start:
-            return
-        for name, blocks in chosen.updates().items():
-            for block in blocks:
-                for matrix in block.reshape(-1, *block.shape[-2:]).double():
-                    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-                    product = x @ x.mT
-                    if product.trace() == 0:
-                        continue
-                    product /= product.trace()
-                    self.single.setdefault(name, []).append(isotropy_error(product))
-                    self.sums[name] = self.sums.get(name, 0) + product
-        means = [isotropy_error(total) for total in self.sums.values()]
-        self.errors.append(statistics.fmean(means) if means else math.nan)
-
-    def figures(self) -> dict[str, Any]:
-        """The error of single updates, of their average, and how the latter came down."""
-        singles = [value for values in self.single.values() for value in values]
-        return {
-            "single": statistics.fmean(singles) if singles else math.nan,
-            "average": self.errors[-1] if self.errors else math.nan,
-            "by_window": self.errors,
+    path = options.output / f"{task.name}.png"
+    plot_losses(curves, path, title, task, "CPU seconds on one thread, median of the seeds")
+    return {
+        CHOICES[name].label: {
+            "lr": best[name],
+            "at_edge": at_edge(tuning[name]),
+            "tuning": {f"{lr:.4g}": value for lr, value in tuning[name].items()},
+            "runs": found,
         }
-
-
-def orthogonality(task: Task, lrs: Mapping[str, float], steps: int) -> dict[str, Any]:
-    """Of every variant, over the second half of a run at its optimizer's tuned learning rate."""
-    found = {}
-    for label, (name, options) in VARIANTS.items():
-        average = Average(steps // 2)
-        with progress(f"{task.name}, {label}", steps) as moved:
-
-            def on_step(
-                step: int,
-                loss: float,
-                chosen: torch.optim.Optimizer,
-                average: Average = average,
-                moved: Any = moved,
-            ) -> None:
-                average.add(step, chosen)
-                moved(step, loss, chosen)
-
-            train(task, name, steps=steps, lr=lrs.get(name), watch=1, on_step=on_step, **options)
-        found[label] = average.figures()
-    return found
-
-
-def plot_orthogonality(found: Mapping[str, Any], path: Path, title: str) -> None:
-    """The error of the average against the number of steps averaged."""
-    figure, axes = plots.plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    for place, (label, figures) in enumerate(found.items()):
-        colour = plots.COLOURS[place % len(plots.COLOURS)]
-        line = "-" if place < len(plots.COLOURS) else "--"
-        window = range(1, len(figures["by_window"]) + 1)
-        axes.plot(window, figures["by_window"], color=colour, ls=line, lw=1.4, label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("steps averaged over")
-    axes.set_ylabel("distance of E[U U^T] from a multiple of I")
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    plots.save(figure, path)
+        for name, found in histories.items()
+    }
 
 
 # Tables.
@@ -204,63 +166,92 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4g} ({min(values):.4g}–{max(values):.4g})"
 
 
-def comparison_table(name: str, task: Task, result: Mapping[str, Any]) -> list[str]:
+def milliseconds(histories: Sequence[History]) -> float:
+    """Of the optimizer alone: every step's median over the seeds; the first, setting up, is out."""
+    steps = zip(*(history.optimizer_seconds for history in histories), strict=True)
+    return 1e3 * plots.steady([statistics.median(step) for step in steps])
+
+
+def comparison_table(task: Task, steps: int, result: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Scores and times of one task."""
+    smoothed = {
+        label: [running_mean(one.losses) for one in entry["runs"]]
+        for label, entry in result.items()
+    }
+    goal = max(losses[-1] for runs in smoothed.values() for losses in runs)
     lines = [
-        f"## {name}",
+        f"## {task.name}",
         "",
-        f"{result['steps']} steps; data sha256 {result['sha256'][:16]}; mean (lowest–highest).",
+        f"{steps} steps; data sha256 {task.sha256[:16]}; mean (lowest–highest) of the seeds. The "
+        f"last two columns: until the training loss is {goal:.4g}, the highest that a run ends at.",
         "",
-        f"| optimizer | lr | {task.score} | final training loss | optimizer, ms a step | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| optimizer | lr | {task.score} | final training loss | optimizer, ms a step | steps | "
+        "CPU seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for label, entry in result["optimizers"].items():
-        runs = entry["runs"]
-        last = [statistics.fmean(one["losses"][-20:]) for one in runs]
-        milliseconds = [1e3 * plots.steady(one["optimizer_seconds"]) for one in runs]
+    for label, entry in result.items():
+        runs, times = entry["runs"], seconds(entry["runs"])
+        first = [next(i for i, x in enumerate(losses) if x <= goal) for losses in smoothed[label]]
         lines.append(
-            f"| {label} | {entry['lr']:.2g} | {spread([one['score'] for one in runs])} | "
-            f"{spread(last)} | {statistics.fmean(milliseconds):.2f} | "
-            f"{statistics.fmean(one['seconds'][-1] for one in runs):.1f} |"
+            f"| {label} | {entry['lr']:.2g}{'*' * entry['at_edge']} | "
+            f"{spread([one.score for one in runs])} | "
+            f"{spread([losses[-1] for losses in smoothed[label]])} | {milliseconds(runs):.2f} | "
+            f"{spread([i + 1 for i in first])} | {statistics.fmean(times[i] for i in first):.2f} |"
         )
     return [*lines, ""]
 
 
-def seconds_table(result: Mapping[str, Any]) -> list[str]:
-    """How long every optimizer takes to the highest loss that any run ends with."""
-    entries = result["optimizers"]
+def cost_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Milliseconds a step of every optimizer on every task."""
+    labels = list(dict.fromkeys(label for result in results.values() for label in result))
+    lines = [
+        "## Optimizer, CPU milliseconds a step",
+        "",
+        f"| task | {' | '.join(labels)} |",
+        "|---" * (1 + len(labels)) + "|",
+    ]
+    for name, result in results.items():
+        figures = [f"{milliseconds(result[label]['runs']):.2f}" for label in labels]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return [*lines, ""]
 
-    smoothed = {
-        label: [running_mean(one["losses"]) for one in entry["runs"]]
-        for label, entry in entries.items()
+
+def averages(
+    task: Task, runs: Runs, result: Mapping[str, Any], steps: int, output: Path
+) -> list[str]:
+    """Time-averaged semi-orthogonality at the tuned learning rates: table, plot."""
+    found = {}
+    for label, (name, _) in orthogonality.VARIANTS.items():
+        tuned = result.get(CHOICES[name].label)
+        lr = tuned["lr"] if tuned else CHOICES[name].lr
+        found[label] = runs.orthogonality(task, label, steps=steps, lr=lr)
+    title = f"{task.name}: time average of the updates' U U^T"
+    orthogonality.plot(found, output / f"{task.name}-orthogonality.png", title)
+    return orthogonality.table(task.name, found, steps)
+
+
+def quadratic_table(scale: float, output: Path) -> list[str]:
+    """DeVA's Figure 2."""
+    steps, seeds = max(4, round(400 * scale)), max(2, round(100 * min(1.0, scale)))
+    sizes = ["--steps", str(steps), "--seeds", str(seeds), "--output", str(output)]
+    ends = trace_quadratic.main(sizes)
+    lines = ["## Trace quadratic", "", f"{seeds} seeds, {steps} steps: median f(X) - f(X*).", ""]
+    lines += [f"| optimizer | {' | '.join(ends)} |", "|---" * (1 + len(ends)) + "|"]
+    for name in trace_quadratic.OPTIMIZERS:
+        medians = [f"{float(found[name][-1].median()):.4g}" for found in ends.values()]
+        lines.append(f"| {name} | {' | '.join(medians)} |")
+    return lines
+
+
+def summary(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What papers.json keeps of an optimizer's runs."""
+    runs = entry["runs"]
+    return {
+        **entry,
+        "runs": [{"score": one.score, "final_loss": running_mean(one.losses)[-1]} for one in runs],
+        "optimizer_ms": milliseconds(runs),
+        "cpu_seconds": seconds(runs)[-1],
     }
-    goal = max(losses[-1] for runs in smoothed.values() for losses in runs)
-    lines = [
-        f"To a training loss of {goal:.4g}, the highest that a run ends with:",
-        "",
-        "| optimizer | steps | seconds |",
-        "|---|---|---|",
-    ]
-    for label, entry in entries.items():
-        first = [next(i for i, x in enumerate(losses) if x <= goal) for losses in smoothed[label]]
-        seconds = [one["seconds"][i] for one, i in zip(entry["runs"], first, strict=True)]
-        lines.append(f"| {label} | {spread([i + 1 for i in first])} | {spread(seconds)} |")
-    return [*lines, ""]
-
-
-def orthogonality_table(name: str, found: Mapping[str, Any]) -> list[str]:
-    """Single updates and their average."""
-    lines = [
-        f"## Time-averaged semi-orthogonality, {name}",
-        "",
-        "0 is a multiple of an isometry; over the second half of the run.",
-        "",
-        "| variant | a single update | the average of U U^T |",
-        "|---|---|---|",
-    ]
-    for label, figures in found.items():
-        lines.append(f"| {label} | {figures['single']:.3g} | {figures['average']:.3g} |")
-    return [*lines, ""]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -270,7 +261,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=5, help="learning rates an optimizer")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps")
-    parser.add_argument("--output", default="results/papers", type=Path)
+    parser.add_argument("--output", default="docs/papers", type=Path, help="tables and figures")
+    parser.add_argument("--runs", default="results/papers", type=Path, help="finished runs")
     options = parser.parse_args(argv)
     options.tasks, options.optimizers = (
         value.split(",") for value in (options.tasks, options.optimizers)
@@ -286,48 +278,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Everything, or the tasks and optimizers that were asked for."""
     options = arguments(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    facts = run.machine()
-    record: dict[str, Any] = {
-        "machine": facts,
-        "trials": options.trials,
-        "seeds": options.seeds,
-        "tasks": {},
-        "orthogonality": {},
-    }
-    lines = [
-        "# The papers' claims at laptop scale",
-        "",
-        f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
-        f"{options.trials} learning rates an optimizer, its own best, {options.seeds} seeds.",
-        "",
-    ]
+    torch.set_num_threads(1)
+    facts, runs = run.machine(), Runs(options.runs)
+    results: dict[str, dict[str, Any]] = {}
+    lines: list[str] = []
     for name in options.tasks:
         task = TASKS[name]()
         steps = max(4, round(task.steps * options.scale))
-        result = compare(task, options, steps)
-        record["tasks"][name] = result
-        lines += comparison_table(name, task, result) + seconds_table(result)
-        if task.name in (Characters.name, Perceptron.name):
-            lrs = {
-                optimizer: result["optimizers"][CHOICES[optimizer].label]["lr"]
-                for optimizer in options.optimizers
-            }
-            found = orthogonality(task, lrs, steps)
-            record["orthogonality"][name] = found
-            lines += orthogonality_table(name, found)
-            title = f"{name}: time average of the updates' U U^T"
-            plot_orthogonality(found, options.output / f"{name}-orthogonality.png", title)
-    steps = max(4, round(400 * options.scale))
-    seeds = max(2, round(100 * min(1.0, options.scale)))
-    quadratic = ["--steps", str(steps), "--seeds", str(seeds), "--output", str(options.output)]
-    ends = trace_quadratic.main(quadratic)
-    lines += ["## Trace quadratic", "", f"{seeds} seeds, {steps} steps: median f(X) - f(X*).", ""]
-    lines += [f"| optimizer | {' | '.join(ends)} |", "|---" * (1 + len(ends)) + "|"]
-    for name in trace_quadratic.OPTIMIZERS:
-        medians = [f"{float(runs[name][-1].median()):.4g}" for runs in ends.values()]
-        lines.append(f"| {name} | {' | '.join(medians)} |")
-    (options.output / "tables.md").write_text("\n".join(lines) + "\n")
-    (options.output / "papers.json").write_text(json.dumps(record) + "\n")
+        results[name] = compare(task, runs, options, steps)
+        lines += comparison_table(task, steps, results[name])
+        if name in AVERAGED:
+            steps = max(4, round(AVERAGED[name] * options.scale))
+            lines += averages(task, runs, results[name], steps, options.output)
+    lines += cost_table(results) + quadratic_table(options.scale, options.output)
+    head = [
+        "# The papers' claims at laptop scale: numbers",
+        "",
+        f"Written by `make papers`. {facts['cpu']}, one thread, torch {torch.__version__}. "
+        f"{options.trials} learning rates an optimizer, its own best, {options.seeds} seeds; "
+        "a star marks a best rate at the edge of those tried. Seconds are CPU time, every step's "
+        "median over the seeds.",
+        "",
+    ]
+    (options.output / "tables.md").write_text("\n".join(head + lines) + "\n")
+    record = {
+        "machine": facts,
+        "trials": options.trials,
+        "seeds": options.seeds,
+        "tasks": {
+            name: {label: summary(entry) for label, entry in result.items()}
+            for name, result in results.items()
+        },
+    }
+    (options.output / "papers.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {options.output / 'tables.md'}, papers.json and the figures beside it")
 
 

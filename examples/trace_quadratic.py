@@ -1,12 +1,13 @@
-"""The trace quadratic of DeVA's Figure 2: f(X) = tr(X^T H X) / 2 + tr(B^T X), X of 9 x 9.
+"""The trace quadratic of DeVA's Figure 2: f(X) = tr(X^T H X) / 2, X of 9 x 9.
 
     python examples/trace_quadratic.py --hessian heterogeneous
 
 H has three blocks of three eigenvalues out of {1, 2, 3}, {99, 100, 101}, {4998, 4999, 5000}: one
 set a block ("heterogeneous"), or one of each in every block ("homogeneous"). As in the paper's
 code a step sees 3 random rows of the equivalent least-squares problem, by the norm of their
-residual rather than its square, for 400 steps at beta = (0, 0.99), without weight decay. The 100
-seeds are one batch of matrices: each step updates all of them by one call.
+residual rather than its square, for 400 steps at beta = (0, 0.99), without weight decay; Muon's
+updates are sqrt(9) times an isometry, and there is no linear term. Each of the 100 seeds has a
+Hessian of its own; they are one batch of matrices, which each step updates by one call.
 
 Source: arXiv 2602.06880; github.com/Tsedao/Decoupled-Variance-Adaptation, trace_quadratic.py.
 """
@@ -45,7 +46,7 @@ def rotated(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Make:
 OPTIMIZERS: Mapping[str, Make] = {
     "SignSGD": rotated(sk.optim.DeVA, variant="linf", variance="none"),
     "Adam": lambda groups: torch.optim.Adam(groups[0]["params"], LR, BETAS),
-    "Muon": lambda groups: sk.optim.Muon(groups, LR, 0.0, 0.0),
+    "Muon": lambda groups: sk.optim.Muon(groups, SIZE**0.5 * LR, 0.0, 0.0),
     "SOAP": rotated(sk.optim.SOAP),
     "Shampoo 1/4": rotated(sk.optim.Shampoo),
     "DeVA, l-inf": rotated(sk.optim.DeVA, variant="linf"),
@@ -55,49 +56,51 @@ OPTIMIZERS: Mapping[str, Make] = {
 
 
 class Problem:
-    """The same problem for all seeds, which decide start and batches."""
+    """A Hessian of its own, start and batches for every seed; f is 0 at the optimum, 0."""
 
-    def __init__(self, hessian: str, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.generator = generator
+    def __init__(self, hessian: str, seeds: int) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        options = {"generator": self.generator, "dtype": torch.float64}
         blocks = []
         for eigenvalues in HESSIANS[hessian]:
-            noise = torch.randn(BLOCK, BLOCK, generator=generator, dtype=torch.float64)
-            q, r = torch.linalg.qr(noise)
-            q = q * r.diagonal().sign()
-            blocks.append(q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ q.mT)
-        self.h = torch.block_diag(*blocks)
-        self.b = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
-        self.optimum = torch.linalg.solve(self.h, -self.b)
-        values, vectors = torch.linalg.eigh(self.h)
-        self.root = vectors @ torch.diag(values.sqrt()) @ vectors.mT
-        self.target = -torch.linalg.solve(self.root, self.b)
-        self.sha256 = digest(self.h, self.b)
+            q, r = torch.linalg.qr(torch.randn(seeds, BLOCK, BLOCK, **options))
+            q = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+            blocks.append((q, torch.tensor(eigenvalues, dtype=torch.float64)))
+        self.h = self._diagonal([(q * values) @ q.mT for q, values in blocks])
+        self.root = self._diagonal([(q * values.sqrt()) @ q.mT for q, values in blocks])
+        self.start = torch.randn(seeds, SIZE, SIZE, **options)
+        self.sha256 = digest(self.h, self.start)
+
+    @staticmethod
+    def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+        whole = torch.zeros(len(blocks[0]), SIZE, SIZE, dtype=torch.float64)
+        for place, block in enumerate(blocks):
+            inside = slice(place * BLOCK, (place + 1) * BLOCK)
+            whole[:, inside, inside] = block
+        return whole
 
     def losses(self, x: Tensor) -> Tensor:
         """Of every seed, on 3 random rows."""
-        rows = torch.randint(SIZE, (len(x), ROWS), generator=self.generator)
-        residual = self.root[rows] @ x - self.target[rows]
+        rows = torch.randint(SIZE, (len(x), ROWS, 1), generator=self.generator)
+        residual = self.root.gather(1, rows.expand(-1, -1, SIZE)) @ x
         return 0.5 * SIZE / ROWS * torch.linalg.matrix_norm(residual)
 
     def excess(self, x: Tensor) -> Tensor:
         """f(X) - f(X*) of every seed."""
-        off = x - self.optimum
-        return 0.5 * (off * (self.h @ off)).sum((-2, -1))
+        return 0.5 * (x * (self.h @ x)).sum((-2, -1))
 
 
 def run(name: str, hessian: str, *, steps: int, seeds: int) -> tuple[Tensor, str]:
     """The excess of every step and seed, and the data's checksum."""
-    problem = Problem(hessian)
-    starts = torch.Generator().manual_seed(999)
-    x = nn.Parameter(torch.randn(seeds, SIZE, SIZE, generator=starts, dtype=torch.float64))
+    problem = Problem(hessian, seeds)
+    x = nn.Parameter(problem.start)
     optimizer = OPTIMIZERS[name]([{"params": [x], "batched": True}])
-    problem.generator.manual_seed(12345)
+    group = optimizer.param_groups[0]
+    lr = group["lr"]
     excess = torch.empty(steps, seeds, dtype=torch.float64)
     with progress(name, steps) as moved:
         for step in range(steps):
-            decay = min(1.0, 2.0 * (1.0 - step / steps))
-            optimizer.param_groups[0]["lr"] = LR * decay
+            group["lr"] = lr * min(1.0, 2.0 * (1.0 - step / steps))
             optimizer.zero_grad()
             problem.losses(x).sum().backward()
             optimizer.step()

@@ -15,7 +15,9 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,6 +41,8 @@ class Task:
         name: also of its files.
         steps: of a run, unless the command line says otherwise.
         score: what `evaluate` returns, in words.
+        unit: what a batch is counted in.
+        per_step: units of a batch.
         overrides: of `spectral_kernels.optim.param_groups`.
         batched: parameters whose leading dimensions are a batch of matrices.
         sha256: of the data.
@@ -47,6 +51,8 @@ class Task:
     name: str
     steps = 300
     score = "held-out loss"
+    unit = "steps"
+    per_step = 1
     overrides: Mapping[str, str] = {}
     batched = False
     sha256: str
@@ -90,8 +96,11 @@ class Choice:
     lr: float
 
 
+# Of everything that is no matrix.
+ADAMW_LR, ADAMW_BETAS = 3e-3, (0.9, 0.95)
+
 CHOICES: Mapping[str, Choice] = {
-    "adamw": Choice("AdamW", torch.optim.AdamW, 3e-3),
+    "adamw": Choice("AdamW", partial(torch.optim.AdamW, betas=ADAMW_BETAS), 3e-3),
     "muon": Choice("Muon", sk.optim.Muon, 0.02),
     "shampoo": Choice("Shampoo 1/4", sk.optim.Shampoo, 3e-3),
     "shampoo-half": Choice("Shampoo 1/2", partial(sk.optim.Shampoo, exponent=0.5), 3e-3),
@@ -101,22 +110,21 @@ CHOICES: Mapping[str, Choice] = {
     "deva-instant": Choice("DeVA, instant", partial(sk.optim.DeVA, variant="instant"), 0.02),
     "deva-linf": Choice("DeVA, l-inf", partial(sk.optim.DeVA, variant="linf"), 3e-3),
 }
-# Of everything that is no matrix.
-ADAMW_LR = 3e-3
 
 
 def optimizer(
     name: str, task: Task, model: nn.Module, lr: float | None = None, **options: Any
 ) -> torch.optim.Optimizer:
-    """One optimizer for a model: matrices by `name`, the rest by AdamW."""
+    """One optimizer for a model: matrices by `name`, the rest by AdamW, without decay."""
     choice = CHOICES[name]
     rate = choice.lr if lr is None else lr
+    options = {"weight_decay": 0.0, **options}
     if name == "adamw":
         return choice.make(model.parameters(), lr=rate, **options)
     groups = sk.optim.param_groups(
         model,
         matrix={"batched": True} if task.batched else {},
-        adamw={"lr": ADAMW_LR},
+        adamw={"lr": ADAMW_LR, "betas": ADAMW_BETAS, "weight_decay": 0.0},
         overrides=dict(task.overrides),
         verbose=False,
     )
@@ -132,13 +140,13 @@ class History:
 
     Attributes:
         losses: of the batches.
-        seconds: since the start, at the end of every step.
+        step_seconds: of every step.
         optimizer_seconds: of every step, the optimizer alone.
         score: of the trained model.
     """
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     score: float = float("nan")
 
@@ -155,6 +163,7 @@ def train(
     lr: float | None = None,
     watch: int = 0,
     on_step: OnStep = lambda step, loss, optimizer: None,
+    clock: Callable[[], float] = time.perf_counter,
     **options: Any,
 ) -> History:
     """Trains a new model: linear warm-up, then linear decay to a tenth."""
@@ -169,18 +178,18 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     history = History()
-    start = time.perf_counter()
     for step in range(1, steps + 1):
+        start = clock()
         loss = task.loss(model, generator)
         model.zero_grad()
         loss.backward()
-        before = time.perf_counter()
+        before = clock()
         chosen.step()
-        after = time.perf_counter()
+        after = clock()
         schedule.step()
         history.losses.append(loss.item())
         history.optimizer_seconds.append(after - before)
-        history.seconds.append(after - start)
+        history.step_seconds.append(after - start)
         on_step(step, history.losses[-1], chosen)
     with torch.no_grad():
         history.score = task.evaluate(model)
@@ -256,30 +265,38 @@ def running_mean(values: Sequence[float], window: int = SMOOTH) -> list[float]:
     return means
 
 
+def seconds(histories: Sequence[History]) -> list[float]:
+    """Since the start at the end of every step, which counts with its median over the seeds."""
+    steps = zip(*(history.step_seconds for history in histories), strict=True)
+    return list(itertools.accumulate(map(statistics.median, steps)))
+
+
 def plot_losses(
-    curves: Mapping[str, Sequence[History]], path: Path, title: str, *, log: bool = True
+    curves: Mapping[str, Sequence[History]],
+    path: Path,
+    title: str,
+    task: Task,
+    clock: str = "seconds of training",
 ) -> None:
-    """Smoothed training loss against steps and seconds: the mean of seeds, their range shaded."""
-    figure, (by_step, by_time) = plots.plt.subplots(
+    """Smoothed training loss against data and seconds: the mean of seeds, their range shaded."""
+    figure, (by_data, by_time) = plots.plt.subplots(
         1, 2, figsize=(9.0, 4.2), sharey=True, layout="constrained"
     )
     for place, (label, histories) in enumerate(curves.items()):
         colour = plots.COLOURS[place % len(plots.COLOURS)]
         style = {"color": colour, "ls": ("-", "--")[place // len(plots.COLOURS) % 2]}
         smooth = torch.tensor([running_mean(history.losses) for history in histories])
-        steps = range(1, smooth.shape[1] + 1)
-        seconds = torch.tensor([history.seconds for history in histories]).mean(0).tolist()
-        for axes, x in ((by_step, steps), (by_time, seconds)):
+        data = range(task.per_step, (smooth.shape[1] + 1) * task.per_step, task.per_step)
+        for axes, x in ((by_data, data), (by_time, seconds(histories))):
             axes.plot(x, smooth.mean(0).tolist(), lw=1.4, label=label, **style)
             if len(histories) > 1:
                 low, high = smooth.min(0).values.tolist(), smooth.max(0).values.tolist()
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-    by_step.set_xlabel("step")
-    by_time.set_xlabel("seconds of training")
-    by_step.set_ylabel(f"training loss (mean of {SMOOTH} steps)")
-    if log:
-        by_step.set_yscale("log")
-    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    by_data.set_xlabel(task.unit)
+    by_time.set_xlabel(clock)
+    by_data.set_ylabel(f"training loss (mean of {SMOOTH} steps)")
+    by_data.set_yscale("log")
+    figure.legend(*by_data.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     plots.save(figure, path)
 
@@ -341,10 +358,12 @@ def main(task: Task, argv: Sequence[str] | None = None) -> None:
     print(f"{'':16}{task.score:>16}{'optimizer, ms':>16}{'seconds':>10}")
     for label, history in found.items():
         milliseconds = 1e3 * plots.steady(history.optimizer_seconds)
-        print(f"{label:16}{history.score:16.5g}{milliseconds:16.2f}{history.seconds[-1]:10.1f}")
+        print(
+            f"{label:16}{history.score:16.5g}{milliseconds:16.2f}{sum(history.step_seconds):10.1f}"
+        )
     record = {"task": task.name, "sha256": task.sha256, "steps": options.steps}
     runs = {label: asdict(history) for label, history in found.items()}
     stem.with_suffix(".json").write_text(json.dumps({**record, "runs": runs}) + "\n")
     curves = {label: [history] for label, history in found.items()}
-    plot_losses(curves, stem.with_suffix(".png"), f"{task.name}, torch {torch.__version__}")
+    plot_losses(curves, stem.with_suffix(".png"), f"{task.name}, torch {torch.__version__}", task)
     print(f"written: {stem}.json, {stem}.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ NAMES = (
     "trace_quadratic",
     "char_gpt",
     "characters",
+    "orthogonality",
     "papers",
 )
 
@@ -113,15 +115,17 @@ def test_matrix_problem_has_its_optimum() -> None:
 
 def test_trace_quadratic(tmp_path: Path) -> None:
     quadratic = load("trace_quadratic")
-    problem = quadratic.Problem("heterogeneous")
-    eigenvalues = torch.linalg.eigvalsh(problem.h)
+    problem = quadratic.Problem("heterogeneous", 2)
     expected = torch.tensor([1, 2, 3, 99, 100, 101, 4998, 4999, 5000], dtype=torch.float64)
-    torch.testing.assert_close(eigenvalues, expected)
-    assert float(problem.excess(problem.optimum[None])) == 0
-    x = torch.randn(1, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    value = 0.5 * (x[0] * (problem.h @ x[0])).sum() + (problem.b * x[0]).sum()
-    low = 0.5 * (problem.optimum * problem.b).sum()
-    torch.testing.assert_close(problem.excess(x)[0], value - low)
+    torch.testing.assert_close(torch.linalg.eigvalsh(problem.h), expected.expand(2, -1))
+    assert not torch.equal(problem.h[0], problem.h[1])
+    torch.testing.assert_close(problem.root @ problem.root, problem.h)
+    x = problem.start
+    torch.testing.assert_close(
+        problem.excess(x), 0.5 * (x.mT @ problem.h @ x).diagonal(0, 1, 2).sum(-1)
+    )
+    # All rows at once are the whole problem: 2 f = |root X|^2.
+    torch.testing.assert_close((problem.root @ x).square().sum((1, 2)), 2 * problem.excess(x))
     # One seed among others is as it is alone: seeds are a batch of matrices.
     few = ["--steps", "30", "--seeds", "3", "--hessian", "homogeneous", "--output", str(tmp_path)]
     found = quadratic.main(few)
@@ -131,31 +135,54 @@ def test_trace_quadratic(tmp_path: Path) -> None:
 
 def test_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
-    papers = load("papers")
-    some = {name: papers.VARIANTS[name] for name in ("Muon", "Shampoo 1/2")}
-    monkeypatch.setattr(papers, "VARIANTS", some)
+    papers, orthogonality = load("papers"), load("orthogonality")
+    some = {name: orthogonality.VARIANTS[name] for name in ("gradient", "Muon", "Shampoo 1/2")}
+    monkeypatch.setattr(orthogonality, "VARIANTS", some)
     arguments = ["--tasks", "digits-mlp", "--optimizers", "muon,deva", "--trials", "2"]
-    papers.main([*arguments, "--seeds", "2", "--scale", "0.02", "--output", str(tmp_path)])
+    arguments += ["--seeds", "2", "--scale", "0.02", "--output", str(tmp_path)]
+    papers.main([*arguments, "--runs", str(tmp_path / "runs")])
     tables = (tmp_path / "tables.md").read_text()
     for title in ("## digits-mlp", "semi-orthogonality", "## Trace quadratic"):
         assert title in tables
-    record = json.loads((tmp_path / "papers.json").read_text())
-    entry = record["tasks"]["digits-mlp"]["optimizers"]["Muon"]
+    entry = json.loads((tmp_path / "papers.json").read_text())["tasks"]["digits-mlp"]["Muon"]
     assert len(entry["tuning"]) == 2 and len(entry["runs"]) == 2
     best = min(entry["tuning"], key=entry["tuning"].get)
     assert float(best) == pytest.approx(entry["lr"])
     for figure in ("digits-mlp", "digits-mlp-orthogonality", "trace-quadratic"):
         assert (tmp_path / f"{figure}.png").exists()
+    # What has been run is not run again.
+    monkeypatch.setattr(papers, "train", None)
+    monkeypatch.setattr(orthogonality, "train", None)
+    papers.main([*arguments, "--runs", str(tmp_path / "runs")])
+    assert (tmp_path / "tables.md").read_text() == tables
 
 
-def test_learning_rates_are_a_factor_of_two_apart() -> None:
+@pytest.mark.parametrize("optimum", [0.05, 0.9, 1.4, 20.0])
+def test_search_brackets_the_best_rate(optimum: float) -> None:
     pytest.importorskip("sklearn")
-    assert load("papers").rates(1.0, 5) == [0.25, 0.5, 1.0, 2.0, 4.0]
+    papers = load("papers")
+    found = papers.search(1.0, 9, lambda lr: abs(math.log(lr / optimum)))
+    best = min(found, key=found.__getitem__)
+    assert len(found) == 9 and list(found) == sorted(found)
+    assert best / 2 < optimum < 2 * best and not papers.at_edge(found)
+
+
+def test_search_leaves_divergence_behind() -> None:
+    pytest.importorskip("sklearn")
+    papers = load("papers")
+    found = papers.search(1.0, 5, lambda lr: math.nan if lr > 0.3 else -lr)
+    assert min(found, key=found.__getitem__) == 0.25
 
 
 def test_isotropy_error() -> None:
-    pytest.importorskip("sklearn")
-    papers = load("papers")
-    assert papers.isotropy_error(3.0 * torch.eye(4, dtype=torch.float64)) == pytest.approx(0.0)
+    orthogonality = load("orthogonality")
+    eye = torch.eye(4, dtype=torch.float64)
+    assert orthogonality.isotropy_error(3.0 * eye) == pytest.approx(0.0)
     one = torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
-    assert papers.isotropy_error(one) == pytest.approx(3**0.5)
+    assert orthogonality.isotropy_error(one) == pytest.approx(3**0.5)
+
+
+def test_seconds_are_medians_over_seeds() -> None:
+    workload = load("workload")
+    histories = [workload.History(step_seconds=[1.0, x]) for x in (2.0, 3.0, 99.0)]
+    assert workload.seconds(histories) == [1.0, 4.0]
