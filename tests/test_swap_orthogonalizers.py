@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -75,6 +76,7 @@ class Target:
         divisor: of the norm.
         batches: it takes batches of matrices.
         point: the replaced function's last name.
+        doubles: the folder of its stand-in.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Target:
     point: str
     divisor: float = 1.0
     batches: bool = True
+    doubles: Path = DOUBLES
 
 
 def jordan(module: ModuleType, params: Sequence[Tensor]) -> Optimizer:
@@ -129,6 +132,12 @@ def koz(module: ModuleType, params: Sequence[Tensor]) -> Optimizer:
     public = "use_muon" in str(module.Muon.__init__.__code__.co_consts)
     groups: Any = [{"params": list(params), "use_muon": True}] if public else params
     made: Optimizer = module.Muon(groups)
+    return made
+
+
+def koz_gram(module: ModuleType, params: Sequence[Tensor]) -> Optimizer:
+    groups: Any = [{"params": list(params), "use_muon": True}]
+    made: Optimizer = module.Muon(groups, ns_method="gram_newton_schulz")
     return made
 
 
@@ -206,10 +215,32 @@ TARGETS = [
         koz,
         "zero_power_via_newton_schulz_5",
     ),
+    Target(
+        "pytorch-optimizer",
+        "pytorch_optimizer_4",
+        "pytorch_optimizer.optimizer.utils.matrix",
+        lambda module, x: module.zero_power_via_newton_schulz_5(x, weights=EXPRESS),
+        EXPRESS,
+        "pytorch_optimizer.optimizer.muon",
+        koz,
+        "zero_power_via_newton_schulz_5",
+        doubles=DOUBLES / "pytorch_optimizer_4",
+    ),
+    Target(
+        "pytorch-optimizer",
+        "pytorch_optimizer_4",
+        "pytorch_optimizer.optimizer.utils.matrix",
+        lambda module, x: module.zero_power_via_gram_newton_schulz(x),
+        SIMPLE,
+        "pytorch_optimizer.optimizer.muon",
+        koz_gram,
+        "zero_power_via_gram_newton_schulz",
+        doubles=DOUBLES / "pytorch_optimizer_4",
+    ),
 ]
 
 
-@pytest.fixture(params=TARGETS, ids=[f"{target.name}-{target.point}" for target in TARGETS])
+@pytest.fixture(params=TARGETS, ids=[f"{target.clone}-{target.point}" for target in TARGETS])
 def target(request: pytest.FixtureRequest) -> Target:
     chosen: Target = request.param
     return chosen
@@ -218,12 +249,15 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture(params=["double", "public"])
 def code(request: pytest.FixtureRequest, target: Target) -> Iterator[str]:
     """The target's code, eager: nothing here is worth compiling."""
-    folders = [DOUBLES] if request.param == "double" else public_code([target.clone])
+    folders = [target.doubles] if request.param == "double" else public_code([target.clone])
     with modules_of(folders), torch.compiler.set_stance("force_eager"):
         if request.param == "public":
             try:
                 importlib.import_module(target.module)
             except ModuleNotFoundError as error:
+                # Its own module has to be where it was.
+                if str(error.name).startswith(target.module.partition(".")[0]):
+                    raise
                 pytest.skip(f"{target.name} needs {error.name}")
             except (ImportError, SyntaxError) as error:
                 # Emerging-Optimizers is written for Python 3.12.

@@ -1,0 +1,3 @@
+from .optimizer.muon import Muon
+
+__all__ = ["Muon"]
