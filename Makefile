@@ -58,9 +58,9 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(RUN) spectral-kernels bench
 
-# Hours on a laptop at full size; PAPERS='--scale 0.1 --trials 3' is a look.
+# PAPERS='--scale 0.1 --trials 3' is a look. PEERS as for parity: DeVA's public code is timed too.
 papers: $(VENV)/.built
-	$(RUN) python examples/papers.py $(PAPERS)
+	$(RUN) SPECTRAL_KERNELS_PEERS=$(abspath $(PEERS)) python examples/papers.py $(PAPERS)
 
 # PEERS: a folder with clones of the public optimizers, see tests/golden/parity.py.
 parity: $(VENV)/.built

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from spectral_kernels.benchmarks import plots
 from torch import Tensor
-from workload import Task, progress, train
+from workload import PLOT_DPI, Task, progress, train
 
 FRESH = {"precondition_frequency": 1}
 GRADIENT = "gradient"
@@ -111,7 +111,9 @@ def measure(task: Task, label: str, *, lr: float, steps: int) -> dict[str, Any]:
 
 def plot(found: Mapping[str, Any], path: Path, title: str) -> None:
     """The error of the average against the number of steps averaged; what moves it beside."""
-    figure, panels = plots.plt.subplots(1, 2, figsize=(9.0, 4.4), sharey=True, layout="constrained")
+    figure, panels = plots.plt.subplots(
+        1, 2, figsize=(9.0, 4.8), dpi=PLOT_DPI, sharey=True, layout="constrained"
+    )
     kinds = {label: found[label] for label in found if not label.startswith("1/2, ")}
     moved = {label: found[label] for label in found if label not in kinds}
     if "Shampoo 1/2" in found:
@@ -127,7 +129,7 @@ def plot(found: Mapping[str, Any], path: Path, title: str) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("steps averaged over")
         axes.set_title(heading, loc="left")
-        axes.legend(fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
     panels[0].set_ylabel("distance of E[U U^T] from a multiple of I")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     plots.save(figure, path)

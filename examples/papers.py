@@ -8,6 +8,8 @@ of its own; the best is run with the other seeds. Then the time average of U U^T
 Muon, Shampoo and KL-Shampoo, and how betas, ridge and exponent move it; and DeVA's figure 2 is
 drawn again.
 
+With SPECTRAL_KERNELS_PEERS as in step_cost.py DeVA's public code is timed too.
+
 One thread; seconds are the process' CPU time, so that other work on the machine counts little.
 Finished runs are kept under --runs and not run again: delete that folder to start anew.
 
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import orthogonality
+import step_cost
 import torch
 import trace_quadratic
 from characters import Characters
@@ -104,6 +107,12 @@ class Runs:
         file = f"{label.replace('/', ' by ')}, {steps} steps, lr {lr:.6g}.json"
         return self._once(self.folder / f"{task.name}-orthogonality" / file, compute)
 
+    def step_cost(self, cycles: int) -> dict[str, Any]:
+        """Of DeVA and Muon, the public ones too where they are."""
+        public = "with" if step_cost.public_folder() else "without"
+        file = f"step-cost, {cycles} cycles, {public} public code.json"
+        return self._once(self.folder / file, functools.partial(step_cost.measure, cycles))
+
 
 def search(centre: float, trials: int, score: Callable[[float], float]) -> dict[float, float]:
     """Scores of so many learning rates: by twos until both sides are worse, then in between.
@@ -172,18 +181,24 @@ def milliseconds(histories: Sequence[History]) -> float:
     return 1e3 * plots.steady([statistics.median(step) for step in steps])
 
 
+def mean_losses(runs: Sequence[History]) -> list[float]:
+    """Smoothed, mean of the seeds."""
+    smooth = (running_mean(one.losses) for one in runs)
+    return [statistics.fmean(losses) for losses in zip(*smooth, strict=True)]
+
+
 def comparison_table(task: Task, steps: int, result: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Scores and times of one task."""
-    smoothed = {
-        label: [running_mean(one.losses) for one in entry["runs"]]
-        for label, entry in result.items()
-    }
-    goal = max(losses[-1] for runs in smoothed.values() for losses in runs)
+    curves = {label: mean_losses(entry["runs"]) for label, entry in result.items()}
+    # Both papers compare with Muon.
+    yardstick = "Muon" if "Muon" in curves else next(iter(curves))
+    goal = curves[yardstick][-1]
     lines = [
         f"## {task.name}",
         "",
         f"{steps} steps; data sha256 {task.sha256[:16]}; mean (lowest–highest) of the seeds. The "
-        f"last two columns: until the training loss is {goal:.4g}, the highest that a run ends at.",
+        f"last two columns: until the training loss, mean of seeds, is {yardstick}'s last, "
+        f"{goal:.4g}.",
         "",
         f"| optimizer | lr | {task.score} | final training loss | optimizer, ms a step | steps | "
         "CPU seconds |",
@@ -191,12 +206,13 @@ def comparison_table(task: Task, steps: int, result: Mapping[str, Mapping[str, A
     ]
     for label, entry in result.items():
         runs, times = entry["runs"], seconds(entry["runs"])
-        first = [next(i for i, x in enumerate(losses) if x <= goal) for losses in smoothed[label]]
+        first = next((i for i, loss in enumerate(curves[label]) if loss <= goal), None)
+        reached = "– | –" if first is None else f"{first + 1} | {times[first]:.2f}"
         lines.append(
             f"| {label} | {entry['lr']:.2g}{'*' * entry['at_edge']} | "
             f"{spread([one.score for one in runs])} | "
-            f"{spread([losses[-1] for losses in smoothed[label]])} | {milliseconds(runs):.2f} | "
-            f"{spread([i + 1 for i in first])} | {statistics.fmean(times[i] for i in first):.2f} |"
+            f"{spread([running_mean(one.losses)[-1] for one in runs])} | "
+            f"{milliseconds(runs):.2f} | {reached} |"
         )
     return [*lines, ""]
 
@@ -290,7 +306,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in AVERAGED:
             steps = max(4, round(AVERAGED[name] * options.scale))
             lines += averages(task, runs, results[name], steps, options.output)
-    lines += cost_table(results) + quadratic_table(options.scale, options.output)
+    lines += cost_table(results)
+    cycles = max(1, round(step_cost.CYCLES * options.scale))
+    lines += step_cost.table(runs.step_cost(cycles))
+    lines += quadratic_table(options.scale, options.output)
     head = [
         "# The papers' claims at laptop scale: numbers",
         "",

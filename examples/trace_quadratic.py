@@ -24,7 +24,7 @@ import spectral_kernels as sk
 import torch
 from spectral_kernels.benchmarks import plots
 from torch import Tensor, nn
-from workload import digest, progress
+from workload import PLOT_DPI, digest, progress
 
 SIZE, BLOCK, ROWS = 9, 3, 3
 SCALES = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))
@@ -112,7 +112,12 @@ def run(name: str, hessian: str, *, steps: int, seeds: int) -> tuple[Tensor, str
 def plot(found: Mapping[str, Mapping[str, Tensor]], path: Path, title: str) -> None:
     """Median over the seeds, the middle half shaded; one panel a Hessian."""
     figure, panels = plots.plt.subplots(
-        1, len(found), figsize=(4.6 * len(found), 4.2), squeeze=False, layout="constrained"
+        1,
+        len(found),
+        figsize=(4.6 * len(found), 4.2),
+        dpi=PLOT_DPI,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, (hessian, runs) in zip(panels[0], found.items(), strict=True):
         for place, (name, excess) in enumerate(runs.items()):

@@ -27,11 +27,15 @@ from typing import Any
 
 import spectral_kernels as sk
 import torch
+from matplotlib.ticker import EngFormatter
 from spectral_kernels.benchmarks import plots
 from torch import Tensor, nn
 
 WARM_UP = 0.05
 SMOOTH = 20
+PLOT_DPI = 110
+# Losses that span more than this are plotted on a logarithmic axis.
+DECADE = 10.0
 
 
 class Task:
@@ -271,6 +275,13 @@ def seconds(histories: Sequence[History]) -> list[float]:
     return list(itertools.accumulate(map(statistics.median, steps)))
 
 
+def _range(curves: Mapping[str, Sequence[History]]) -> tuple[float, float]:
+    """Lowest and highest smoothed loss, without the first fall from where all runs start."""
+    smooth = [running_mean(history.losses) for runs in curves.values() for history in runs]
+    settled = [losses[len(losses) // 10 :] for losses in smooth]
+    return min(map(min, settled)), max(map(max, settled))
+
+
 def plot_losses(
     curves: Mapping[str, Sequence[History]],
     path: Path,
@@ -280,7 +291,7 @@ def plot_losses(
 ) -> None:
     """Smoothed training loss against data and seconds: the mean of seeds, their range shaded."""
     figure, (by_data, by_time) = plots.plt.subplots(
-        1, 2, figsize=(9.0, 4.2), sharey=True, layout="constrained"
+        1, 2, figsize=(9.0, 4.2), dpi=PLOT_DPI, sharey=True, layout="constrained"
     )
     for place, (label, histories) in enumerate(curves.items()):
         colour = plots.COLOURS[place % len(plots.COLOURS)]
@@ -295,7 +306,12 @@ def plot_losses(
     by_data.set_xlabel(task.unit)
     by_time.set_xlabel(clock)
     by_data.set_ylabel(f"training loss (mean of {SMOOTH} steps)")
-    by_data.set_yscale("log")
+    by_data.xaxis.set_major_formatter(EngFormatter(sep=""))
+    low, high = _range(curves)
+    if high > DECADE * low:
+        by_data.set_yscale("log")
+    else:
+        by_data.set_ylim(low - 0.05 * (high - low), high)
     figure.legend(*by_data.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     plots.save(figure, path)

@@ -14,7 +14,7 @@ from swap_support import DOUBLES, modules_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md")) + sorted((DOCS / "families").glob("*.md"))
-PAGES += sorted((DOCS / "migrate").glob("*.md"))
+PAGES += sorted((DOCS / "migrate").glob("*.md")) + sorted((DOCS / "papers").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"^# needs: (.+)$", re.MULTILINE)
 

@@ -27,6 +27,7 @@ NAMES = (
     "char_gpt",
     "characters",
     "orthogonality",
+    "step_cost",
     "papers",
 )
 
@@ -142,7 +143,7 @@ def test_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments += ["--seeds", "2", "--scale", "0.02", "--output", str(tmp_path)]
     papers.main([*arguments, "--runs", str(tmp_path / "runs")])
     tables = (tmp_path / "tables.md").read_text()
-    for title in ("## digits-mlp", "semi-orthogonality", "## Trace quadratic"):
+    for title in ("## digits-mlp", "semi-orthogonality", "DeVA's step", "## Trace quadratic"):
         assert title in tables
     entry = json.loads((tmp_path / "papers.json").read_text())["tasks"]["digits-mlp"]["Muon"]
     assert len(entry["tuning"]) == 2 and len(entry["runs"]) == 2
