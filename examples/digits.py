@@ -66,7 +66,7 @@ class Convolutional(Classifier):
     """Three convolutions, two of them strided, and a linear layer."""
 
     name = "digits-conv"
-    steps = 200
+    steps = 100
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -86,7 +86,7 @@ class Autoencoder(Digits):
     """The deep autoencoder that second-order methods are compared on: 64 pixels to 8 numbers."""
 
     name = "autoencoder"
-    steps = 400
+    steps = 300
     score = "held-out error"
 
     def model(self) -> nn.Module:

@@ -57,7 +57,7 @@ class MixtureOfExperts(Task):
     """Python's own documentation; its last tenth is held out."""
 
     name = "moe"
-    steps = 400
+    steps = 200
     unit = "tokens"
     per_step = BATCH
     batched = True

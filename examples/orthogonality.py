@@ -101,11 +101,14 @@ def measure(task: Task, label: str, *, lr: float, steps: int) -> dict[str, Any]:
     average = Average(steps // 2, gradients=label == GRADIENT)
     with progress(f"{task.name}, {label}", steps) as moved:
 
-        def on_step(step: int, loss: float, chosen: torch.optim.Optimizer) -> None:
+        def on_step(step: int, loss: float, chosen: Any) -> None:
+            # A watched step runs twice.
+            if step == average.start and not average.gradients:
+                chosen.watch(1)
             average.add(step, chosen)
             moved(step, loss, chosen)
 
-        train(task, name, steps=steps, lr=lr, watch=1, on_step=on_step, **options)
+        train(task, name, steps=steps, lr=lr, on_step=on_step, **options)
     return average.figures()
 
 

@@ -63,7 +63,7 @@ TASKS: Mapping[str, type[Task]] = {
     )
 }
 # Updates are averaged on these, over the second half of so many steps.
-AVERAGED: Mapping[str, int] = {Perceptron.name: 300, Characters.name: 200}
+AVERAGED: Mapping[str, int] = {Perceptron.name: 300, Characters.name: 120}
 
 
 class Runs:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 WARM_UP = 0.05
 SMOOTH = 20
-PLOT_DPI = 110
+PLOT_DPI = 100
 # Losses that span more than this are plotted on a logarithmic axis.
 DECADE = 10.0
 
