@@ -65,7 +65,7 @@ def cuda_options(home: Path) -> dict:
     cpp_extension.CUDA_HOME = str(home)
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace("+PTX", "")
     architectures = tuple(re.split(r"[ ;]+", names.strip())) if names else ARCHITECTURES
-    nvcc = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+    nvcc = ["-O3", "--threads=0", "-Xcompiler", "-fvisibility=hidden"]
     for name in architectures:
         nvcc.append(f"-gencode=arch=compute_{name},code=sm_{name}")
     first = architectures[0]

@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL:
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
-            bindings = [CUDA / "register.cpp", EMULATION / "bind.cpp"]
+            bindings = [*CUDA.glob("*.cpp"), EMULATION / "bind.cpp"]
             bindings += [
                 ROOT / "csrc" / name
                 for name in ("check_lists.cpp", "counters.cpp", "root_rows.cpp")
@@ -101,10 +101,12 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def arrange(order: int = 0, *, truncation: bool = False, left_out: str = "") -> None:
-    """The order of blocks, warps and lanes of later launches, the rounding of mma, and a barrier,
-    as "file:line", that does nothing."""
-    library().set_emulation(order, int(truncation), left_out.encode())
+def arrange(
+    order: int = 0, *, truncation: bool = False, left_out: str = "", shared: int = 227 * 1024
+) -> None:
+    """The order of blocks, warps and lanes of later launches, the rounding of mma, a barrier, as
+    "file:line", that does nothing, and the bytes of shared memory that a block may have."""
+    library().set_emulation(order, int(truncation), left_out.encode(), ctypes.c_int64(shared))
 
 
 def barriers() -> list[str]:
@@ -113,7 +115,7 @@ def barriers() -> list[str]:
         f"{path.name}:{number}"
         for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.h")])
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if "__syncthreads();" in line
+        if "__syncthreads();" in line or " BARRIER(" in line and "define" not in line
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulated_cuda import arrange, arranged, barriers, emulated
 from spectral_kernels import _cuda
-from support import MUON, gaussian, new_step, same_bits, semidefinite
+from support import MUON, error, gaussian, new_step, same_bits, semidefinite
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -32,7 +32,7 @@ def test_emulation_itself(tmp_path):
     assert re.search(r"^(\d+) of \1 checks passed", done.stdout)
 
 
-def iterated(x, **options):
+def iterated(x, given_rows=MUON, **options):
     given = {
         "method": "auto",
         "restarts": [],
@@ -41,7 +41,7 @@ def iterated(x, **options):
         "norm": "frobenius",
         "norm_factor": 1.0,
     }
-    rows = [value for row in MUON for value in row]
+    rows = [value for row in given_rows for value in row]
     op = torch.ops.spectral_kernels_emulated.newton_schulz
     return op(x, rows, **{**given, **options})
 
@@ -63,6 +63,9 @@ def workload():
     root = torch.ops.spectral_kernels_emulated.inverse_root
     for p, ridge in ((3, 1e-4), (4, 1e-6)):  # the second goes through two schedules
         results += root(a, p, ridge=0.0, relative_ridge=ridge, method="auto")
+    results += torch.ops.spectral_kernels_emulated.eigenbasis(semidefinite(9, 1e9).float())
+    results.append(torch.ops.spectral_kernels_emulated.gram(gaussian(20, 1200).bfloat16()))
+    results.append(iterated(gaussian(129, 130).bfloat16(), [(2.0, -1.5, 0.5)]))
     return results
 
 
@@ -101,8 +104,30 @@ def test_every_barrier_is_missed():
     assert not unnoticed
 
 
+def test_a_processor_with_less_shared_memory():
+    """sm_86, 89 and 120: what does not fit on chip goes to products, or is refused in words."""
+    x, a = gaussian(100, 120).bfloat16(), semidefinite(100, 1e2).float()
+    rows = [(2.0, -1.5, 0.5)]
+    expected = iterated(x, rows)
+    with arranged(shared=99 * 1024):
+        found = iterated(x, rows)
+        assert error(found, expected) < 1e-2
+        assert not same_bits(found, expected)
+        with pytest.raises(NotImplementedError, match="'schatten8' with a side of at most 128"):
+            iterated(x, rows, norm="schatten8")
+        library = torch.ops.spectral_kernels_emulated
+        for run in (
+            lambda: library.eigenbasis(a),
+            lambda: library.inverse_root(a, 4, ridge=1e-3, relative_ridge=0.0, method="auto"),
+        ):
+            with pytest.raises(NotImplementedError, match="of shared memory, and this device has"):
+                run()
+
+
 def test_shared_memory_of_the_table():
     for rows, size in ((1, 3080), (16, 3080), (17, 12304), (64, 36896), (128, 122944)):
         assert _cuda.shared_memory(rows) == size
     for rows, size in ((1, 14368), (64, 41008), (65, 131152)):
         assert _cuda.root_shared_memory(rows) == size
+    for rows, size in ((1, 9088), (33, 34560), (96, 76288), (128, 134400)):
+        assert _cuda.jacobi_shared_memory(rows) == size

@@ -74,6 +74,55 @@ def test_error_rule(shape, dtype):
         assert_rule(newton_schulz(x), plain, exact_newton_schulz(x, rows), noise=noise)
 
 
+# Beyond one chip: tiles of 64 rows, sums over columns in parts, the standard and the Gram form.
+LARGE = (
+    ((130, 129), torch.bfloat16),
+    ((140, 580), torch.bfloat16),
+    ((200, 131), torch.float16),
+    ((129, 200), torch.float32),
+)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), LARGE, ids=str)
+def test_error_rule_of_large_matrices(shape, dtype):
+    rows = resolve("muon").rows
+    x = with_singular_values(*shape, decaying(min(shape), 1e3), 2).to(dtype)
+    plain = [plain_newton_schulz((x.double() * c).to(dtype), rows) for c in (1.0, 1.23, 1.41)]
+    assert_rule(newton_schulz(x), plain, exact_newton_schulz(x, rows))
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
+def test_methods_of_large_matrices(method, dtype):
+    x = gaussian(129, 150, dtype=dtype)
+    options = {"method": method, "steps": 3, "restarts": [2] if method == "gram" else None}
+    expected = newton_schulz(x.double(), **options, backend="reference")
+    assert error(newton_schulz(x, **options), expected) < (2e-6 if dtype == DTYPES[0] else 4e-3)
+
+
+def test_large_matrices_have_no_mates():
+    x = gaussian(4, 129, 140, dtype=torch.bfloat16)
+    x[1] = 0.0
+    x[2, 7, 9] = math.nan
+    together = newton_schulz(x, steps=2)
+    assert not together[1].any()
+    assert together[2].isnan().all()
+    with arranged(1):
+        for i in (0, 3):
+            assert same_bits(together[i], newton_schulz(x[i], steps=2))
+    strided = Placed(x[3:], LAYOUTS[1])
+    assert same_bits(newton_schulz(strided.tensor, steps=2), together[3:])
+    strided.assert_untouched_around()
+    assert same_bits(newton_schulz(x[3] * 2.0**-90, steps=2), together[3])
+
+
+def test_rows_without_a_square():
+    """A cubic row takes no product."""
+    rows = ((1.5, -0.5, 0.0),) * 2
+    x = gaussian(129, 130)
+    assert error(newton_schulz(x, coefficients=rows), exact_newton_schulz(x, rows)) < 2e-6
+
+
 @pytest.mark.parametrize("coefficients", sorted(names()))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_coefficient_set(coefficients, dtype):
@@ -182,6 +231,8 @@ def test_muon_step_rule(compute_dtype, nesterov):
         "weight_decay": 0.1,
     }
     shapes = [(9, 40), (2, 33, 20), (0, 3), (16, 16), (70, 100)]
+    if compute_dtype == torch.bfloat16 and nesterov:
+        shapes += [(130, 140), (2, 150, 129)]
     for dtype in DTYPES[:2]:
         for case in (
             new_step("muon_step_", shapes, dtype, **options),
@@ -256,7 +307,7 @@ def test_zero_gradient_decays_only():
     ("x", "options", "sentence"),
     [
         (gaussian(3, 4, dtype=torch.float64), {}, "not in fp64"),
-        (gaussian(129, 129), {}, "a side of at most 128"),
+        (gaussian(129, 129), {"norm": "schatten8"}, "'schatten8' with a side of at most 128"),
         (gaussian(3, 4), {"coefficients": (50.0, 0.0, 0.0)}, "grow beyond"),
     ],
     ids=("fp64", "large", "growth"),

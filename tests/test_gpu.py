@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import spectral_kernels as sk
 import torch
+from spectral_kernels import _cuda, _extension
 from support import (
     FLOATS,
     MUON,
@@ -62,30 +63,67 @@ def test_agrees_with_the_specification(label, dtype, backend):
             assert error(x, y) <= allowed, (error(x, y), error(z, y))
 
 
+def needs(backend: str, op: str, x: Tensor) -> None:
+    explanation = sk.explain(op, x, backend=backend)
+    if explanation.backend is None:
+        pytest.skip(str(explanation))
+
+
+@pytest.fixture(params=["mma.sync", "wgmma"])
+def products(request):
+    """What the large products of the CUDA C++ kernels run on."""
+    module = _extension.MODULE
+    if request.param == "wgmma":
+        if _cuda.unavailable() is not None or torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the CUDA C++ kernels were not built, or the card is no sm_90")
+        module.cuda_prefer_wgmma(True)
+    yield request.param
+    if request.param == "wgmma":
+        module.cuda_prefer_wgmma(False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[2:], ids=named)
+@pytest.mark.parametrize("shape", [(200, 300), (700, 900), (3, 257, 1000), (2048, 2048)])
+def test_large_products_of_cuda_obey_the_error_rule(shape, dtype, products):
+    x = gaussian(*shape, dtype=dtype)
+    needs("cuda", "newton_schulz", x.cuda())
+    ours = sk.newton_schulz(x.cuda(), method="standard", backend="cuda")
+    assert same_bits(sk.newton_schulz(x.cuda(), method="standard", backend="cuda"), ours)
+    expected = sk.newton_schulz(x.cuda().double(), method="standard", backend="reference").cpu()
+    theirs = error(plain_newton_schulz(x.cuda(), MUON).cpu(), expected)
+    assert error(ours.cpu(), expected) <= 2.0 * theirs + 4.0 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", CARDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
 @pytest.mark.parametrize("shape", [(33, 20), (16, 512), (200, 300), (700, 900), (2, 128, 512)])
-def test_newton_schulz_obeys_the_error_rule(shape, dtype):
+def test_newton_schulz_obeys_the_error_rule(shape, dtype, backend):
     x = gaussian(*shape, dtype=dtype)
-    ours = sk.newton_schulz(x.cuda(), backend="triton").cpu()
+    needs(backend, "newton_schulz", x.cuda())
+    ours = sk.newton_schulz(x.cuda(), backend=backend).cpu()
     exact = exact_newton_schulz(x, MUON)
     theirs = error(plain_newton_schulz(x.cuda(), MUON).cpu(), exact)
     assert error(ours, exact) <= 2.0 * theirs + 4.0 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("backend", CARDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
-def test_same_bits_alone_in_a_batch_and_again(dtype):
-    for shape in ((16, 300), (60, 60), (90, 200), (600, 640)):
+def test_same_bits_alone_in_a_batch_and_again(dtype, backend):
+    for shape in ((16, 300), (60, 60), (90, 200), (600, 640), (100, 6000)):
         x = gaussian(5, *shape, dtype=dtype).cuda()
-        together = sk.newton_schulz(x, backend="triton")
-        assert same_bits(sk.newton_schulz(x, backend="triton"), together)
-        assert same_bits(sk.newton_schulz(x[3], backend="triton"), together[3])
+        needs(backend, "newton_schulz", x)
+        together = sk.newton_schulz(x, backend=backend)
+        assert same_bits(sk.newton_schulz(x, backend=backend), together)
+        assert same_bits(sk.newton_schulz(x[3], backend=backend), together[3])
 
 
+@pytest.mark.parametrize("backend", CARDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
-def test_gram_is_exactly_symmetric_and_exact_on_integers(dtype):
+def test_gram_is_exactly_symmetric_and_exact_on_integers(dtype, backend):
     for shape in ((5, 7), (130, 70), (3, 257, 1000), (700, 64)):
         x = torch.randint(-2, 3, shape).to("cuda", dtype)
-        product = sk.gram(x, backend="triton")
+        needs(backend, "gram", x)
+        product = sk.gram(x, backend=backend)
         assert same_bits(product, product.mT.contiguous())
         assert torch.equal(product.double(), (x.double() @ x.double().mT).to(dtype).double())
 

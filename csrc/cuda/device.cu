@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "device.h"
 
 #ifndef CUDA_EMULATION
@@ -5,19 +7,61 @@
 #endif
 
 namespace spectral_kernels::cuda {
+namespace {
+
+std::atomic<bool> wgmma_preferred{false};
+
+#ifndef CUDA_EMULATION
+int attribute(cudaDeviceAttr which, int device, int otherwise) {
+  int value = 0;
+  if (cudaDeviceGetAttribute(&value, which, device) == cudaSuccess) return value;
+  cudaGetLastError();  // a caller that goes on must not see it again
+  return otherwise;
+}
+
+int capability(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device, 9) * 10 +
+         attribute(cudaDevAttrComputeCapabilityMinor, device, 0);
+}
+#endif
+
+}  // namespace
+
+void prefer_wgmma(bool on) { wgmma_preferred = on; }
 
 #ifdef CUDA_EMULATION
 const char* error_text(int) { return "emulated launch failed"; }
-int64_t shared_memory_limit(int) { return 227 * 1024; }
+int64_t shared_memory_limit(int) { return emulation::shared_limit; }
+int multiprocessors_of_kind(int) { return 132; }
+int wgmma_multiprocessors(int) { return 0; }
 #else
 const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 int64_t shared_memory_limit(int device) {
-  int bytes = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) cudaGetLastError();  // a caller that goes on must not see it again
-  return error == cudaSuccess ? bytes : 0;
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, 0);
+}
+
+int wgmma_multiprocessors(int device) {
+  return wgmma_preferred && capability(device) == 90
+             ? attribute(cudaDevAttrMultiProcessorCount, device, 132)
+             : 0;
+}
+
+int multiprocessors_of_kind(int device) {
+  switch (capability(device)) {
+    case 80:
+      return 108;
+    case 86:
+      return 84;
+    case 89:
+      return 142;
+    case 100:
+      return 148;
+    case 120:
+      return 188;
+    default:
+      return 132;
+  }
 }
 #endif
 

@@ -9,5 +9,12 @@ namespace spectral_kernels::cuda {
 const char* error_text(int error);
 // Shared memory that one block may have on a device, in bytes; 0 if there is no such device.
 int64_t shared_memory_limit(int device);
+// Multiprocessors of the largest card of a device's architecture, which is what schedules are made
+// for: bits must not depend on the card. 132 if there is no such device.
+int multiprocessors_of_kind(int device);
+// Multiprocessors of a device whose processors have wgmma, if `prefer_wgmma` asked for it; else 0.
+int wgmma_multiprocessors(int device);
+// The wgmma products have run on no card yet: off by default, for the checks of `make gpu`.
+void prefer_wgmma(bool on);
 
 }  // namespace spectral_kernels::cuda

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const float nu =
       frobenius * float(sqrt(sqrt(chip.sum_of_squares(acc, scratch)))) * (1 + 4 * kUnitRoundoff);
   const bool bounded = delta >= 4 * kUnitRoundoff * nu;
-  if (!bounded && !call.always) return finish(kRootUnbounded, 0, 0, shown);
+  if (call.never || (!bounded && !call.always)) return finish(kRootUnbounded, 0, 0, shown);
   const int level_of_low = -exponent_of(bits_of(bounded ? delta / nu : 4 * kUnitRoundoff));
   const int lowest = level_of_low > 1 ? level_of_low : 1;  // one step at least
 

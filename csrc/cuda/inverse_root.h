@@ -30,6 +30,7 @@ RootSchedules root_schedules(int p);
 struct RootCall {
   float ridge = 0, relative_ridge = 0;
   bool always = false;  // iterate even where the ridge does not bound the spectrum
+  bool never = false;   // leave every matrix to an eigendecomposition
 };
 
 // What launch_inverse_root leaves in `status` beside RootStatus of the CPU kernels: an

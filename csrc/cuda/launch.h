@@ -8,8 +8,7 @@ namespace spectral_kernels::cuda {
 #ifdef CUDA_EMULATION
 template <class Kernel>
 int allow_shared(Kernel, size_t bytes) {
-  constexpr size_t kLimit = 227 * 1024;
-  return bytes <= kLimit ? 0 : 1;
+  return int64_t(bytes) <= emulation::shared_limit ? 0 : 1;
 }
 inline int launched() { return 0; }
 #else

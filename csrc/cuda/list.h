@@ -21,11 +21,16 @@ struct Entry {
   Matrices momentum;  // data is null where there is none
   Matrices target;    // parameter, or the result of a function
   int64_t columns = 0, count = 0;
-  int64_t first = 0;  // number of its first matrix in the whole list
-  int64_t plane = 0;  // of its first matrix: element of the workspace for packed matrices
-  int64_t line = 0;   // packed columns of one row
-  int64_t part = 0;   // element of the workspace for sums of its first matrix
-  int64_t q = 0;      // and of that for Q
+  int64_t first = 0;      // number of its first matrix in the whole list
+  int64_t plane = 0;      // of its first matrix: element of the workspace for packed matrices
+  int64_t line = 0;       // packed columns of one row
+  int64_t part = 0;       // element of the workspace for sums of its first matrix
+  int64_t q = 0;          // and of that for Q
+  int64_t square = 0;     // and of those for matrices of rows x rows
+  int64_t tile = 0;       // number of its first matrix's first tile
+  int64_t norm = 0;       // and of its first partial norm
+  int chunks = 1;         // parts that sums over columns are made in
+  int square_chunks = 1;  // and those over rows
   int rows = 0;
   float scale = 1;  // of the update
 };

@@ -21,12 +21,7 @@ HOST_DEVICE int64_t scan_parts(const Scan& s) {
   return ((s.lines + kScanLines - 1) / kScanLines) * ((s.length + kScanColumns - 1) / kScanColumns);
 }
 
-HOST_DEVICE const Matrices& scanned(const Entry& e, Of of) {
-  return of == Of::kMomentum ? e.momentum : e.source;
-}
-
-HOST_DEVICE Scan scan_of(const Entry& e, Of of) {
-  const Matrices& m = scanned(e, of);
+HOST_DEVICE Scan scan_of(const Entry& e, const Matrices& m) {
   const bool transposed = m.row < m.column;
   Scan s{transposed ? e.columns : int64_t(e.rows), transposed ? int64_t(e.rows) : e.columns,
          transposed ? m.column : m.row, transposed ? m.row : m.column};
@@ -37,6 +32,13 @@ HOST_DEVICE Scan scan_of(const Entry& e, Of of) {
   return s;
 }
 
+HOST_DEVICE int64_t scan_parts(const Entry& e, Of of) {
+  int64_t parts = 0;
+  if (of != Of::kMomentum) parts += scan_parts(scan_of(e, e.source));
+  if (of != Of::kSource && e.momentum.data != nullptr) parts += scan_parts(scan_of(e, e.momentum));
+  return parts;
+}
+
 DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
@@ -44,12 +46,14 @@ DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
 __global__ void __launch_bounds__(kThreads)
     largest_kernel(const __grid_constant__ Table table, Of of, uint32_t* largest) {
   DYNAMIC_SHARED(uint32_t, warps);
-  const Place at =
-      place(table, blockIdx.x, [&](const Entry& e) { return scan_parts(scan_of(e, of)); });
-  const Matrices& m = scanned(*at.entry, of);
-  const Scan s = scan_of(*at.entry, of);
+  const Place at = place(table, blockIdx.x, [&](const Entry& e) { return scan_parts(e, of); });
+  const int64_t of_source = of == Of::kMomentum ? 0 : scan_parts(*at.entry, Of::kSource);
+  const bool second = at.part >= of_source;
+  const int64_t part = second ? at.part - of_source : at.part;
+  const Matrices& m = second ? at.entry->momentum : at.entry->source;
+  const Scan s = scan_of(*at.entry, m);
   const int64_t across = (s.length + kScanColumns - 1) / kScanColumns;
-  const int64_t line0 = at.part / across * kScanLines, column0 = at.part % across * kScanColumns;
+  const int64_t line0 = part / across * kScanLines, column0 = part % across * kScanColumns;
   const int64_t lines = line0 + kScanLines < s.lines ? line0 + kScanLines : s.lines;
   const int64_t columns = column0 + kScanColumns < s.length ? column0 + kScanColumns : s.length;
   uint32_t most = 0;
@@ -102,9 +106,48 @@ HOST_DEVICE int64_t prologue_parts(const Entry& e) {
   return (e.rows + t.rows - 1) / t.rows * tiles_across(e);
 }
 
+// The sum over the block of every thread's value, the same in all threads; `warps` holds one number
+// a warp, free again after the next barrier.
+DEVICE double sum_of_block(double value, double* warps) {
+  for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < kThreads / 32; w++) value += warps[w];
+  return value;
+}
+
+// The block's share of a norm. Whichever block arrives last adds all shares, in their order.
+DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f16,
+                        const Norms& norms, double* warps) {
+  const Entry& e = *at.entry;
+  const int64_t matrix = e.first + at.matrix, parts = prologue_parts(e);
+  double* shares = norms.squares + e.norm + at.matrix * parts;
+  const double share = sum_of_block(double(squares), warps);
+  int* turn = reinterpret_cast<int*>(warps + kThreads / 32);
+  if (threadIdx.x == 0) {
+    shares[at.part] = share;
+    __threadfence();
+    *turn = int(atomicAdd(norms.arrived + matrix, 1u));
+  }
+  __syncthreads();
+  if (*turn + 1 != int(parts)) return;
+  __threadfence();
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < parts; i += kThreads) total += fresh(shares + i);
+  total = sum_of_block(total, warps);
+  if (threadIdx.x != 0) return;
+  norms.arrived[matrix] = 0;
+  const int shift = finite(largest) && largest != 0 ? pack_shift(largest, f16) : 0;
+  const double least = ldexp(double(norms.eps), shift), wanted = sqrt(total) * norms.norm_factor;
+  const double used = wanted > least ? wanted : least;
+  norms.factor[matrix] = used > 0 ? float(1 / used) : 0.f;
+}
+
 __global__ void __launch_bounds__(kThreads)
     prologue_kernel(const __grid_constant__ Table table, const Prologue options,
-                    const uint32_t* largest, uint16_t* packed) {
+                    const uint32_t* largest, uint16_t* packed, const Norms norms) {
+  DYNAMIC_SHARED(double, warps);
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return prologue_parts(e); });
   const Entry& e = *at.entry;
   const int64_t across = tiles_across(e);
@@ -113,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
   const Tile tile = tile_of(e);
   const int64_t row = at.part / across * tile.rows + (transposed ? lane : warp);
   const int64_t column = at.part % across * tile.columns + 8 * (transposed ? warp : lane);
-  if (row >= e.rows || column >= e.line) return;
+  const bool inside = row < e.rows && column < e.line;
 
   const uint32_t most = largest[e.first + at.matrix];
   const bool usable = finite(most);
@@ -124,13 +167,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t from = at.matrix * source.batch + row * source.row;
   const int64_t into = at.matrix * momentum.batch + row * momentum.row;
   uint32_t high[4], low[4];
+  float squares = 0;
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
     float x[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int64_t j = column + 2 * pair + i;
-      if (j >= e.columns || keep) continue;
+      if (!inside || j >= e.columns || keep) continue;
       const float raw = read(source, from + j * source.column);
       const float g = options.maximize ? -raw : raw;
       float value = g;
@@ -141,17 +185,21 @@ __global__ void __launch_bounds__(kThreads)
         value = options.nesterov ? rest * g + beta * m : m;
       }
       x[i] = usable ? scaled(value) : 0.f;
+      squares += x[i] * x[i];
     }
     high[pair] = options.f16 ? pack_f16(x[0], x[1]) : pack_bf16(x[0], x[1]);
     const float2 kept = options.f16 ? unpack_f16(high[pair]) : unpack_bf16(high[pair]);
     low[pair] = options.f16 ? pack_f16(x[0] - kept.x, x[1] - kept.y)
                             : pack_bf16(x[0] - kept.x, x[1] - kept.y);
   }
-  const int64_t size = int64_t(e.rows) * e.line;
-  uint16_t* out = packed + e.plane + at.matrix * size * options.planes + row * e.line + column;
-  *reinterpret_cast<uint4*>(out) = make_uint4(high[0], high[1], high[2], high[3]);
-  if (options.planes == 2)
-    *reinterpret_cast<uint4*>(out + size) = make_uint4(low[0], low[1], low[2], low[3]);
+  if (inside) {
+    const int64_t size = int64_t(e.rows) * e.line;
+    uint16_t* out = packed + e.plane + at.matrix * size * options.planes + row * e.line + column;
+    *reinterpret_cast<uint4*>(out) = make_uint4(high[0], high[1], high[2], high[3]);
+    if (options.planes == 2)
+      *reinterpret_cast<uint4*>(out + size) = make_uint4(low[0], low[1], low[2], low[3]);
+  }
+  if (norms.factor != nullptr) add_to_norm(at, squares, most, options.f16, norms, warps);
 }
 
 // count
@@ -196,7 +244,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream) {
   return for_each_table(
-      entries, [&](const Entry& e) { return scan_parts(scan_of(e, of)); },
+      entries, [&](const Entry& e) { return scan_parts(e, of); },
       [&](const Table& table, unsigned blocks) {
         LAUNCH(largest_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t),
                stream, table, of, largest);
@@ -204,13 +252,23 @@ int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, 
       });
 }
 
+int64_t place_norms(std::vector<Entry>& entries) {
+  int64_t parts = 0;
+  for (Entry& e : entries) {
+    e.norm = parts;
+    parts += e.count * prologue_parts(e);
+  }
+  return parts;
+}
+
 int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
-                    const uint32_t* largest, uint16_t* packed, void* stream) {
+                    const uint32_t* largest, uint16_t* packed, const Norms& norms, void* stream) {
+  constexpr size_t kBytes = (kThreads / 32 + 1) * sizeof(double);
   return for_each_table(
       entries, [](const Entry& e) { return prologue_parts(e); },
       [&](const Table& table, unsigned blocks) {
-        LAUNCH(prologue_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, options, largest,
-               packed);
+        LAUNCH(prologue_kernel, dim3(blocks), dim3(kThreads), kBytes, stream, table, options,
+               largest, packed, norms);
         return launched();
       });
 }

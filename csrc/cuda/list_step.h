@@ -9,7 +9,7 @@ namespace spectral_kernels::cuda {
 
 enum class NonFinite : int { kSkip, kPropagate };
 
-enum class Of : int { kSource, kMomentum };
+enum class Of : int { kSource, kMomentum, kBoth };
 
 // largest[i] <- max of itself and the bits of max |element| of matrix i: at least kInfinityBits
 // where one is not finite. The maximum of integers does not depend on the order it is taken in.
@@ -23,11 +23,32 @@ struct Prologue {
   int planes = 1;    // 2: high and low fp16 halves of fp32
 };
 
+// Frobenius norms of what is packed, where they are wanted: factor[i] is 1 / max(norm_factor norm,
+// eps), 0 for 0, in the packed scale. Blocks leave fp64 sums in `squares`; the last one of a matrix
+// to arrive adds them in order.
+struct Norms {
+  double* squares = nullptr;
+  uint32_t* arrived = nullptr;  // one a matrix, zero before and after
+  float* factor = nullptr;
+  float norm_factor = 1, eps = 0;
+};
+
+// Partial norms of the list; also fills in where each entry's begin.
+int64_t place_norms(std::vector<Entry>& entries);
+
 // M <- momentum M + (1 - momentum) G, and X = (1 - momentum) G + momentum M (nesterov) or M (X = G
 // without momentum), scaled by the power of two of largest[i] and packed row by row, zero-padded to
 // `line` columns. A matrix that is skipped keeps its M and is packed as zeros.
 int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
-                    const uint32_t* largest, uint16_t* packed, void* stream);
+                    const uint32_t* largest, uint16_t* packed, const Norms& norms, void* stream);
+
+// What becomes of a result.
+struct Update {
+  bool in_place = false;  // target <- decay target - rate scale result; else target <- result
+  float weight_decay = 0, lr = 0;
+  const float* device_lr = nullptr;  // in place of lr
+  NonFinite nonfinite = NonFinite::kPropagate;
+};
 
 // The matrices of one parameter, and its step count: one, or one a matrix.
 struct Counter {

@@ -58,13 +58,6 @@ struct OnChipBuffers {
   float* alpha = nullptr;  // one a matrix: Q X is this times the stored product
 };
 
-struct Update {
-  bool in_place = false;  // target <- decay target - rate scale result; else target <- result
-  float weight_decay = 0, lr = 0;
-  const float* device_lr = nullptr;  // in place of lr
-  NonFinite nonfinite = NonFinite::kPropagate;
-};
-
 // All segments of all matrices, and the update.
 int launch_newton_schulz(const std::vector<Entry>& entries, const std::vector<Segment>& segments,
                          bool f16, int planes, const uint32_t* largest,

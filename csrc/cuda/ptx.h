@@ -14,6 +14,8 @@
 #define DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(128) unsigned char shared_[]; \
   T* name = reinterpret_cast<T*>(shared_)
+// Of the first `threads` of a block, which is all of them unless some load only.
+#define BARRIER(threads) asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory")
 
 namespace spectral_kernels::cuda {
 
@@ -86,6 +88,11 @@ DEVICE float2 unpack_f16(uint32_t w) {
 }
 DEVICE float2 unpack_bf16(uint32_t w) {
   return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+// What another block has written before this one, past the L1 cache, which may hold an older state.
+template <class T>
+DEVICE T fresh(const T* p) {
+  return __ldcg(p);
 }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }

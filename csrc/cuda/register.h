@@ -9,5 +9,7 @@ class Library;
 namespace spectral_kernels::cuda {
 
 void register_operators(torch::Library& library);
+// Part of it.
+void register_newton_schulz(torch::Library& library);
 
 }  // namespace spectral_kernels::cuda

@@ -1,14 +1,17 @@
-"""What the CUDA C++ kernels take: the table behind the choice between them and Triton.
+"""What the CUDA C++ kernels take, and where they are the automatic choice.
 
-The operators listed here are served where a matrix stays on chip for the whole iteration, which is
-where nothing else can: three launches a list against some 15 dependent ones. Everything larger is
-products, and goes to Triton. The limit of 128 rows is that of one block's shared memory (3 matrices
-of 41 KB each); processors with less than 123 KB (sm_86, 89, 120) take up to 96 rows.
+A matrix whose short side is at most 128 stays on chip for the whole iteration, which is where
+nothing else can: three launches a list against some 15 dependent ones. The limit is that of one
+block's shared memory (3 matrices of 41 KB each); processors with less than 123 KB (sm_86, 89, 120)
+take up to 96 rows. Everything larger is a sequence of grouped products by mma.sync, which is
+preferred only where `THRESHOLDS` says so.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +23,44 @@ MOST_ROWS = 128
 # Products keep 22 bits of an fp32 number. From 8 rows on the error is that of fp32 or below; with
 # fewer, where errors do not average out, up to 1.9 times the allowed one (12 for a single number).
 LEAST_ROWS_FP32 = 8
+_SQUARE = ("inverse_root", "eigenbasis")
 _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
-OPERATORS = ("newton_schulz", "muon_step_", "inverse_root")
+OPERATORS = ("gram", "newton_schulz", "muon_step_", "inverse_root", "eigenbasis")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Above how many rows an automatic choice leaves an operator to Triton.
+
+    Attributes:
+        operators: what it holds for.
+        capabilities: major numbers of the processors that it holds for.
+        rows: the most that these kernels keep.
+        model: what the number rests on; nothing here has been timed on a card yet.
+    """
+
+    operators: tuple[str, ...]
+    capabilities: tuple[int, ...]
+    rows: int
+    model: str
+
+
+THRESHOLDS = (
+    Threshold(
+        ("newton_schulz", "muon_step_"),
+        (9, 10),
+        MOST_ROWS,
+        "mma.sync reaches some 60 % of the rate of wgmma and tcgen05, which Triton uses",
+    ),
+    Threshold(
+        ("gram",),
+        (9, 10),
+        1536,
+        "64-wide tiles make 2.3 to 3.4 times as many of them as 128-wide ones keep busy up to "
+        "1024 rows; from 2048 rows on the rate of wgmma decides",
+    ),
+)
 
 
 def unavailable() -> str | None:
@@ -48,25 +86,52 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
     for tensor in tensors:
+        if op == "gram":
+            if tensor.dtype == torch.float32:
+                return "the CUDA C++ kernel takes bfloat16 and float16"
+            continue
         side = min(tensor.shape[-2:])
         if side > MOST_ROWS:
-            return f"shape {tuple(tensor.shape)} does not fit on chip (at most {MOST_ROWS} rows)"
+            if op in _SQUARE:
+                return f"{side} rows do not fit on chip (at most {MOST_ROWS})"
+            if options.get("norm") == "schatten8":
+                return f"norm 'schatten8' is served up to {MOST_ROWS} rows, not {side}"
+            continue
         if side < LEAST_ROWS_FP32 and options.get("compute_dtype") == torch.float32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         limit = module.cuda_shared_memory(tensor.device.index or 0)
-        needed = root_shared_memory(side) if op == "inverse_root" else shared_memory(side)
-        if needed > limit:
+        needed = shared_memory(side)
+        if op in _SQUARE:  # both may end in an eigendecomposition
+            needed = max(jacobi_shared_memory(side), root_shared_memory(side))
+        alone = op in _SQUARE or options.get("norm") == "schatten8"
+        if needed > limit and alone:  # else products serve it
             return f"{side} rows take {needed} bytes of shared memory, of {limit}"
-    if op == "inverse_root":
-        if options.get("method") == "eigen":
-            return "the CUDA C++ kernels iterate, they do not decompose"
-        if options.get("ridge") == options.get("relative_ridge") == 0.0:
-            return "without a ridge only an eigendecomposition is safe"
     if "rows" in options and not module.cuda_rows_fit(
         [list(row) for row in options["rows"]], options["norm_factor"]
     ):
         return "with these coefficients the numbers outgrow fp16"
     return None
+
+
+def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why an automatic choice leaves what these kernels can run to Triton, or None."""
+    for tensor in tensors:
+        for threshold in THRESHOLDS:
+            if op not in threshold.operators or _capability(tensor) not in threshold.capabilities:
+                continue
+            rows = tensor.shape[-2] if op == "gram" else min(tensor.shape[-2:])
+            if rows > threshold.rows:
+                return f"{rows} rows, more than {threshold.rows}: {threshold.model}"
+    return None
+
+
+def _capability(tensor: Tensor) -> int:
+    return _capability_of(tensor.device.index or 0)
+
+
+@functools.cache
+def _capability_of(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def shared_memory(rows: int) -> int:
@@ -79,3 +144,9 @@ def root_shared_memory(rows: int) -> int:
     """The same for inverse_root, with the vectors that its residual is taken on."""
     tiles = next(most for most in (32, 64, 128) if rows <= most) // 16
     return 3 * tiles * (tiles // 2 + 1) * 1024 + 1024 * tiles + 8 * tiles + 16
+
+
+def jacobi_shared_memory(rows: int) -> int:
+    """The same for an eigendecomposition."""
+    most = max(32, -(-rows // 32) * 32)
+    return 8 * (most * most + 3 * most + (16 if most == 32 else 32))

@@ -184,12 +184,19 @@ def _choose(
     device = next((tensor.device.type for tensor in tensors), "cpu")
     candidates = _CANDIDATES.get(device, ("reference",)) if asked == "auto" else (asked,)
     rejected: dict[str, str] = {}
+    second: str | None = None
     for name in candidates:
         reason = _rejection(name, op, tensors, options)
-        if reason is None:
+        if reason is None and asked == "auto" and name == "cuda":
+            reason = _cuda.elsewhere(op, tensors)
+            second = None if reason is None else name
+        if reason is None and not (second and name == "reference"):
             return Explanation(op, name, asked_by, rejected)
-        rejected[name] = reason
-    return Explanation(op, None, asked_by, rejected)
+        if reason is not None:
+            rejected[name] = reason
+    if second:
+        rejected.pop(second)
+    return Explanation(op, second, asked_by, rejected)
 
 
 def explain(op: str, *tensors: Tensor, backend: str | None = None, **options: Any) -> Explanation:

@@ -6,7 +6,8 @@
 #include "../../csrc/cuda/register.h"
 #include "emulation.h"
 
-extern "C" void set_emulation(int order, int truncation, const char* left_out) {
+extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit) {
+  emulation::shared_limit = limit;
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::left_out = left_out;

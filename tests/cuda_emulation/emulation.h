@@ -397,6 +397,9 @@ inline void set_order(int value) {
 }
 inline void set_truncation(bool on) { truncation = on; }
 
+// What one block may have.
+inline int64_t shared_limit = 227 * 1024;
+
 }  // namespace emulation
 
 #define threadIdx (emulation::current->thread)
@@ -409,7 +412,9 @@ inline void set_truncation(bool on) { truncation = on; }
 
 // Barriers know where they stand, so that a test can leave out one of them.
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
+#define BARRIER(threads) emulation::barrier(__FILE__, __LINE__)
 inline void __threadfence() {}
+inline void __syncwarp() { emulation::wait_for_warp(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::shuffle(value, emulation::lane() ^ unsigned(mask));
@@ -488,6 +493,10 @@ inline float2 unpack_f16(uint32_t w) {
 }
 inline float2 unpack_bf16(uint32_t w) {
   return {emulation::from_bf16(w & 0xffff), emulation::from_bf16(w >> 16)};
+}
+template <class T>
+T fresh(const T* p) {
+  return *p;
 }
 inline uint32_t bits_of(float x) {
   uint32_t u;

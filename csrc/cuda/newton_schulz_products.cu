@@ -1,0 +1,129 @@
+// The iteration that steps_kernel runs on chip, with a launch a product.
+#include <utility>
+
+#include "newton_schulz_products.h"
+
+namespace spectral_kernels::cuda {
+namespace {
+
+class Iteration {
+ public:
+  Iteration(const ProductPlan& plan, const ProductWorkspaces& work, const Update& update,
+            void* stream)
+      : plan_(plan), work_(work), update_(update), stream_(stream), x_(work.x), next_(work.next) {
+    x_format_ = {plan.planes, plan.f16};
+    format_ = plan.square_planes == 2 ? Format{2, true} : x_format_;
+    for (int i = 0; i < ProductPlan::kSquares; i++)
+      square_[i] = work.squares + i * plan.tiling.squares;
+  }
+
+  int run(const Segment& segment, bool last) {
+    const float *factor = segment.first ? work_.factor : nullptr, before = 1 / segment.before;
+    uint16_t *&r = square_[0], *&half = square_[1], *&w = square_[2], *&q = square_[3],
+             *&spare = square_[4];
+    float r_scale = segment.r_scale, q_scale = 1;
+    Product gram;
+    gram.shape = Shape::kGram;
+    gram.format = x_format_;
+    gram.a = gram.b = x_;
+    gram.d = r;
+    gram.d_format = format_;
+    gram.alpha = r_scale * (factor != nullptr ? 1.f : before * before);
+    gram.factor = factor;
+    gram.power = 2;
+    gram.lower_d = plan_.wgmma != 0;  // R is read by products of square matrices only
+    int error = go(gram);
+
+    for (int t = 0; t < segment.steps && error == 0; t++) {
+      const OnChipStep& s = segment.step[t];
+      const bool ends = t + 1 == segment.steps;
+      // W = a I + b R + c R², which is Q in the first step
+      const bool alone = t == 0;
+      const float w_scale = alone && ends ? s.q_scale : s.w_scale;
+      Product product = squares(r, r, w);
+      product.c = r;
+      product.c_format = format_;
+      product.alpha = s.c * w_scale / (r_scale * r_scale);
+      product.beta = s.b * w_scale / r_scale;
+      product.gamma = segment.apart ? 0.f : s.a * w_scale;
+      product.lower_ab = gram.lower_d;
+      if (alone && ends) product.d_format = x_format_;
+      error = go(product);
+      if (alone) {
+        q_scale = w_scale;
+      } else if (error == 0) {
+        product = squares(q, w, spare);
+        product.alpha = s.q_scale / (q_scale * w_scale);
+        if (ends) product.d_format = x_format_;
+        error = go(product);
+        q_scale = s.q_scale;
+        std::swap(q, spare);
+      }
+      if (!ends && error == 0) {
+        product = squares(r, w, half);
+        product.alpha = s.t_scale / (r_scale * w_scale);
+        error = go(product);
+        if (error != 0) break;
+        product = squares(half, w, r);
+        product.alpha = s.r_scale / (s.t_scale * w_scale);
+        error = go(product);
+        r_scale = s.r_scale;
+      }
+      if (alone) std::swap(q, w);
+    }
+    if (error != 0) return error;
+
+    Product apply;
+    apply.shape = Shape::kWide;
+    apply.format = apply.c_format = apply.d_format = x_format_;
+    apply.a = q;
+    apply.b = x_;
+    apply.factor = factor;
+    const float scale = (factor != nullptr ? 1.f : before) * (last ? 1.f : segment.after);
+    apply.alpha = scale / q_scale;
+    if (segment.apart) {
+      apply.c = x_;
+      apply.beta = scale * segment.step[0].a;
+    }
+    apply.d = last ? nullptr : next_;
+    apply.update = update_;
+    std::swap(x_, next_);
+    return go(apply);
+  }
+
+ private:
+  Product squares(const uint16_t* a, const uint16_t* b, uint16_t* d) const {
+    Product product;
+    product.format = product.d_format = format_;
+    product.a = a;
+    product.b = b;
+    product.d = d;
+    return product;
+  }
+
+  int go(const Product& product) {
+    if (plan_.wgmma != 0)
+      return launch_product_wgmma(plan_.entries, product, work_.buffers, plan_.wgmma, stream_);
+    return launch_product(plan_.entries, product, plan_.tiling.tile, work_.buffers, stream_);
+  }
+
+  const ProductPlan& plan_;
+  const ProductWorkspaces& work_;
+  const Update& update_;
+  void* stream_;
+  Format x_format_, format_;
+  uint16_t *x_, *next_, *square_[ProductPlan::kSquares];
+};
+
+}  // namespace
+
+int launch_products(const ProductPlan& plan, const std::vector<Segment>& segments,
+                    const ProductWorkspaces& workspaces, const Update& update, void* stream) {
+  Iteration iteration(plan, workspaces, update, stream);
+  for (size_t i = 0; i < segments.size(); i++)
+    if (const int error = iteration.run(segments[i], i + 1 == segments.size()); error != 0)
+      return error;
+  return 0;
+}
+
+}  // namespace spectral_kernels::cuda

@@ -1,0 +1,219 @@
+// What the kernels for products share: tiles, parts of sums, and what becomes of a finished tile.
+#pragma once
+
+#include "symmetric_matmul.h"
+#include "table.h"
+
+namespace spectral_kernels::cuda {
+
+constexpr int kDepth = 32;      // of a step of mma.sync
+constexpr int kMostChunks = 4;  // parts of a sum; one is written once and read once: more never pay
+
+HOST_DEVICE int64_t over(int64_t n, int64_t by) { return (n + by - 1) / by; }
+HOST_DEVICE int64_t square_line(const Entry& e) { return over(e.rows, 64) * 64; }
+HOST_DEVICE int64_t steps_of(const Entry& e, Shape shape) {
+  return (shape == Shape::kGram ? e.line : square_line(e)) / kDepth;
+}
+HOST_DEVICE int64_t chunks_of(const Entry& e, Shape shape) {
+  return shape == Shape::kWide ? 1 : shape == Shape::kGram ? e.chunks : e.square_chunks;
+}
+HOST_DEVICE int64_t tiles_of(const Entry& e, Shape shape, int tile) {
+  const int64_t down = over(square_line(e), tile);
+  return shape == Shape::kWide ? over(e.rows, tile) * over(e.line, tile) : down * (down + 1) / 2;
+}
+
+// Row and column of a tile. Those of a lower triangle go row by row; those of A X column by column,
+// so that blocks at work share a column of X.
+struct Cell {
+  int64_t row, column;
+};
+
+DEVICE Cell cell_of(const Entry& e, Shape shape, int tile, int64_t t) {
+  if (shape == Shape::kWide) {
+    const int64_t down = over(e.rows, tile);
+    return {t % down, t / down};
+  }
+  int64_t row = int64_t((sqrtf(8.f * float(t) + 1) - 1) / 2);  // a guess
+  while (row * (row + 1) / 2 > t) row--;
+  while ((row + 1) * (row + 2) / 2 <= t) row++;
+  return {row, t - row * (row + 1) / 2};
+}
+
+DEVICE uint32_t packed_pair(float u, float v, bool f16) {
+  return f16 ? pack_f16(u, v) : pack_bf16(u, v);
+}
+DEVICE float2 pair_of(uint32_t w, bool f16) { return f16 ? unpack_f16(w) : unpack_bf16(w); }
+
+DEVICE float2 load_pair(const uint16_t* at, int64_t plane, const Format& format) {
+  float2 f = pair_of(*reinterpret_cast<const uint32_t*>(at), format.f16);
+  if (format.planes == 2) {
+    const float2 low = pair_of(*reinterpret_cast<const uint32_t*>(at + plane), format.f16);
+    f.x += low.x;
+    f.y += low.y;
+  }
+  return f;
+}
+
+DEVICE void store_pair(uint16_t* at, int64_t plane, const Format& format, float u, float v) {
+  const uint32_t high = packed_pair(u, v, format.f16);
+  *reinterpret_cast<uint32_t*>(at) = high;
+  if (format.planes == 1) return;
+  const float2 kept = pair_of(high, format.f16);
+  *reinterpret_cast<uint32_t*>(at + plane) = packed_pair(u - kept.x, v - kept.y, format.f16);
+}
+
+// A result in shared memory, permuted so that neither rows nor columns share banks.
+template <int kTile>
+DEVICE float& staged(char* shared, int row, int column) {
+  return reinterpret_cast<float*>(
+      shared)[row * kTile + (column ^ ((row & 7) << 2 | (row >> 3 & 3)))];
+}
+
+// What a block works on.
+struct Unit {
+  Place at;
+  int64_t matrix, tile, chunk, chunks;
+  Cell cell;
+  bool diagonal;
+};
+
+DEVICE Unit unit_of(const Table& table, int64_t item, Shape shape, int tile) {
+  Unit u;
+  u.at = place(table, item,
+               [&](const Entry& e) { return tiles_of(e, shape, tile) * chunks_of(e, shape); });
+  const Entry& e = *u.at.entry;
+  u.matrix = e.first + u.at.matrix;
+  u.chunks = chunks_of(e, shape);
+  u.chunk = u.at.part % u.chunks;
+  u.tile = u.at.part / u.chunks;
+  u.cell = cell_of(e, shape, tile, u.tile);
+  u.diagonal = shape != Shape::kWide && u.cell.row == u.cell.column;
+  return u;
+}
+
+// Where matrices begin in their workspaces.
+struct Offsets {
+  int64_t square, square_plane, of_square, x_plane, of_x;
+};
+
+DEVICE Offsets offsets_of(const Unit& u, int x_planes) {
+  const Entry& e = *u.at.entry;
+  Offsets o;
+  o.square = square_line(e);
+  o.square_plane = e.rows * o.square;
+  o.x_plane = e.rows * e.line;
+  o.of_square = e.square + u.at.matrix * o.square_plane * 2;
+  o.of_x = e.plane + u.at.matrix * o.x_plane * x_planes;
+  return o;
+}
+
+// Adds the parts of a sum and writes D, from a tile of sums that is staged and behind a barrier.
+// `tid` counts the threads that take part; `turn` is a word of shared memory.
+template <int kTile, int kThreads, bool kWide>
+DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers& buffers,
+                        char* shared, int* turn, int tid) {
+  const Place& at = unit.at;
+  const Entry& e = *at.entry;
+  const int64_t chunks = unit.chunks, chunk = unit.chunk, tile = unit.tile, matrix = unit.matrix;
+  const int64_t row0 = unit.cell.row * kTile, column0 = unit.cell.column * kTile;
+  const bool diagonal = unit.diagonal;
+  const Offsets o = offsets_of(unit, p.format.planes);
+  const int64_t square = o.square, square_plane = o.square_plane, x_plane = o.x_plane;
+  const int64_t of_square = o.of_square, of_x = o.of_x;
+  if (chunks > 1) {
+    constexpr int kSize = kTile * kTile;
+    const int64_t counter = e.tile + at.matrix * tiles_of(e, p.shape, kTile) + tile;
+    float* parts = buffers.parts + counter * kMostChunks * kSize;
+    // The last block need not write its own part, if it knows that it is the last.
+    if (tid == 0) *turn = int(fresh(buffers.arrived + counter));
+    BARRIER(kThreads);
+    if (*turn + 1 != int(chunks)) {
+      for (int i = tid; i < kSize; i += kThreads)
+        parts[chunk * kSize + i] = staged<kTile>(shared, i / kTile, i % kTile);
+      __threadfence();
+      BARRIER(kThreads);
+      if (tid == 0) *turn = int(atomicAdd(buffers.arrived + counter, 1u));
+      BARRIER(kThreads);
+      if (*turn + 1 != int(chunks)) return;
+    }
+    __threadfence();
+    if (tid == 0) buffers.arrived[counter] = 0;
+    for (int i = tid; i < kSize; i += kThreads) {
+      float& own = staged<kTile>(shared, i / kTile, i % kTile);
+      float all = 0;
+      for (int64_t c = 0; c < chunks; c++) all += c == chunk ? own : fresh(parts + c * kSize + i);
+      own = all;
+    }
+    BARRIER(kThreads);
+  }
+
+  float factor = p.factor != nullptr ? p.factor[matrix] : 1.f;
+  if (p.power == 2) factor *= factor;
+  const float alpha = p.alpha * factor, beta = p.beta * factor;
+  const int64_t line = kWide ? e.line : square;
+  const int64_t c_plane = kWide ? x_plane : square_plane;
+  // Both mirror images of an element are one number: a tile on the diagonal shows its lower half.
+  const auto result = [&](int row, int column) {
+    return alpha * (diagonal && row < column ? staged<kTile>(shared, column, row)
+                                             : staged<kTile>(shared, row, column));
+  };
+  if (p.d != nullptr) {
+    const int64_t offset = kWide ? of_x : of_square;
+    const auto put = [&](int64_t row, int64_t column, float u, float v) {
+      if (row >= e.rows || column >= line) return;
+      const int64_t place_of_pair = offset + row * line + column;
+      if (p.c != nullptr) {
+        const float2 old = load_pair(p.c + place_of_pair, c_plane, p.c_format);
+        u += beta * old.x;
+        v += beta * old.y;
+      }
+      u += row == column ? p.gamma : 0.f;
+      v += row == column + 1 ? p.gamma : 0.f;
+      store_pair(p.d + place_of_pair, c_plane, p.d_format, u, v);
+    };
+    for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
+      const int fast = i % (kTile / 2) * 2, slow = i / (kTile / 2);
+      put(row0 + slow, column0 + fast, result(slow, fast), result(slow, fast + 1));
+      if (!kWide && !diagonal && !p.lower_d)
+        put(column0 + slow, row0 + fast, result(fast, slow), result(fast + 1, slow));
+    }
+    return;
+  }
+
+  const bool usable = finite(buffers.largest[matrix]);
+  const Update& update = p.update;
+  if (!usable && update.nonfinite == NonFinite::kSkip) return;
+  if (kWide && p.c != nullptr) {
+    for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
+      const int fast = i % (kTile / 2) * 2, slow = i / (kTile / 2);
+      if (row0 + slow >= e.rows || column0 + fast >= line) continue;
+      const float2 old =
+          load_pair(p.c + of_x + (row0 + slow) * line + column0 + fast, c_plane, p.c_format);
+      staged<kTile>(shared, slow, fast) += p.beta / p.alpha * old.x;
+      staged<kTile>(shared, slow, fast + 1) += p.beta / p.alpha * old.y;
+    }
+    BARRIER(kThreads);
+  }
+  const float lr = update.device_lr != nullptr ? *update.device_lr : update.lr;
+  const float decay = 1 - lr * update.weight_decay, rate = lr * e.scale;
+  const uint32_t largest = buffers.largest[matrix];
+  const PowerOfTwo unshifted(usable && largest != 0 ? -pack_shift(largest, p.x_f16) : 0);
+  const int64_t columns = kWide ? e.columns : e.rows;
+  const auto deliver = [&](int64_t row, int64_t column, float value) {
+    if (row >= e.rows || column >= columns) return;
+    const int64_t to = at.matrix * e.target.batch + row * e.target.row + column * e.target.column;
+    for (int i = 0; i < p.unshift; i++) value = unshifted(value);
+    if (!usable) value = float_of(0x7fc00000u);
+    if (update.in_place) value = decay * read(e.target, to) - rate * value;
+    write(e.target, to, value);
+  };
+  const bool transposed = e.target.row < e.target.column;
+  for (int i = tid; i < kTile * kTile; i += kThreads) {
+    const int fast = i % kTile, slow = i / kTile;
+    const int row = transposed ? fast : slow, column = transposed ? slow : fast;
+    deliver(row0 + row, column0 + column, result(row, column));
+    if (!kWide && !diagonal) deliver(column0 + slow, row0 + fast, result(fast, slow));
+  }
+}
+
+}  // namespace spectral_kernels::cuda

@@ -1,0 +1,443 @@
+// gram, newton_schulz and muon_step_ on CUDA tensors: workspaces, and which kernels serve what.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../check.h"
+#include "../check_lists.h"
+#include "../counters.h"
+#include "device.h"
+#include "list_step.h"
+#include "newton_schulz.h"
+#include "newton_schulz_products.h"
+#include "register.h"
+#include "tensors.h"
+
+namespace spectral_kernels::cuda {
+namespace {
+
+// Restarts of a matrix, and the planes of its square matrices, 0 on chip.
+struct Route {
+  std::vector<int64_t> cuts;
+  int square_planes = 0;
+  bool operator<(const Route& other) const {
+    return std::tie(square_planes, cuts) < std::tie(other.square_planes, other.cuts);
+  }
+};
+
+// How a list is iterated on, but for the restarts of its entries.
+struct Plan {
+  std::vector<Rows> rows;
+  std::string method;
+  bool full = false, f16 = false, schatten8 = false;
+  int planes = 1;
+  double norm_factor = 1, eps = 0;
+  const char* op;
+
+  Plan(at::ArrayRef<double> flat_rows, c10::string_view method_, at::ScalarType compute_dtype,
+       double eps_, c10::string_view norm, double norm_factor_, const char* op_)
+      : method(method_), norm_factor(norm_factor_), eps(eps_), op(op_) {
+    TORCH_CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
+                      "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
+    check_one_of(method, "method", {"auto", "standard", "gram"});
+    check_one_of(std::string(norm), "norm", {"frobenius", "schatten8"});
+    TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ",
+                      eps);
+    TORCH_CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
+                      "norm_factor must be positive and finite, got ", norm_factor);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        compute_dtype == at::kFloat || compute_dtype == at::kHalf || compute_dtype == at::kBFloat16,
+        op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+    for (size_t i = 0; i < flat_rows.size(); i += 3)
+      rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});
+    full = compute_dtype == at::kFloat;
+    f16 = compute_dtype != at::kBFloat16;
+    planes = full ? 2 : 1;
+    schatten8 = norm == "schatten8";
+  }
+
+  // Steps before which X is formed anew. In full precision the Gram form keeps the accuracy of the
+  // standard one only with restarts that were measured for the rows; with a 16-bit X the 22 bits
+  // of its Gram matrix are enough without.
+  std::vector<int64_t> cuts(at::IntArrayRef restarts) const {
+    std::vector<int64_t> steps;
+    if (method == "standard" || (method == "auto" && full && restarts.empty()))
+      for (size_t t = 1; t < rows.size(); t++) steps.push_back(int64_t(t));
+    else if (method == "gram" || full)
+      steps.assign(restarts.begin(), restarts.end());
+    return steps;
+  }
+
+  // The same for a matrix that is too large for a chip, and the planes of its square matrices.
+  Route products(const Entry& e, at::IntArrayRef restarts) const {
+    Route route;
+    const bool gram =
+        method == "gram" || (method == "auto" && e.columns >= kLeastGramRatio * e.rows);
+    route.square_planes = full || gram ? 2 : 1;
+    if (full || method == "gram")
+      route.cuts = cuts(restarts);
+    else if (!gram)
+      for (size_t t = 1; t < rows.size(); t++) route.cuts.push_back(int64_t(t));
+    return route;
+  }
+
+  // How a matrix is served: on chip, where square_planes is 0, if it fits there.
+  Route route(const Entry& e, at::IntArrayRef restarts, int64_t shared_memory) const {
+    if (onchip_bytes(e.rows) <= shared_memory) return {cuts(restarts), 0};
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !schatten8, op, ": the CUDA C++ kernels take norm 'schatten8' with a side of at most ",
+        kMostOnChipRows, ", got one of ", e.rows);
+    TORCH_CHECK_NOT_IMPLEMENTED(product_shared_bytes(planes, 128) <= shared_memory, op,
+                                ": products need ", product_shared_bytes(planes, 128),
+                                " bytes of shared memory, and this device has ", shared_memory);
+    return products(e, restarts);
+  }
+
+  std::vector<Segment> segments(const std::vector<int64_t>& steps) const {
+    std::vector<Segment> out;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        plan_segments(rows, steps, f16, schatten8, norm_factor, eps, out), op,
+        ": these coefficients grow beyond what the CUDA C++ kernels can hold");
+    return out;
+  }
+};
+
+// Scratch of one call.
+class Scratch {
+ public:
+  Scratch(const OnChipSizes& sizes, const at::Tensor& like) : like_(like), packed_(sizes.packed) {
+    const int64_t packed = aligned(sizes.packed * 2), parts = aligned(sizes.parts * 4),
+                  q = aligned(sizes.q * 2), alpha = aligned(sizes.matrices * 4);
+    char* at = bytes(packed + parts + q + alpha);
+    largest_ = at::zeros({sizes.matrices}, like.options().dtype(at::kInt));
+    buffers.packed = reinterpret_cast<uint16_t*>(at);
+    buffers.parts = reinterpret_cast<float*>(at += packed);
+    buffers.q = reinterpret_cast<uint16_t*>(at += parts);
+    buffers.alpha = reinterpret_cast<float*>(at += q);
+  }
+
+  // What products of the placed lists `plans` need beside that, one list after the other.
+  ProductWorkspaces for_products(const std::vector<ProductPlan>& plans) {
+    int64_t squares = 0, parts = 0, tiles = 0;
+    for (const ProductPlan& plan : plans) {
+      squares = std::max(squares, plan.tiling.squares);
+      parts = std::max(parts, plan.tiling.parts);
+      tiles = std::max(tiles, plan.tiling.tiles);
+    }
+    const int64_t next = squares == 0 ? 0 : aligned(packed_ * 2), square = aligned(squares * 2);
+    char* at = bytes(next + ProductPlan::kSquares * square + parts * 4);
+    ProductWorkspaces work;
+    work.x = buffers.packed;
+    work.next = reinterpret_cast<uint16_t*>(at);
+    work.squares = reinterpret_cast<uint16_t*>(at += next);
+    work.buffers.parts = reinterpret_cast<float*>(at + ProductPlan::kSquares * square);
+    work.buffers.arrived = zeros(tiles);
+    work.buffers.largest = largest();
+    work.factor = norms.factor;
+    return work;
+  }
+
+  // Norms of all entries.
+  void add_norms(std::vector<Entry>& entries, const Plan& plan) {
+    const int64_t partial = aligned(place_norms(entries) * 8), matrices = largest_.numel();
+    char* at = bytes(partial + matrices * 4);
+    norms.squares = reinterpret_cast<double*>(at);
+    norms.factor = reinterpret_cast<float*>(at + partial);
+    norms.arrived = zeros(matrices);
+    norms.norm_factor = float(plan.norm_factor);
+    norms.eps = float(plan.eps);
+  }
+
+  uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
+  at::Tensor largest_on_host() const { return largest_.cpu(); }
+
+  OnChipBuffers buffers;
+  Norms norms;
+
+ private:
+  static int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+  char* bytes(int64_t count) {
+    kept_.push_back(at::empty({count}, like_.options().dtype(at::kByte)));
+    return static_cast<char*>(kept_.back().data_ptr());
+  }
+  uint32_t* zeros(int64_t count) {
+    kept_.push_back(at::zeros({count}, like_.options().dtype(at::kInt)));
+    return reinterpret_cast<uint32_t*>(kept_.back().data_ptr());
+  }
+
+  const at::Tensor& like_;
+  int64_t packed_;
+  at::Tensor largest_;
+  std::vector<at::Tensor> kept_;
+};
+
+// Entries by how they are served; all of them are placed, scaled and packed together.
+class Lists {
+ public:
+  Lists(const Plan& plan, const at::Tensor& like)
+      : plan_(plan), like_(like), shared_memory_(shared_memory_of(like)) {}
+
+  void add(const at::Tensor& source, const at::Tensor& momentum, const at::Tensor& target,
+           float scale, at::IntArrayRef restarts) {
+    append(entries, source, momentum, target, scale);
+    while (routes_.size() < entries.size())
+      routes_.push_back(plan_.route(entries[routes_.size()], restarts, shared_memory_));
+  }
+
+  // Refuses what cannot be served; nothing has been written before.
+  void place() {
+    std::map<Route, std::vector<size_t>> groups;
+    for (size_t i = 0; i < entries.size(); i++) groups[routes_[i]].push_back(i);
+    for (const auto& group : groups) segments_[group.first] = plan_.segments(group.first.cuts);
+    scratch.emplace(place_onchip(entries, plan_.planes), like_);
+    const bool products = groups.rbegin()->first.square_planes != 0;
+    if (products) scratch->add_norms(entries, plan_);
+    for (const auto& group : groups) {
+      const int square_planes = group.first.square_planes;
+      if (square_planes == 0) {
+        std::vector<Entry>& list = onchip_[group.first];
+        for (const size_t i : group.second) list.push_back(entries[i]);
+        continue;
+      }
+      for (size_t at = 0; at < group.second.size();) {
+        ProductPlan part;
+        part.f16 = plan_.f16;
+        part.planes = plan_.planes;
+        part.square_planes = square_planes;
+        for (int64_t size = 0; at < group.second.size(); at++) {
+          const Entry& e = entries[group.second[at]];
+          size += e.count * e.rows * e.rows;
+          if (!part.entries.empty() && size > kMostSquares) break;
+          part.entries.push_back(e);
+        }
+        const int device = device_number(like_);
+        if (square_planes == 1) part.wgmma = wgmma_multiprocessors(device);
+        part.tiling = place_products(part.entries, plan_.planes, square_planes,
+                                     multiprocessors_of_kind(device), part.wgmma != 0 ? 128 : 0);
+        products_.push_back(std::move(part));
+        product_routes_.push_back(group.first);
+      }
+    }
+    if (products) workspaces_ = scratch->for_products(products_);
+  }
+
+  void iterate(const Update& update, void* stream) {
+    for (const auto& list : onchip_)
+      check_launch(launch_newton_schulz(list.second, segments_[list.first], plan_.f16, plan_.planes,
+                                        scratch->largest(), scratch->buffers, update, stream),
+                   plan_.op);
+    for (size_t i = 0; i < products_.size(); i++)
+      check_launch(
+          launch_products(products_[i], segments_[product_routes_[i]], workspaces_, update, stream),
+          plan_.op);
+  }
+
+  std::vector<Entry> entries;
+  std::optional<Scratch> scratch;
+
+ private:
+  static constexpr int64_t kMostSquares = 1 << 24;  // elements that are worked on at a time
+
+  const Plan& plan_;
+  const at::Tensor& like_;
+  int64_t shared_memory_;
+  std::vector<Route> routes_;
+  std::map<Route, std::vector<Segment>> segments_;
+  std::map<Route, std::vector<Entry>> onchip_;
+  std::vector<ProductPlan> products_;
+  std::vector<Route> product_routes_;
+  ProductWorkspaces workspaces_;
+};
+
+at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::string_view method,
+                         at::IntArrayRef restarts, at::ScalarType compute_dtype, double eps,
+                         c10::string_view norm, double norm_factor) {
+  constexpr const char* kOp = "newton_schulz";
+  count_call(kOp, "cuda");
+  check_matrix(x, "x");
+  const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
+  const c10::DeviceGuard guard(x.device());
+  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  check_not_double(x, kOp);
+  Lists lists(plan, x);
+  lists.add(x, {}, out, 1, restarts);
+  lists.place();
+  Scratch& scratch = *lists.scratch;
+  void* stream = stream_of(x);
+  Prologue prologue;
+  prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
+  check_launch(launch_largest(lists.entries, Of::kSource, scratch.largest(), stream), kOp);
+  check_launch(launch_prologue(lists.entries, prologue, scratch.largest(), scratch.buffers.packed,
+                               scratch.norms, stream),
+               kOp);
+  lists.iterate(Update(), stream);
+  return out;
+}
+
+at::Tensor gram(const at::Tensor& x) {
+  constexpr const char* kOp = "gram";
+  count_call(kOp, "cuda");
+  check_matrix(x, "x");
+  TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, kOp,
+                              ": the CUDA C++ kernel takes bfloat16 and float16, got ",
+                              x.scalar_type());
+  const c10::DeviceGuard guard(x.device());
+  auto sizes = x.sizes().vec();
+  sizes.back() = x.size(-2);
+  const at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (x.numel() == 0) return out.zero_();
+  std::vector<ProductPlan> plans(1);
+  ProductPlan& plan = plans[0];
+  plan.f16 = x.scalar_type() == at::kHalf;
+  append(plan.entries, x, {}, out, 1, false);
+  Scratch scratch(place_onchip(plan.entries, 1), x);
+  plan.tiling = place_products(plan.entries, 1, 1, multiprocessors_of_kind(device_number(x)));
+  plan.tiling.squares = 0;  // the result goes to its place at once
+  const ProductWorkspaces work = scratch.for_products(plans);
+  void* stream = stream_of(x);
+  Prologue prologue;
+  prologue.f16 = plan.f16;
+  check_launch(launch_largest(plan.entries, Of::kSource, scratch.largest(), stream), kOp);
+  check_launch(launch_prologue(plan.entries, prologue, scratch.largest(), scratch.buffers.packed,
+                               scratch.norms, stream),
+               kOp);
+  Product product;
+  product.shape = Shape::kGram;
+  product.format = {1, plan.f16};
+  product.a = product.b = work.x;
+  product.unshift = 2;
+  product.x_f16 = plan.f16;
+  check_launch(launch_product(plan.entries, product, plan.tiling.tile, work.buffers, stream), kOp);
+  return out;
+}
+
+// Matrices have the numbers that place_onchip gave them: in the order of the list.
+std::vector<Counter> counters_of(at::TensorList step_counts, at::TensorList params) {
+  std::vector<Counter> counters;
+  int64_t first = 0;
+  for (size_t i = 0; i < params.size(); i++) {
+    if (params[i].numel() == 0) continue;
+    const at::Tensor& steps = step_counts[i];
+    Counter c;
+    c.first = first;
+    c.count = leading(params[i]);
+    c.steps = steps.data_ptr();
+    c.type = type_of(steps.scalar_type());
+    c.integer = steps.scalar_type() == at::kLong;
+    c.each = steps.numel() > 1;
+    counters.push_back(c);
+    first += c.count;
+  }
+  return counters;
+}
+
+// nonfinite="raise": the one option that waits for the device.
+void raise_nonfinite(const std::vector<Entry>& entries, at::TensorList params, Scratch& scratch,
+                     void* stream, const char* op) {
+  for (const Of of : {Of::kSource, Of::kMomentum}) {
+    check_launch(launch_largest(entries, of, scratch.largest(), stream), op);
+    const at::Tensor largest = scratch.largest_on_host();
+    const int32_t* bits = largest.const_data_ptr<int32_t>();
+    for (size_t i = 0; i < params.size(); i++)
+      for (int64_t j = 0; params[i].numel() > 0 && j < leading(params[i]); j++)
+        TORCH_CHECK_VALUE(uint32_t(*bits++) < kInfinityBits,
+                          of == Of::kSource ? "grads[" : "momentum_buffers[", i,
+                          "] has a non-finite element (matrix ", j, ")");
+  }
+}
+
+void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
+                double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
+                at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
+                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
+                c10::string_view norm, double norm_factor, bool maximize,
+                c10::string_view nonfinite) {
+  constexpr const char* kOp = "muon_step_";
+  count_call(kOp, "cuda");
+  check_step(params, grads, step_counts, skipped, lr);
+  check_state(momentum_buffers, "momentum_buffers", params, false);
+  check_distinct({params, momentum_buffers}, grads);
+  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
+                    " entries, params has ", params.size());
+  const std::string policy(nonfinite);
+  check_one_of(policy, "nonfinite", {"skip", "propagate", "raise"});
+  TORCH_CHECK_TYPE(lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble,
+                   "lr must be float32 or float64, got ", lr.scalar_type());
+  const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
+  check_restart_ends(restarts, restart_ends, params.size());
+  if (params.empty()) return;
+  TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
+                    ", the other tensors are on ", params[0].device());
+  const c10::DeviceGuard guard(params[0].device());
+  Lists lists(plan, params[0]);
+  for (size_t i = 0; i < params.size(); i++) {
+    if (params[i].numel() == 0) continue;
+    check_not_double(params[i], kOp);
+    const int64_t begin = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
+    const int64_t end = restart_ends.empty() ? 0 : restart_ends[i];
+    lists.add(grads[i], momentum_buffers[i], params[i], float(scales[i]),
+              restarts.slice(size_t(begin), size_t(end - begin)));
+  }
+  const std::vector<Counter> counters = counters_of(step_counts, params);
+  if (lists.entries.empty()) return;
+  lists.place();
+  Scratch& scratch = *lists.scratch;
+  void* stream = stream_of(params[0]);
+
+  Prologue prologue;
+  prologue.nesterov = nesterov;
+  prologue.maximize = maximize;
+  prologue.momentum = float(momentum);
+  prologue.nonfinite = policy == "skip" ? NonFinite::kSkip : NonFinite::kPropagate;
+  prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
+  Update update;
+  update.in_place = true;
+  update.weight_decay = float(weight_decay);
+  update.nonfinite = prologue.nonfinite;
+  at::Tensor rate;  // kept alive until the kernels are launched
+  if (lr.is_cpu()) {
+    update.lr = lr.scalar_type() == at::kFloat ? *lr.const_data_ptr<float>()
+                                               : float(*lr.const_data_ptr<double>());
+  } else {
+    rate = lr.to(at::kFloat);
+    update.device_lr = rate.const_data_ptr<float>();
+  }
+
+  if (policy == "raise") {
+    raise_nonfinite(lists.entries, params, scratch, stream, kOp);
+  } else {
+    check_launch(launch_largest(lists.entries, Of::kBoth, scratch.largest(), stream), kOp);
+  }
+  check_launch(launch_prologue(lists.entries, prologue, scratch.largest(), scratch.buffers.packed,
+                               scratch.norms, stream),
+               kOp);
+  lists.iterate(update, stream);
+  check_launch(launch_count(counters, update.nonfinite, scratch.largest(),
+                            static_cast<unsigned long long*>(skipped.data_ptr()), stream),
+               kOp);
+}
+
+}  // namespace
+
+void register_newton_schulz(torch::Library& m) {
+  m.impl("gram", &gram);
+  m.impl("newton_schulz", &newton_schulz);
+  m.impl("muon_step_", &muon_step_);
+}
+
+}  // namespace spectral_kernels::cuda

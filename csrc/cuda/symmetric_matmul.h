@@ -1,0 +1,73 @@
+// Products of lists of matrices by mma.sync: those known to be symmetric, of which one triangle is
+// computed, and Q X. Matrices are packed in 16 bits, in one or two planes (high and low halves).
+#pragma once
+
+#include <vector>
+
+#include "list.h"
+#include "list_step.h"
+
+namespace spectral_kernels::cuda {
+
+enum class Shape : int {
+  kGram,    // X Xᵀ
+  kSquare,  // A B of commuting symmetric matrices
+  kWide,    // A X
+};
+
+// How matrices are stored, and what `multiply` takes.
+struct Format {
+  int planes = 1;
+  bool f16 = false;
+};
+
+// D = (alpha A B + beta C) factor^power + gamma I. A, B, C and D are workspaces: X has rows of
+// `line` numbers from e.plane on, a square matrix rows of square_line(e) from e.square on.
+struct Product {
+  Shape shape = Shape::kSquare;
+  Format format;  // of A and B
+  Format c_format, d_format;
+  const uint16_t *a = nullptr, *b = nullptr, *c = nullptr;
+  uint16_t* d = nullptr;  // null: the target of the entry
+  float alpha = 1, beta = 0, gamma = 0;
+  const float* factor = nullptr;  // one a matrix; null: 1
+  int power = 1;
+  bool lower_ab = false;  // of A and B only the tiles of the lower triangle are stored
+  bool lower_d = false;   // and of D
+  int unshift = 0;     // how often a target is freed from the power of two that X was packed with
+  bool x_f16 = false;  // X was packed as fp16
+  Update update;       // with the target
+};
+
+// Tiles and parts. A sum is cut where (rows, columns, planes, processor) say, and parts are added
+// in their order; the size of the tiles, which changes no bit, also depends on the list.
+struct Tiling {
+  int tile = 64;
+  int64_t squares = 0;  // elements of a workspace for square matrices, both planes
+  int64_t parts = 0;    // floats of partial tiles
+  int64_t tiles = 0;    // arrival counters, zero before and after
+};
+
+// Fills in what entries need for products of X in `planes` planes and of square matrices in
+// `square_planes`, on a kind of processor that has so many multiprocessors.
+// `tile` is 0 where its size is free.
+Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes,
+                      int multiprocessors, int tile = 0);
+
+struct ProductBuffers {
+  float* parts = nullptr;
+  uint32_t* arrived = nullptr;
+  const uint32_t* largest = nullptr;
+};
+
+int launch_product(const std::vector<Entry>& entries, const Product& product, int tile,
+                   const ProductBuffers& buffers, void* stream);
+
+int64_t product_shared_bytes(int planes, int tile);
+
+// The same by wgmma and TMA: one plane, tiles of 128, sm_90 only, no more blocks at a time than
+// `multiprocessors`. Has run on no card yet.
+int launch_product_wgmma(const std::vector<Entry>& entries, const Product& product,
+                         const ProductBuffers& buffers, int multiprocessors, void* stream);
+
+}  // namespace spectral_kernels::cuda

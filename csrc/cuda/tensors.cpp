@@ -1,0 +1,112 @@
+#include "tensors.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "device.h"
+
+namespace spectral_kernels::cuda {
+
+void* stream_of(const at::Tensor& t) {
+  const c10::Device device = t.device();
+  if (device.is_cpu()) return nullptr;  // the emulation
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+void check_launch(int error, const char* op) {
+  TORCH_CHECK(error == 0, op, ": a CUDA kernel could not be launched: ", error_text(error));
+}
+
+Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kBFloat16:
+      return Type::kBF16;
+    case at::kHalf:
+      return Type::kF16;
+    case at::kDouble:
+      return Type::kF64;
+    default:
+      return Type::kF32;
+  }
+}
+
+int64_t leading(const at::Tensor& t) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 2 < t.dim(); d++) count *= t.size(d);
+  return count;
+}
+
+namespace {
+
+// The one stride of all leading dimensions together; false if there is none.
+bool batch_stride(const at::Tensor& t, int64_t& stride) {
+  stride = 0;
+  int64_t expected = -1;
+  for (int64_t d = t.dim() - 3; d >= 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (expected < 0)
+      stride = t.stride(d);
+    else if (t.stride(d) != expected)
+      return false;
+    expected = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+// Matrices from number `index` on; with the columns as rows if not `wide`.
+Matrices matrices(const at::Tensor& t, int64_t index, int64_t batch, bool wide) {
+  if (!t.defined()) return {};
+  int64_t offset = 0;
+  for (int64_t d = t.dim() - 3; d >= 0; d--) {
+    offset += index % t.size(d) * t.stride(d);
+    index /= t.size(d);
+  }
+  Matrices m;
+  m.data = static_cast<char*>(t.data_ptr()) + offset * int64_t(t.element_size());
+  m.type = type_of(t.scalar_type());
+  m.row = t.stride(wide ? -2 : -1);
+  m.column = t.stride(wide ? -1 : -2);
+  m.batch = batch;
+  return m;
+}
+
+}  // namespace
+
+void append(std::vector<Entry>& entries, const at::Tensor& source, const at::Tensor& momentum,
+            const at::Tensor& target, float scale, bool oriented) {
+  if (source.numel() == 0) return;
+  const bool wide = !oriented || source.size(-2) <= source.size(-1);
+  int64_t of_source, of_momentum = 0, of_target;
+  bool common = batch_stride(source, of_source) && batch_stride(target, of_target);
+  if (momentum.defined()) common = common && batch_stride(momentum, of_momentum);
+  const int64_t count = leading(source);
+  for (int64_t i = 0; i < count; i += common ? count : 1) {
+    Entry e;
+    e.source = matrices(source, i, of_source, wide);
+    e.momentum = matrices(momentum, i, of_momentum, wide);
+    e.target = matrices(target, i, of_target, wide);
+    e.rows = int(source.size(wide ? -2 : -1));
+    e.columns = source.size(wide ? -1 : -2);
+    e.count = common ? count : 1;
+    e.scale = scale;
+    entries.push_back(e);
+  }
+}
+
+void number(std::vector<Entry>& entries) {
+  for (size_t i = 1; i < entries.size(); i++)
+    entries[i].first = entries[i - 1].first + entries[i - 1].count;
+}
+
+int device_number(const at::Tensor& t) { return std::max(0, int(t.device().index())); }
+
+int64_t shared_memory_of(const at::Tensor& t) { return shared_memory_limit(device_number(t)); }
+
+void check_not_double(const at::Tensor& t, const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(t.scalar_type() != at::kDouble, op,
+                              ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+}
+
+}  // namespace spectral_kernels::cuda

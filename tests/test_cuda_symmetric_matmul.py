@@ -1,0 +1,96 @@
+"""gram of the CUDA C++ kernels and its tiles, run by the emulation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from emulated_cuda import Guarded, arranged, emulated
+from spectral_kernels import _cuda, gram
+from support import LAYOUTS, Placed, assert_rule, exact, gaussian, integers, same_bits
+
+pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Around tiles of 64, steps of 32 and sums in parts; tall as well as wide.
+SHAPES = ((1, 1), (3, 2), (17, 64), (64, 33), (65, 200), (129, 20), (20, 1000), (40, 4500))
+
+
+@pytest.fixture
+def backend_emulated():
+    torch.set_num_threads(1)
+    with emulated():
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_rule(shape, dtype):
+    x = gaussian(*shape, dtype=dtype)
+    found = gram(x)
+    assert same_bits(found, found.mT)
+    expected = exact(x) @ exact(x).T
+    plain = [(x * c) @ (x * c).mT / c**2 for c in (1.0, 2.0, 4.0)]
+    assert_rule(found, plain, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_exact(dtype):
+    x = integers(2, 70, 90, dtype=dtype)
+    assert same_bits(gram(x), (x.double() @ x.double().mT).to(dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    x = gaussian(3, 33, 50, dtype=torch.bfloat16)
+    placed = Placed(x, layout)
+    assert same_bits(gram(placed.tensor), gram(x))
+    placed.assert_untouched_around()
+
+
+def test_parts_are_added_in_their_order():
+    x = gaussian(2, 66, 2100, dtype=torch.bfloat16)
+    expected = gram(x)
+    for order in (1, 2, 3):
+        with arranged(order):
+            assert same_bits(gram(x), expected)
+    assert same_bits(gram(x[1]), expected[1])
+
+
+def test_what_is_not_finite_or_out_of_range():
+    x = gaussian(3, 5, 40, dtype=torch.float16)
+    expected = gram(x)
+    x[1, 2, 3] = math.inf
+    x[2] *= 1e3
+    found = gram(x)
+    assert same_bits(found[0], expected[0])
+    assert found[1].isnan().all()
+    assert found[2].diagonal().isinf().all()
+    assert not gram(torch.zeros(4, 5, dtype=torch.bfloat16)).any()
+    assert gram(torch.zeros(4, 0, dtype=torch.bfloat16)).shape == (4, 4)
+    tiny = (gaussian(5, 40) * 2.0**-130).bfloat16()
+    assert same_bits(gram(tiny.mul(2.0**110)), gram(tiny.mul(2.0**100)).mul(2.0**20))
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_access_outside_the_tensors(at_end):
+    x = gaussian(2, 35, 13, dtype=torch.bfloat16)
+    assert same_bits(gram(Guarded(x, at_end=at_end).tensor), gram(x))
+
+
+def test_what_is_not_served_is_refused():
+    with pytest.raises(NotImplementedError, match="takes bfloat16 and float16, got Float"):
+        gram(gaussian(3, 4))
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10, 12])
+def test_thresholds(capability, monkeypatch):
+    monkeypatch.setattr(_cuda, "_capability", lambda tensor: capability)
+    small, large = (torch.empty(n, n, device="meta") for n in (128, 4096))
+    for op in ("gram", "newton_schulz", "muon_step_", "inverse_root"):
+        assert _cuda.elsewhere(op, [small]) is None
+        reason = _cuda.elsewhere(op, [small, large])
+        leaves = capability in (9, 10) and op != "inverse_root"
+        assert (reason is not None) == leaves
+        assert reason is None or reason.startswith("4096 rows, more than ")
