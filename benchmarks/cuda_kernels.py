@@ -20,7 +20,10 @@ from typing import Any
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Opcodes of SASS that say what a kernel is made of.
-OPCODES = ("HMMA", "LDSM", "MOVM", "LDGSTS", "LDG", "STG", "LDS", "STS", "BAR", "FFMA", "DADD")
+OPCODES = ("HMMA", "HGMMA", "LDSM", "MOVM", "LDGSTS", "UTMALDG", "LDG", "STG", "LDS", "STS", "BAR")
+OPCODES += ("FFMA", "DFMA", "DADD")
+# Kernels of one architecture alone, by a part of their names; elsewhere they are empty.
+_ONLY = {"wgmma": "90a"}
 
 _PTXAS = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_\w+'.*?"
@@ -37,6 +40,9 @@ def inspect(source: Path, architecture: str) -> Iterator[dict[str, Any]]:
         said = _run([*command, "-cubin", str(source), "-o", str(cubin)]).stderr
         counts = dict(_instructions(_run(["cuobjdump", "-sass", str(cubin)]).stdout))
     for match in _PTXAS.finditer(said):
+        only = next((arch for part, arch in _ONLY.items() if part in match["kernel"]), architecture)
+        if only != architecture:
+            continue
         opcodes = counts[match["kernel"]]
         yield {
             "kernel": readable(match["kernel"]),

@@ -109,14 +109,18 @@ def arrange(
     library().set_emulation(order, int(truncation), left_out.encode(), ctypes.c_int64(shared))
 
 
-def barriers() -> list[str]:
-    """Every block-wide barrier in the kernels, as "file:line"."""
-    return [
-        f"{path.name}:{number}"
-        for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.h")])
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if "__syncthreads();" in line or " BARRIER(" in line and "define" not in line
-    ]
+def barriers() -> dict[str, str]:
+    """Every block-wide barrier in the kernels as "file:line", with the file and what follows."""
+    found = {}
+    for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.h")]):
+        if path.stem.endswith("sm90"):
+            continue  # not in the emulation
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        for number, line in enumerate(lines, 1):
+            if line == "__syncthreads();" or line.startswith("BARRIER("):
+                following = " ".join(lines[number : number + 2])
+                found[f"{path.name}:{number}"] = f"{path.name}: {following}"
+    return found
 
 
 @contextlib.contextmanager

@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(Jacobi<kN>::kThreads, 1)
 
   int sweeps = 0;
   for (bool more = true; more && sweeps < kMostSweeps; sweeps++) {
-    __syncthreads();
     for (int j = warp; j < even; j += Size::kWarps) {
       double square = 0;
       for (int i = lane; i < kN; i += 32) square += w[j * kN + i] * w[j * kN + i];
