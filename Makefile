@@ -58,7 +58,9 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(RUN) spectral-kernels bench
 
-# PAPERS='--scale 0.1 --trials 3' is a look. PEERS as for parity: DeVA's public code is timed too.
+# Half an hour. PAPERS= (nothing) goes through all problems, PAPERS='--scale 0.1 --trials 3' is a look.
+# PEERS as for parity: DeVA's public code is timed too.
+PAPERS ?= --tasks digits-mlp,char-gpt
 papers: $(VENV)/.built
 	$(RUN) SPECTRAL_KERNELS_PEERS=$(abspath $(PEERS)) python examples/papers.py $(PAPERS)
 
