@@ -128,15 +128,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(long)]
 
 
-# Cases of a test that the interpreter, which takes a second for what a card does in microseconds,
-# goes through in `make test`.
-_INTERPRETED_CASES = 3
-_SLOW_IN_THE_INTERPRETER = ("awkward", "convergent", "deepseek", "polar_express_8", "130-127")
+# What `make test` goes through in the interpreter, which takes a second for what a card does in
+# microseconds: some cases of every test of an operator, none of which takes many seconds.
+_INTERPRETED_FILES = (
+    *("test_symmetric_matmul.py", "test_newton_schulz.py", "test_kron_factor.py"),
+    *("test_inverse_root.py", "test_eigenbasis.py", "test_deva.py"),
+)
+_INTERPRETED_CASES = 2
+_SLOW_IN_THE_INTERPRETER = (
+    *("awkward", "convergent", "deepseek", "polar_express_8", "127", "130", "trajectory"),
+    *("every_small", "band", "steps", "long_run"),
+)
 
 
 def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
     functions: dict[str, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
+        if item.path.name not in _INTERPRETED_FILES:
+            continue
         params = getattr(item, "callspec", None)
         possible = params is None or torch.float64 not in params.params.values()
         if possible and not any(word in item.name for word in _SLOW_IN_THE_INTERPRETER):

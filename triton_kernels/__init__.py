@@ -11,15 +11,17 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-# Operator -> the family that holds it. What is missing here has no Triton kernel.
+# Operator -> the family that holds it.
 FAMILIES = {
     "gram": "symmetric_matmul",
     "newton_schulz": "newton_schulz",
+    "polar": "newton_schulz",
     "muon_step_": "newton_schulz",
     "kron_factors_update_": "kron_factor",
     "kron_precondition": "kron_factor",
     "inverse_root": "inverse_root",
     "shampoo_step_": "inverse_root",
+    "eigenbasis": "eigenbasis",
     "refresh_eigenbasis": "eigenbasis",
     "soap_step_": "eigenbasis",
     "deva_step_": "deva",

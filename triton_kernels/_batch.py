@@ -99,7 +99,6 @@ class Packed:
         dtype = x.dtype
         self._config = config_for(architecture(x.device), dtype, min(m, n))
         given = matrices_of(x)
-        self._kept = x
         self.layout = layout_of(((m, n),) * len(given), (self._config.tile,) * 2, x.device)
         mix = Mix(places_of(given, dtype, x.device))
         self.summary: Summary = summarize(mix, self.layout)
@@ -143,3 +142,10 @@ def gram(x: Tensor, space: tl.constexpr = SHORT) -> Tensor:
 def flattened(x: Tensor) -> Tensor:
     """(..., m, n) as (count, m, n)."""
     return x.reshape(-1, *x.shape[-2:])
+
+
+def scaled_by(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent in two factors, each in range; exact where the result is normal."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    first, second = (torch.exp2(e.double()).to(x.dtype) for e in (half, exponent - half))
+    return x * first * second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
@@ -65,6 +66,26 @@ def check_step(
             raise ValueError(
                 f"step_counts[{i}] must be 0-dim or have the batch's shape "
                 f"{tuple(param.shape[:-2])}, not {tuple(count.shape)}"
+            )
+
+
+def check_distinct(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> None:
+    """No tensor that is written shares memory with another."""
+    spans = []
+    for is_written, tensors in [(True, x) for x in written] + [(False, read)]:
+        for x in tensors:
+            if x.numel():
+                size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+                begin = x.data_ptr()
+                end = begin + size * x.element_size()
+                spans.append((begin, end, is_written, size == x.numel(), x))
+    spans.sort(key=lambda span: span[:2])
+    for (begin, end, first, dense, x), (next_begin, *_, second, _, y) in itertools.pairwise(spans):
+        # Slices of one tensor may interleave without sharing an element.
+        if (first or second) and next_begin < end and (begin == next_begin or dense):
+            raise ValueError(
+                f"tensors of shapes {tuple(x.shape)} and {tuple(y.shape)} overlap in memory, or "
+                "are the same, and one of them is written"
             )
 
 

@@ -69,19 +69,25 @@ class Progress:
             states = states[_order(tuple(places), states.device)]
         kept = (states == NONFINITE.value) & (not self._propagate)
         self._skipped.add_(kept.sum())
-        updated = (~kept).to(torch.float32)
         counts = [self._counts[entry] for entry, _ in self._entries]
-        single = all(count.ndim == 0 and count.dtype == updated.dtype for count in counts)
-        if single and all(count == 1 for _, count in self._entries):
-            torch._foreach_add_(counts, list(updated.unbind()))
-            return
-        for (entry, size), part in zip(
-            self._entries, updated.split([size for _, size in self._entries]), strict=True
-        ):
-            count = self._counts[entry]
-            steps = part.reshape(count.shape) if count.ndim else part.amax()
-            count.add_(steps.to(count.dtype))
-            assert len(part) == size
+        advance_(counts, tuple(size for _, size in self._entries), ~kept)
+
+
+def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) -> None:
+    """Adds what was updated to the steps of every entry, one number for it or one a matrix."""
+    done = updated.to(torch.float32)
+    whole = parts = done.split(sizes)
+    if max(sizes) > 1:
+        entries = [i for i, size in enumerate(sizes) for _ in range(size)]
+        owners = _order(tuple(entries), done.device)
+        whole = done.new_zeros(len(sizes)).scatter_reduce(0, owners, done, "amax").unbind()
+    steps = [
+        (part if count.ndim else one).reshape(count.shape).to(count.dtype)
+        for count, part, one in zip(counts, parts, whole, strict=True)
+    ]
+    for dtype in {count.dtype for count in counts}:
+        chosen = [i for i, count in enumerate(counts) if count.dtype == dtype]
+        torch._foreach_add_([counts[i] for i in chosen], [steps[i] for i in chosen])
 
 
 class Stack:
@@ -108,7 +114,7 @@ class Stack:
     def steps(self, counts: Sequence[Tensor]) -> Tensor:
         """The numbers, from 1, of the steps about to be taken, fp64 (count,)."""
         pairs = zip(self.entries, self._sizes, strict=True)
-        return torch.cat([counts[e].double().reshape(-1).expand(size) for e, size in pairs]) + 1.0
+        return torch.cat([counts[e].reshape(-1).expand(size) for e, size in pairs]).double() + 1.0
 
     def put_(
         self, tensors: Sequence[Tensor], old: Tensor | None, new: Tensor | None, where: Tensor
@@ -119,18 +125,15 @@ class Stack:
         shape = (-1,) + (1,) * (old.ndim - 1)
         parts = torch.where(where.view(shape), new, old).split(self._sizes)
         targets = [tensors[e] for e in self.entries]
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part.reshape(target.shape))
+        shaped = [part.reshape(x.shape) for x, part in zip(targets, parts, strict=True)]
+        torch._foreach_copy_(targets, shaped)
 
     def count_(
         self, counts: Sequence[Tensor], skipped: Tensor, updated: Tensor, kept: Tensor
     ) -> None:
         """Advances the steps of what was updated, and `skipped` by what was kept."""
         skipped.add_(kept.sum())
-        for entry, part in zip(self.entries, updated.split(self._sizes), strict=True):
-            count = counts[entry]
-            steps = part.reshape(count.shape) if count.ndim else part.any()
-            count.add_(steps.to(count.dtype))
+        advance_([counts[entry] for entry in self.entries], tuple(self._sizes), updated)
 
 
 def stacks_of(params: Sequence[Tensor], *keys: Sequence[object]) -> list[Stack]:
@@ -180,6 +183,13 @@ def move_(
     assert old is not None
     new = column(decay, old) * old.float() - column(rate, old) * update
     stack.put_(params, old, new.to(old.dtype), where)
+
+
+def rate_of(lr: Tensor, count: int, device: torch.device) -> Tensor:
+    """The learning rate for every matrix, fp64; one on the host is filled in, not copied."""
+    if lr.device.type == "cpu":
+        return torch.full((count,), float(lr), dtype=torch.float64, device=device)
+    return lr.to(torch.float64).reshape(()).expand(count)
 
 
 def length(x: Tensor) -> Tensor:

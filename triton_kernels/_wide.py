@@ -109,7 +109,7 @@ def deliver(
     tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns", "alpha_column", "beta_column"))
 def _wide_kernel(
     a, b, c, out, layout, tiles, factors, columns, alpha, beta, alpha_column, beta_column,
     places, state, scales, lr, rate, kept, decay,

@@ -18,6 +18,7 @@ from ._config import PASS_WARPS
 from ._device import launch
 from ._operator import (
     check_choice,
+    check_distinct,
     check_list,
     check_number,
     check_rows,
@@ -28,7 +29,7 @@ from ._operator import (
     operator,
     raise_nonfinite,
 )
-from ._steps import column, finite, move_, outside_range, stacks_of
+from ._steps import column, finite, move_, outside_range, rate_of, stacks_of
 from .eigenbasis import (
     Bases,
     accumulated,
@@ -130,9 +131,8 @@ def _adapt_kernel(
     seen = tl.load(seen_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
     seen = seen * tl.load(seen_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :]
     top = tl.load(top_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
-    top = tl.sqrt(top) * tl.sqrt(
-        tl.load(top_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :]
-    )
+    # One root of the product: two would not scale exactly with an odd power of two.
+    top = tl.sqrt(top * tl.load(top_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :])
     value = beta2 * tl.load(v + at, mask=inside, other=0.0) + fresh * seen
     tl.store(new_v + at, value, mask=inside)
     hat = value * tl.load(numbers + matrix * 2)
@@ -192,6 +192,8 @@ def deva_step_(
     check_list("refresh", refresh, len(params))
     check_number("eps", eps)
     check_number("weight_decay", weight_decay)
+    kept_lists = [params, exp_avgs, lefts, rights, left_bases, right_bases]
+    check_distinct(kept_lists + ([] if variance == "none" else [exp_avg_sqs]), grads)
     raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
     public_schatten = reference and norm == "schatten"
     step = _Deva(
@@ -245,7 +247,7 @@ def deva_step_(
             kept = kept | ~finite(new_m, new_v, *new)
         if normalize_grads:
             update = rms_normalized(update)
-        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        rate = rate_of(lr, len(g), g.device)
         decay = 1.0 - rate * weight_decay
         if public_schatten:
             rate = rate * decay

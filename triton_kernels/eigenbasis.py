@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._batch import flattened, gram, product, two_sided
+from ._batch import flattened, gram, product, scaled_by, two_sided
 from ._operator import (
+    check_distinct,
     check_list,
     check_number,
     check_sides,
@@ -20,7 +21,7 @@ from ._operator import (
     operator,
     raise_nonfinite,
 )
-from ._steps import Stack, column, finite, length, move_, stacks_of
+from ._steps import Stack, column, finite, length, move_, rate_of, stacks_of
 from .kron_factor import updated
 
 _U = 2.0**-24
@@ -57,7 +58,7 @@ def _refreshed(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Ten
     if largest == 0.0:
         return zeros, q.clone(), unchanged
     exponent = a.new_tensor(math.frexp(largest)[1] - 1, dtype=torch.int32)
-    a = torch.ldexp(a, -exponent)
+    a = scaled_by(a, -exponent)
     p = _times(0.5 * (a + a.mT), q)
     lengths = p.double().norm(dim=0)
     null = lengths <= _U * math.sqrt(len(a)) * lengths.max()
@@ -65,7 +66,7 @@ def _refreshed(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Ten
     p = torch.where(null, q, p)
     order = values.argsort(descending=True, stable=True)
     new = _orthonormal(p[:, order], q[:, order])
-    values = torch.ldexp(values, exponent)
+    values = scaled_by(values, exponent)
     if sort:
         return values[order], new, order
     unsorted = torch.empty_like(new)
@@ -113,19 +114,39 @@ def _is_orthonormal(p: Tensor) -> bool:
     return bool(off.abs().max() <= _LIMIT)
 
 
-def eigenbases_of(a: Tensor) -> Tensor:
-    """Eigenvectors of a batch, by descending eigenvalue, the largest element of each positive."""
-    found = []
-    for one in a:
-        wide = one.double()
-        if not bool(wide.isfinite().all()):
-            found.append(torch.full_like(one, math.nan))
-            continue
+@operator
+def eigenbasis(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; see `spectral_kernels.eigenbasis`.
+
+    No kernel of this room: `torch.linalg.eigh` in float64, matrix by matrix so that the bits do not
+    depend on the batch. Waits for the device.
+    """
+    if not a.numel():
+        return a.new_empty(a.shape[:-1]), torch.empty_like(a)
+    values, vectors = eigenbases_of(flattened(a))
+    return values.reshape(a.shape[:-1]), vectors.reshape(a.shape).contiguous()
+
+
+def eigenbases_of(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a batch, descending, and vectors, the largest element of each positive."""
+    found = [_eigenbasis_of(one) for one in a]
+    values, vectors = (torch.stack(list(x)) for x in zip(*found, strict=True))
+    return values, vectors
+
+
+def _eigenbasis_of(a: Tensor) -> tuple[Tensor, Tensor]:
+    failed = a.new_full(a.shape[-1:], math.nan), torch.full_like(a, math.nan)
+    wide = a.double()
+    if not bool(wide.isfinite().all()):
+        return failed
+    try:
         values, vectors = torch.linalg.eigh(0.5 * wide + 0.5 * wide.mT)
-        vectors = vectors[:, values.sort(descending=True, stable=True).indices]
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        found.append((vectors * largest.sign()).to(one.dtype))
-    return torch.stack(found)
+    except torch.linalg.LinAlgError:
+        return failed
+    values, order = values.sort(descending=True, stable=True)
+    vectors = vectors[:, order]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values.to(a.dtype), (vectors * largest.sign()).to(a.dtype)
 
 
 class Bases(NamedTuple):
@@ -197,7 +218,7 @@ def initialised(bases: Bases, g: Tensor, first: Tensor, beta: float) -> tuple[Ba
     def basis(factor: Tensor | None, old: Tensor | None) -> Tensor | None:
         if factor is None or old is None or not len(chosen):
             return old
-        return old.index_copy(0, chosen, eigenbases_of(factor[chosen]))
+        return old.index_copy(0, chosen, eigenbases_of(factor[chosen])[1])
 
     new = new._replace(
         left_basis=basis(new.left, bases.left_basis),
@@ -280,6 +301,7 @@ def soap_step_(
     check_list("refresh", refresh, len(params))
     check_number("eps", eps)
     check_number("weight_decay", weight_decay)
+    check_distinct([params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases], grads)
     raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
     checked = nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
@@ -304,7 +326,7 @@ def soap_step_(
         later = ~none if first is None else ~first
         if first is None or not bool(first.all()):
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
-            if refresh[stack.entries[0]]:
+            if refresh[stack.entries[0]] and any(x is not None for x in new):
                 chosen = later & ~kept & finite(*new)
                 new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute_squares)
                 assert new_v_ is not None
@@ -314,7 +336,7 @@ def soap_step_(
             kept = kept | ~finite(new_m, new_v, *new)
         if normalize_grads:
             update = rms_normalized(update)
-        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        rate = rate_of(lr, len(g), g.device)
         decay = 1.0 - rate * weight_decay
         bias = adam_bias(beta1, beta2, t) if correct_bias else torch.ones_like(t)
         moved = ~kept & ~idle

@@ -15,11 +15,12 @@ import torch
 from spectral_kernels.coefficients import root_schedule, root_tolerance
 from torch import Tensor
 
-from ._batch import flattened, product, two_sided
+from ._batch import flattened, product, scaled_by, two_sided
 from ._config import architecture, config_for
 from ._layout import SHORT, layout_of, padded, upload
 from ._operator import (
     check_choice,
+    check_distinct,
     check_list,
     check_number,
     check_sides,
@@ -28,7 +29,7 @@ from ._operator import (
     operator,
     raise_nonfinite,
 )
-from ._steps import column, finite, length, move_, outside_range, stacks_of
+from ._steps import column, finite, length, move_, outside_range, rate_of, stacks_of
 from .kron_factor import updated
 from .symmetric_matmul import symmetric
 
@@ -108,24 +109,33 @@ class _Iteration:
             steps: int32 (count,), how many of them each matrix takes.
         """
         longest = rows.shape[1]
+        on = (torch.arange(longest, device=rows.device) < steps[:, None]).float()[..., None]
         # Where a matrix is done, products have the weight 0 and what it holds the weight 1.
-        active = (torch.arange(longest, device=rows.device) < steps[:, None]).float()
-        keep = 1.0 - active
+        table = torch.cat([rows * on, on, 1.0 - on], -1).flatten(1)
         x = self.framed(torch.eye(self._n, device=m.device).expand(len(rows), -1, -1))
         for k in range(longest):
-            a, b, c = rows[:, k].unbind(-1)
-            on, off = active[:, k], keep[:, k]
+            a, b, c, taken, kept = range(5 * k, 5 * k + 5)
             n, new_x = self.empty(), self.empty()
-            self._step(m, m, n, torch.stack([c * on, b * on, a * on], 1), add=m)
-            self._step(n, x, new_x, torch.stack([on, off, 0.0 * on], 1), add=x)
+            self._step(m, m, n, table, (c, b, a), add=m, gamma=1.0)
+            self._step(n, x, new_x, table, (taken, kept, a), add=x)
             if k + 1 < longest:
                 new_m = self.empty()
-                self._step(self._power(n), m, new_m, torch.stack([on, off, 0.0 * on], 1), add=m)
+                self._step(self._power(n), m, new_m, table, (taken, kept, a), add=m)
                 m = new_m
             x = new_x
         return x
 
-    def _step(self, a: Tensor, b: Tensor, out: Tensor, factors: Tensor, *, add: Tensor) -> None:
+    def _step(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        table: Tensor,
+        columns: tuple[int, int, int],
+        *,
+        add: Tensor,
+        gamma: float = 0.0,
+    ) -> None:
         symmetric(
             self._layout,
             self._config,
@@ -134,9 +144,9 @@ class _Iteration:
             out,
             beta=1.0,
             c=add,
-            gamma=1.0,
-            factors=factors.contiguous(),
-            columns=(0, 1, 2),
+            gamma=gamma,
+            factors=table,
+            columns=columns,
         )
 
     def _power(self, n: Tensor) -> Tensor:
@@ -174,10 +184,10 @@ def roots_of(
     null = largest == 0.0
     exponent = torch.frexp(torch.where(null, 1.0, largest))[1] - 1
     exponent = p * torch.div(exponent, p, rounding_mode="floor")
-    a = torch.ldexp(a, -exponent[:, None, None])
+    a = scaled_by(a, -exponent[:, None, None])
     a = 0.5 * (a + a.mT)
     row_sum = a.abs().sum(-1).amax(-1)
-    own_ridge = torch.ldexp(torch.full_like(row_sum, ridge), -exponent)
+    own_ridge = scaled_by(torch.full_like(row_sum, ridge), -exponent)
     delta = torch.maximum(own_ridge, relative_ridge * row_sum)
     b = a + delta[:, None, None] * torch.eye(n, device=a.device)
     iteration = _Iteration(b, p)
@@ -203,7 +213,7 @@ def roots_of(
         x = torch.where(better[:, None, None], y, x)
         residual, steps = torch.where(better, other, residual), torch.where(better, second, steps)
     root = x * (nu.double() ** (-1.0 / p)).float()[:, None, None]
-    root = torch.ldexp(root, -torch.div(exponent, p, rounding_mode="floor")[:, None, None])
+    root = scaled_by(root, -torch.div(exponent, p, rounding_mode="floor")[:, None, None])
     accepted = accepted & root.isfinite().all(-1).all(-1)
     status = torch.where(accepted, CONVERGED, STAGNATED)
     status = torch.where(null, RANK_DEFICIENT, status)
@@ -215,7 +225,7 @@ def roots_of(
         status.long(),
         torch.where(accepted, steps, 0).long(),
         torch.where(bad, math.nan, torch.where(null, 0.0, residual)),
-        torch.where(bad, math.nan, torch.ldexp(torch.where(null, 0.0, delta), exponent)),
+        torch.where(bad, math.nan, scaled_by(torch.where(null, 0.0, delta), exponent)),
     )
 
 
@@ -317,7 +327,7 @@ def _eigen_root(a: Tensor, p: int, delta: float) -> tuple[Tensor, float, float]:
     n = a.shape[-1]
     wide = a.double()
     exponent = p * (math.frexp(max(float(wide.abs().max()), delta))[1] // p)
-    wide = torch.ldexp(0.5 * (wide + wide.mT), torch.tensor(-exponent, device=a.device))
+    wide = 0.5 * (wide + wide.mT) * 2.0**-exponent
     delta = math.ldexp(delta, -exponent)
     try:
         values, vectors = torch.linalg.eigh(wide)
@@ -430,6 +440,9 @@ def shampoo_step_(
         )
     if graft not in ("none", "sgd"):
         check_state("graft_squares", graft_squares, params)
+    check_distinct(
+        [params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares], grads
+    )
     raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
     step = _Shampoo(
         beta1=beta1,
@@ -465,7 +478,7 @@ def shampoo_step_(
         if checked:
             kept = kept | ~finite(new_m, new_squares, *new)
         update = _update(new_m, new_squares, new, t, step)
-        rate = lr.to(g.device, torch.float64).reshape(()).expand(len(g))
+        rate = rate_of(lr, len(g), g.device)
         move_(stack, params, update, ~kept, rate=rate, decay=1.0 - rate * weight_decay)
         stack.put_(momentum_buffers, m, new_m, ~kept)
         stack.put_(graft_squares, squares, new_squares, ~kept)

@@ -9,6 +9,7 @@ that end in the caller's tensors are launched once for every orientation in the 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._batch import flattened
 from ._config import (
     GROUP_ELEMENTS,
     Config,
@@ -40,6 +42,7 @@ from ._layout import (
     upload,
 )
 from ._operator import (
+    check_distinct,
     check_list,
     check_number,
     check_rows,
@@ -167,7 +170,7 @@ def _mean_with_transpose(x):
     return 0.5 * (x + tl.trans(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("steps", "restarts"))
 def _small_kernel(
     x, layout, matrices, rows, steps, restarts, floor, norm_factor,
     places, state, scales, lr, rate, kept, decay,
@@ -549,6 +552,30 @@ def newton_schulz(
 
 
 @operator
+def polar(x: Tensor) -> Tensor:
+    """The polar factor; see `spectral_kernels.polar`.
+
+    No kernel of this room: `torch.linalg.svd` in float64, matrix by matrix so that the bits do not
+    depend on the batch. Waits for the device.
+    """
+    if not x.numel():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.stack([_polar_of(one) for one in flattened(x)]).reshape(x.shape)
+
+
+def _polar_of(x: Tensor) -> Tensor:
+    wide = x.double()
+    largest = float(wide.abs().max())
+    if not math.isfinite(largest):
+        return torch.full_like(x, math.nan)
+    if largest == 0.0:
+        return torch.zeros_like(x)
+    u, s, vh = torch.linalg.svd(wide * 2.0 ** -math.frexp(largest)[1], full_matrices=False)
+    kept = s > max(x.shape) * torch.finfo(torch.float32).eps * s[0]
+    return ((u * kept) @ vh).to(x.dtype)
+
+
+@operator
 def muon_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -579,6 +606,7 @@ def muon_step_(
     check_list("restarts", restarts, len(params))
     for steps in restarts:
         check_rows(rows, steps)
+    check_distinct([params, momentum_buffers], grads)
     raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
     if not params:
         return

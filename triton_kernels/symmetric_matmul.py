@@ -37,7 +37,7 @@ def coefficient(scalar, table, matrix, column, columns, PER_MATRIX: tl.constexpr
         return scalar
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns", "alpha_column", "beta_column", "gamma_column"))
 def _symmetric_kernel(
     a, b, c, d, out, places, layout, tiles, state, factors, columns, alpha, beta, gamma, delta,
     alpha_column, beta_column, gamma_column, squares,
