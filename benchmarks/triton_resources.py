@@ -1,10 +1,12 @@
 """What every Triton kernel takes on every target, compiled ahead of time: no card is needed.
 
-    python -m spectral_kernels.benchmarks.triton_resources [--targets sm_90,gfx942] [--json FILE]
+    python -m spectral_kernels.benchmarks.triton_resources [--targets sm_90,gfx942] [--to FOLDER]
 
 Operators are called on CPU tensors while every launch is recorded in place of being run, so exactly
 the variants that the library launches are compiled. A line fails if the kernel spills, if its
-shared memory exceeds the card's, or if a product lacks the target's matrix instructions.
+shared memory exceeds the card's, if a product lacks the target's matrix instructions or its loads
+are narrow or (on NVIDIA cards) not asynchronous, and if a pass over aligned matrices loads them
+element by element. With `--to` it writes triton_resources.json and triton_resources.md.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,13 @@ TARGETS: dict[str, tuple[str, int | str, int, int, str]] = {
 
 # A tile too small for the asynchronous instructions of sm_90 and sm_100 falls back to this one.
 _FALLBACK = r"mma\.sync"
+
+_ASYNCHRONOUS = r"cp\.async\.(?:c[ag]|bulk)"
+_WIDE_PTX = (
+    r"cp\.async\.c[ag]\.shared\.global [^;]*\], (?:0x8|0x10|8|16),|cp\.async\.bulk"
+    r"|ld\.global[.\w:]*\.v(?:2\.b64|2\.b32|4\.b32|4\.b64|8\.b32)"
+)
+_WIDE_AMDGCN = r"(?:global|buffer)_load_(?:dwordx[234]|b(?:64|128))"
 
 _TYPES = {
     torch.float64: "fp64",
@@ -57,6 +66,7 @@ class Line:
         warps, stages, shared, registers, spills: as the compiler reports them; spills in bytes.
         instruction, matrix_instructions: the kind of matrix instruction, and how many.
         asynchronous_loads: cp.async and bulk copies.
+        wide_loads: of 8 bytes a thread or more from global memory, asynchronous ones among them.
         failure: what is wrong with it, or None.
     """
 
@@ -72,6 +82,7 @@ class Line:
     instruction: str = ""
     matrix_instructions: int = 0
     asynchronous_loads: int = 0
+    wide_loads: int = 0
     failure: str | None = None
 
 
@@ -185,12 +196,23 @@ def compile_line(
         problems.append(f"{line.shared} bytes of shared memory, the card has {shared}")
     if "PRECISION" in constants and not line.matrix_instructions and not _is_simt(line):
         problems.append(f"no {instruction.replace(chr(92), '')}")
+    if "PRECISION" in constants and backend == "cuda" and not line.asynchronous_loads:
+        problems.append("no asynchronous loads")
+    if ("PRECISION" in constants or _is_aligned(constants)) and not line.wide_loads:
+        problems.append("no wide loads")
     line.failure = "; ".join(problems) or None
     return line
 
 
 def _is_simt(line: Line) -> bool:
     return line.constants.get("PRECISION") == "ieee" and line.target != "gfx942"
+
+
+def _is_aligned(constants: dict[str, Any]) -> bool:
+    """Whether a pass knows its matrices to be aligned, with a stride of 1 that is not across."""
+    from spectral_kernels.triton_kernels._device import ALIGNED
+
+    return constants.get("GRAD_UNIT") == ALIGNED + 1
 
 
 def _plain(value: Any) -> Any:
@@ -205,7 +227,8 @@ def _read_ptx(line: Line, ptx: str, instruction: str) -> None:
         if line.matrix_instructions:
             line.instruction = pattern.replace("\\", "")
             break
-    line.asynchronous_loads = len(re.findall(r"cp\.async\.(?:c[ag]|bulk)", ptx))
+    line.asynchronous_loads = len(re.findall(_ASYNCHRONOUS, ptx))
+    line.wide_loads = len(re.findall(_WIDE_PTX, ptx))
     arch = re.search(r"\.target (\S+?)[,\s]", ptx)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -223,6 +246,7 @@ def _read_ptx(line: Line, ptx: str, instruction: str) -> None:
 def _read_amdgcn(line: Line, text: str, instruction: str) -> None:
     line.matrix_instructions = len(re.findall(instruction, text))
     line.instruction = instruction if line.matrix_instructions else ""
+    line.wide_loads = len(re.findall(_WIDE_AMDGCN, text))
     counts = {
         name: re.search(rf"\.{name}:\s*(\d+)", text)
         for name in ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count")
@@ -247,12 +271,66 @@ def lines(target: str, *, only: str = "") -> Iterator[Line]:
             yield compile_line(target, kernel, signature, constants, options)
 
 
+def markdown(found: Sequence[Line], compiler: str) -> str:
+    """A row for every kernel, storage dtype and tile: the most that its variants take."""
+    rows: dict[tuple[str, str, str], dict[str, list[Line]]] = {}
+    for line in found:
+        tile = str(line.constants.get("TILE", "-"))
+        key = line.kernel.strip("_").removesuffix("_kernel"), line.dtype, tile
+        rows.setdefault(key, {}).setdefault(line.target, []).append(line)
+    targets = list(dict.fromkeys(line.target for line in found))
+    lines = [
+        f"Compiled ahead of time by Triton {compiler}; nothing here was run. A cell is the most of",
+        "all variants: registers a thread / KiB of shared memory, spilled bytes in brackets where",
+        "there are any, and the matrix instruction of products. Generated by",
+        "benchmarks/triton_resources.py, which fails on spills, too much shared memory, products",
+        "without matrix instructions, and loads that are narrow or, on NVIDIA cards, synchronous.",
+        "",
+        f"| kernel | dtype | tile | variants | {' | '.join(targets)} |",
+        "|---" * (len(targets) + 4) + "|",
+    ]
+    for (kernel, dtype, tile), by in sorted(rows.items(), key=_row_order):
+        variants = max(map(len, by.values()))
+        cells = " | ".join(_cell(by.get(target, [])) for target in targets)
+        lines.append(f"| {kernel} | {dtype} | {tile} | {variants} | {cells} |")
+    return "\n".join([*lines, "", *_exceptions(found)]) + "\n"
+
+
+def _row_order(row: tuple[tuple[str, str, str], object]) -> tuple[str, str, int]:
+    kernel, dtype, tile = row[0]
+    return kernel, dtype, int(tile) if tile.isdigit() else 0
+
+
+def _cell(variants: Sequence[Line]) -> str:
+    if not variants:
+        return "not used"
+    spills = max(line.spills or 0 for line in variants)
+    names = sorted({line.instruction.strip("_") for line in variants if line.instruction})
+    taken = f"{max(line.registers or 0 for line in variants)}"
+    taken += f" / {max(line.shared for line in variants) / 1024:.0f}"
+    return " ".join([taken, *([f"({spills})"] if spills else []), *names])
+
+
+def _exceptions(found: Sequence[Line]) -> list[str]:
+    """Where the compiler emits another instruction than the target is known for, in words."""
+    kinds = {
+        f"* {line.target}, {line.kernel.strip('_').removesuffix('_kernel')}, {line.dtype}, tile "
+        f"{line.constants['TILE']}: {line.instruction} in place of "
+        f"{TARGETS[line.target][-1].replace(chr(92), '')}"
+        for line in found
+        if line.instruction and line.instruction != TARGETS[line.target][-1].replace(chr(92), "")
+    }
+    if not kinds:
+        return ["Every product has the matrix instruction of its target."]
+    return ["Too small a tile for the target's own matrix instruction:", "", *sorted(kinds)]
+
+
 def main() -> int:
     """Compiles, prints a line a variant, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--to", type=Path, help="the folder of the table")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: kernels are interpreted then, not compiled")
@@ -266,14 +344,16 @@ def main() -> int:
                 f"{target:7} {line.kernel:18} {line.dtype:5} warps {line.warps} "
                 f"shared {line.shared:6} registers {line.registers} spills {line.spills} "
                 f"{line.matrix_instructions} {line.instruction} "
-                f"async {line.asynchronous_loads} {line.failure or ''}",
+                f"async {line.asynchronous_loads} wide {line.wide_loads} {line.failure or ''}",
                 flush=True,
             )
     failed = [line for line in found if line.failure]
     print(f"{len(found)} variants, {len(failed)} fail")
-    if options.json:
-        record_ = {"triton": triton.__version__, "lines": [asdict(line) for line in found]}
-        options.json.write_text(json.dumps(record_, indent=1) + "\n")
+    if options.to:
+        report = {"triton": triton.__version__, "lines": [asdict(line) for line in found]}
+        text = json.dumps(report, indent=1) + "\n"
+        (options.to / "triton_resources.json").write_text(text)
+        (options.to / "triton_resources.md").write_text(markdown(found, triton.__version__))
     return 1 if failed else 0
 
 

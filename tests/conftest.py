@@ -137,7 +137,7 @@ _INTERPRETED_FILES = (
 _INTERPRETED_CASES = 2
 _SLOW_IN_THE_INTERPRETER = (
     *("awkward", "convergent", "deepseek", "polar_express_8", "127", "130", "trajectory"),
-    *("every_small", "band", "steps", "long_run"),
+    *("every_small", "band", "steps", "long_run", "same_update", "test_first_step", "2, 0, 4"),
 )
 
 

@@ -102,10 +102,10 @@ def test_neighbours_and_their_shapes_do_not_change_a_bit(method):
 def test_roots_in_a_batch_have_the_bits_of_roots_alone():
     from spectral_kernels.triton_kernels.inverse_root import roots_of
 
-    a = torch.stack([10.0**k * semidefinite(9, 100.0, k) for k in (0, 2, 4)]).float()
-    together = roots_of(a, 4, ridge=1e-3, relative_ridge=0.0)
+    a = torch.stack([semidefinite(9, 10.0**k, k) for k in (1, 5)]).float()
+    together = roots_of(a, 2, ridge=1e-3, relative_ridge=0.0)
     for i in range(len(a)):
-        alone = roots_of(a[i : i + 1], 4, ridge=1e-3, relative_ridge=0.0)
+        alone = roots_of(a[i : i + 1], 2, ridge=1e-3, relative_ridge=0.0)
         assert same_bits(alone.root[0], together.root[i])
     # Each takes its own number of rows.
     assert len(set(together.steps.tolist())) > 1

@@ -18,7 +18,8 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-# Added to the unit of matrices whose addresses and strides are multiples of 16.
+# Added to the unit of matrices of which addresses, strides and the length of contiguous lines are
+# multiples of 16.
 ALIGNED = 4
 
 _launches = 0
@@ -142,6 +143,22 @@ def placed(
 
 
 @triton.jit
-def within(first, lanes, size):
-    """Which lanes are below `size`, compared in 32 bits."""
-    return lanes < tl.minimum(size - first, 1 << 30).to(tl.int32)
+def within(first, lanes, size, IN_16S: tl.constexpr = False):
+    """Which lanes are below `size`, compared in 32 bits.
+
+    With IN_16S both are multiples of 16, so that loads and stores under the mask are wide.
+    """
+    limit = tl.minimum(size - first, 1 << 30).to(tl.int32)
+    if IN_16S:
+        limit = tl.multiple_of(limit, 16)
+    return lanes < limit
+
+
+@triton.jit
+def provided(mask, condition):
+    """The mask where a condition on all of it holds, else nothing."""
+    if INTERPRETED:
+        # The interpreter of Triton 3.9 takes no mask that was combined with one number.
+        return tl.where(condition, mask, mask & (mask == 0))
+    else:
+        return mask & condition

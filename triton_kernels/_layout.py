@@ -175,7 +175,8 @@ class Places:
         table: int64, (address, row stride, column stride) a matrix, on the device.
         dtype: of all of them.
         units: which of a matrix's strides is 1: 0 rows', 1 columns', 2 neither, or the other is
-            too large for 32 bits; ALIGNED more where address and strides are multiples of 16.
+            too large for 32 bits; ALIGNED more where address, the other stride and the length of
+            contiguous lines are multiples of 16.
     """
 
     table: Tensor
@@ -202,7 +203,8 @@ def swapped_unit(unit: int) -> int:
     return unit if unit == 2 else unit + 1 - 2 * (unit % ALIGNED)
 
 
-Place = tuple[int, int, int]
+# Address, row stride, column stride, rows, columns.
+Place = tuple[int, int, int, int, int]
 
 _LARGEST_STRIDE = 2**22
 
@@ -214,27 +216,26 @@ def places_of(matrices: Sequence[Place], dtype: torch.dtype, device: torch.devic
 
 
 def _unit(place: Place) -> int:
-    address, rows, cols = place
-    other = rows if cols == 1 else cols
+    address, rows, cols, height, width = place
+    other, line = (rows, width) if cols == 1 else (cols, height)
     if 1 not in (rows, cols) or other >= _LARGEST_STRIDE:
         return 2
-    aligned = address % 16 == 0 and other % 16 == 0
+    aligned = address % 16 == 0 and other % 16 == 0 and line % 16 == 0
     return int(cols == 1) + (ALIGNED if aligned else 0)
 
 
 def matrices_of(x: Tensor) -> list[Place]:
-    """(address, row stride, column stride) of every matrix of a batch."""
+    """The place of every matrix of a batch."""
     starts = [x.data_ptr()]
     size = x.element_size()
     for count, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
         starts = [start + i * stride * size for start in starts for i in range(count)]
-    rows, cols = x.stride()[-2:]
-    return [(start, rows, cols) for start in starts]
+    return [(start, *x.stride()[-2:], *x.shape[-2:]) for start in starts]
 
 
 @functools.lru_cache(maxsize=1024)
 def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), device)
+    return upload(torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)[:, :3], device)
 
 
 _captured: list[object] = []

@@ -18,6 +18,7 @@ from ._device import (
     launch,
     narrowed,
     placed,
+    provided,
     scaled,
     widened,
     within,
@@ -101,7 +102,7 @@ class Summary:
 
 
 @triton.jit
-def _chunk(chunks, layout, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
+def _chunk(chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
     """Matrix, first row and column of this program, and which of its elements exist."""
     at = chunks + tl.program_id(0) * 3
     matrix = tl.load(at).to(tl.int64)
@@ -109,8 +110,9 @@ def _chunk(chunks, layout, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
     col = tl.load(at + 2).to(tl.int64) * CHUNK_COLS
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
-    rows = within(row, tl.arange(0, CHUNK_ROWS), height)
-    return matrix, row, col, rows[:, None] & within(col, tl.arange(0, CHUNK_COLS), width)[None, :]
+    rows = within(row, tl.arange(0, CHUNK_ROWS), height, UNIT == 4)
+    cols = within(col, tl.arange(0, CHUNK_COLS), width, UNIT == 5)
+    return matrix, row, col, rows[:, None] & cols[None, :]
 
 
 @triton.jit
@@ -141,17 +143,17 @@ def _measure_kernel(
     GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM_UNIT: tl.constexpr,
     NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, col, inside = _chunk(chunks, layout, CHUNK_ROWS, CHUNK_COLS)
+    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, _, _, finite = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
-    x = tl.where(finite, x, 0.0)
-    wide = x.to(tl.float64)
     chunk = tl.program_id(0)
-    tl.store(largest + chunk, tl.max(tl.max(tl.abs(x), 1), 0))
-    tl.store(squares + chunk, tl.sum(tl.sum(wide * wide, 1), 0))
-    tl.store(bad + chunk, tl.max(tl.max(tl.where(finite, 0, 1), 1), 0))
+    tl.store(bad + chunk, tl.max(tl.where(finite, 0, 1)))
+    x = tl.where(finite, x, 0.0)
+    tl.store(largest + chunk, tl.max(tl.abs(x)))
+    wide = x.to(tl.float64)
+    tl.store(squares + chunk, tl.sum(wide * wide))
 
 
 @triton.jit
@@ -196,19 +198,19 @@ def _pack_kernel(
     NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
     SCALED: tl.constexpr, SIGNS: tl.constexpr, KEEP: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, col, inside = _chunk(chunks, layout, CHUNK_ROWS, CHUNK_COLS)
+    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, new, at, _ = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
     bad = tl.load(state + matrix) == 2
     if MIXED and not KEEP:
-        tl.store(at, new, mask=inside & (PROPAGATE | (bad == 0)))
+        tl.store(at, new, mask=inside if PROPAGATE else provided(inside, bad == 0))
     if SIGNS:
         x = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
     if SCALED:
         x = scaled(x, -tl.load(exponent + matrix)) * tl.load(factor + matrix)
-    x = tl.where(bad & inside, float("nan") if PROPAGATE else 0.0, x)
+    x = tl.where(provided(inside, bad), float("nan") if PROPAGATE else 0.0, x)
     start, ld = corner(layout, matrix, WIDE)
     base = out + start
     # Padding is written too; what lies beyond it belongs to a neighbour.
@@ -217,11 +219,11 @@ def _pack_kernel(
     cols = tl.arange(0, CHUNK_COLS)
     value = narrowed(x, out.dtype.element_ty)
     if element(layout, matrix, TALL, COLUMNS) != 0:
-        padded = within(row, rows, ld)[:, None] & within(col, cols, short)[None, :]
+        padded = within(row, rows, ld, True)[:, None] & within(col, cols, short)[None, :]
         offsets = rows[:, None] + cols[None, :] * ld
         tl.store(base + (col * ld + row) + offsets, value, padded)
     else:
-        padded = within(row, rows, short)[:, None] & within(col, cols, ld)[None, :]
+        padded = within(row, rows, short)[:, None] & within(col, cols, ld, True)[None, :]
         offsets = rows[:, None] * ld + cols[None, :]
         tl.store(base + (row * ld + col) + offsets, value, padded)
 

@@ -101,6 +101,7 @@ class Stack:
     def __init__(self, entries: Sequence[int], params: Sequence[Tensor]) -> None:
         self.entries = list(entries)
         self.shape = params[self.entries[0]].shape[-2:]
+        self._device = params[self.entries[0]].device
         self._sizes = [params[e].numel() // self.shape.numel() for e in self.entries]
 
     def take(self, tensors: Sequence[Tensor], rank: int = 2) -> Tensor | None:
@@ -110,6 +111,12 @@ class Stack:
             return None
         parts = [x.reshape(-1, *x.shape[x.ndim - rank :]) for x in chosen]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """Numbers of the entries for every matrix, fp32 (count,)."""
+        pairs = zip(self.entries, self._sizes, strict=True)
+        spread = tuple(float(values[e]) for e, size in pairs for _ in range(size))
+        return numbers_of(spread, self._device)
 
     def steps(self, counts: Sequence[Tensor]) -> Tensor:
         """The numbers, from 1, of the steps about to be taken, fp64 (count,)."""
@@ -153,8 +160,9 @@ def _kind(value: object) -> object:
 
 def finite(*tensors: Tensor | None) -> Tensor:
     """Which matrices of a batch are finite in all of some tensors."""
-    found = [x.isfinite().flatten(1).all(1) for x in tensors if x is not None]
-    return torch.stack(found).all(0)
+    # The largest is NaN where an element is.
+    found = [x.abs().flatten(1).amax(1) for x in tensors if x is not None]
+    return torch.stack(found).isfinite().all(0)
 
 
 def outside_range(grad: Tensor) -> Tensor:

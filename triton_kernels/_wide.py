@@ -11,7 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import Config, architecture, precision_of
-from ._device import ALIGNED, DTYPES, corner, element, launch, multiplied, narrowed, placed, within
+from ._device import (
+    ALIGNED,
+    DTYPES,
+    corner,
+    element,
+    launch,
+    multiplied,
+    narrowed,
+    placed,
+    provided,
+    within,
+)
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, swapped_unit
 
 _LARGEST_SPREAD = 64
@@ -90,14 +101,15 @@ def deliver(
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
     swapped = element(layout, matrix, TALL, COLUMNS)
-    inside = within(first_row, rows, tl.minimum(height, width))[:, None]
-    inside = inside & within(first_col, cols, tl.maximum(height, width))[None, :]
+    inside = within(first_row, rows, tl.minimum(height, width), PLACED_UNIT == 4)[:, None]
+    across = within(first_col, cols, tl.maximum(height, width), PLACED_UNIT == 5)[None, :]
+    inside = inside & across
     at = placed(
         places, matrix, swapped, first_row, first_col, rows, cols, PLACED_DTYPE, PLACED_UNIT
     )
     if UPDATE:
         if SKIP:
-            inside = inside & (tl.load(state + matrix) != 2)
+            inside = provided(inside, tl.load(state + matrix) != 2)
         if LR_LOADED:
             loaded = tl.load(lr)
             rate = loaded.to(tl.float32)

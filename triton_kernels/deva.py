@@ -118,7 +118,7 @@ def energies(x: Tensor, *, rows: bool) -> Tensor:
 @triton.jit
 def _adapt_kernel(
     o, v, seen_rows, seen_cols, top_rows, top_cols, numbers, new_v, update,
-    m, n, beta2, fresh, scale, blocks, across,
+    m, n, beta2, fresh, blocks, across,
     OUTSIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # V <- beta2 V + fresh s_r s_c^T, U = scale O sqrt(t_r t_c^T / Vhat) with its eps.
@@ -135,13 +135,13 @@ def _adapt_kernel(
     top = tl.sqrt(top * tl.load(top_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :])
     value = beta2 * tl.load(v + at, mask=inside, other=0.0) + fresh * seen
     tl.store(new_v + at, value, mask=inside)
-    hat = value * tl.load(numbers + matrix * 2)
-    eps = tl.load(numbers + matrix * 2 + 1)
+    hat = value * tl.load(numbers + matrix * 3)
+    eps = tl.load(numbers + matrix * 3 + 1)
     bottom = tl.sqrt(hat) + eps if OUTSIDE else tl.sqrt(hat + eps)
     empty = (bottom == 0.0) & (top == 0.0)
     gamma = tl.where(empty, 1.0, top / tl.where(bottom == 0.0, 1.0, bottom))
     gamma = tl.where((bottom == 0.0) & (top != 0.0), float("inf"), gamma)
-    result = scale * gamma * tl.load(o + at, mask=inside, other=0.0)
+    result = tl.load(numbers + matrix * 3 + 2) * gamma * tl.load(o + at, mask=inside, other=0.0)
     tl.store(update + at, result, mask=inside)
 
 
@@ -212,7 +212,7 @@ def deva_step_(
     checked = nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
     flags = [bool(flag) for flag in refresh]
-    for stack in stacks_of(params, grads, lefts, rights, flags, list(scales)):
+    for stack in stacks_of(params, grads, lefts, rights, flags):
         entry = stack.entries[0]
         m, g = stack.take(exp_avgs), stack.take(grads)
         v = stack.take(exp_avg_sqs, 1 if variance == "low_memory" else 2)
@@ -231,7 +231,7 @@ def deva_step_(
         rotated = rotate(g, new)
         new_m = beta1 * m + (1.0 - beta1) * rotated
         direction = _direction(new_m, rotated, step)
-        new_v, update = _adapted(direction, new_m, rotated, v, t, scales[entry], step)
+        new_v, update = _adapted(direction, new_m, rotated, v, t, stack.spread(scales), step)
         update = rotate_back(update, new)
         idle = none if first is None or not public_schatten else first
         later = ~none if first is None else ~first
@@ -280,9 +280,10 @@ def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
 
 
 def _adapted(
-    o: Tensor, m: Tensor, g: Tensor, v: Tensor | None, t: Tensor, scale: float, step: _Deva
+    o: Tensor, m: Tensor, g: Tensor, v: Tensor | None, t: Tensor, scales: Tensor, step: _Deva
 ) -> tuple[Tensor | None, Tensor]:
     """The new V, and scale Gamma o O."""
+    scale = column(scales, o)
     if v is None:
         return None, scale * o
     one = torch.ones_like(t)
@@ -309,7 +310,7 @@ def _adapted(
     momentum = m_rows, m_cols
     seen_rows, seen_cols = momentum if step.variance == "momentum" else (g_rows, g_cols)
     top_rows, top_cols = (g_rows, g_cols) if step.variance == "instant" else momentum
-    return _adapt(o, v, (seen_rows, seen_cols), (top_rows, top_cols), v_bias, scale, step)
+    return _adapt(o, v, (seen_rows, seen_cols), (top_rows, top_cols), v_bias, scales, step)
 
 
 def _adapt(
@@ -318,7 +319,7 @@ def _adapt(
     seen: tuple[Tensor, Tensor],
     top: tuple[Tensor, Tensor],
     v_bias: Tensor,
-    scale: float,
+    scales: Tensor,
     step: _Deva,
 ) -> tuple[Tensor, Tensor]:
     count, m, n = o.shape
@@ -328,7 +329,7 @@ def _adapt(
         total = step.beta2 * v.double().sum((1, 2))
         total = total + (1.0 - step.beta2) * seen_norms[0].sum(1) * seen_norms[1].sum(1)
         eps = step.eps * total / (m * n) / v_bias
-    numbers = torch.stack([1.0 / v_bias, eps], 1).float().contiguous()
+    numbers = torch.stack([1.0 / v_bias, eps, scales.double()], 1).float()
     new_v, update = torch.empty_like(v), torch.empty_like(o)
     across = -(-n // _BLOCK_COLS)
     blocks = across * -(-m // _BLOCK_ROWS)
@@ -346,7 +347,6 @@ def _adapt(
         n,
         step.beta2,
         1.0 - step.beta2,
-        scale,
         blocks,
         across,
         OUTSIDE=step.eps_mode == "outside",

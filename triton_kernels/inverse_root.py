@@ -39,6 +39,9 @@ _U = 2.0**-24
 _LIMIT = 0.25  # of the residual
 _PROBES = 8
 
+# A spectrum that ends this much above its bound is iterated on again.
+_FAR_ABOVE = 8.0
+
 # Lower bounds of spectra that rows are kept for: 2^0 .. 2^-_BOUNDS, in quarters of a power.
 _BOUNDS = 28
 _QUARTERS = 4
@@ -55,19 +58,27 @@ class Roots(NamedTuple):
 
 
 @functools.cache
-def _schedules(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows (bounds, steps, 3) and their numbers (bounds,), for spectra in [2^(-i / 4), 1]."""
-    found = []
-    for i in range(_BOUNDS * _QUARTERS + 1):
-        low = 2.0 ** (-i / _QUARTERS)
-        found.append(root_schedule(low, p, root_tolerance(low, _U)))
-    longest = max(map(len, found))
-    rows = torch.zeros(len(found), longest, 3)
-    for i, schedule in enumerate(found):
-        for k, row in enumerate(schedule):
-            rows[i, k] = torch.tensor(row)
-    counts = torch.tensor([len(schedule) for schedule in found], dtype=torch.int32)
+def _schedules(p: int) -> list[list[tuple[float, ...]]]:
+    """Rows for spectra in [2^(-i / 4), 1]."""
+    lows = [2.0 ** (-i / _QUARTERS) for i in range(_BOUNDS * _QUARTERS + 1)]
+    return [root_schedule(low, p, root_tolerance(low, _U)) for low in lows]
+
+
+@functools.cache
+def _table(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows (bounds, steps, 3) and their numbers (bounds,)."""
+    schedules = _schedules(p)
+    rows = torch.zeros(len(schedules), max(map(len, schedules)), 3)
+    for i, schedule in enumerate(schedules):
+        rows[i, : len(schedule)] = torch.tensor(schedule).reshape(-1, 3)
+    counts = torch.tensor([len(schedule) for schedule in schedules], dtype=torch.int32)
     return upload(rows, device), upload(counts, device)
+
+
+def _most_steps(p: int, low: float) -> int:
+    """The longest schedule that a spectrum in [low, 1] or above may be given."""
+    last = math.ceil(-math.log2(max(low, 2.0**-_BOUNDS)) * _QUARTERS) + 1
+    return max(map(len, _schedules(p)[: max(last, 0) + 1]))
 
 
 class _Iteration:
@@ -194,20 +205,24 @@ def roots_of(
     nu = (iteration.squared(iteration.framed(b)).sqrt() * (1.0 + 4.0 * _U)).float()
     nu = torch.where(null | (nu == 0.0), 1.0, nu)
     low = torch.maximum(delta / nu, delta.new_tensor(4.0 * _U)).clamp(max=1.0)
-    rows, counts = _schedules(p, a.device)
+    rows, counts = _table(p, a.device)
     m = b / nu[:, None, None]
     bound = _bound(low, len(rows))
     steps = counts[bound]
-    x = iteration.view(iteration.run(iteration.framed(m), rows[bound], steps))
+    # The largest row sum bounds the spectrum, and nu is at most n^(1/4) times its end.
+    known = relative_ridge / ((1.0 + relative_ridge) * n**0.25)
+    most = int(steps.max()) if wait else _most_steps(p, known)
+    x = iteration.view(iteration.run(iteration.framed(m), rows[bound, :most], steps))
     residual = _residual(x, m, p)
     accepted = (residual <= _LIMIT) & (x.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
     # Rows for a spectrum that goes down to 1e-6 lose two digits on one that ends at 0.1.
     end = _lower_end(x, p)
-    again = accepted & (end >= 8.0 * low)
+    again = accepted & (end >= _FAR_ABOVE * low)
     if not wait or bool(again.any()):
         bound = _bound(end, len(rows))
         second = torch.where(again, counts[bound], 0)
-        y = iteration.view(iteration.run(iteration.framed(m), rows[bound], second))
+        most = int(second.max()) if wait else _most_steps(p, _FAR_ABOVE * known)
+        y = iteration.view(iteration.run(iteration.framed(m), rows[bound, :most], second))
         other = _residual(y, m, p)
         better = again & (other <= _LIMIT) & (y.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
         x = torch.where(better[:, None, None], y, x)
@@ -271,8 +286,8 @@ def inverse_root(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(A + delta I)^(-1/p); see `spectral_kernels.inverse_root`.
 
-    Waits for the device twice: to see which spectra end far above the ridge, and which matrices
-    need an eigendecomposition.
+    Waits for the device: for the number of steps, to see which spectra end far above the ridge, and
+    which matrices need an eigendecomposition.
     """
     batch = a.shape[:-2]
     if not a.numel():

@@ -7,7 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import Config, architecture, config_for, precision_of
-from ._device import DTYPES, corner, element, launch, multiplied, narrowed, placed, within
+from ._device import (
+    DTYPES,
+    corner,
+    element,
+    launch,
+    multiplied,
+    narrowed,
+    placed,
+    provided,
+    within,
+)
 from ._layout import (
     COLS,
     COLUMNS,
@@ -95,7 +105,10 @@ def _symmetric_kernel(
         size = tl.maximum(size, other) if OUT_SPACE == LONG else tl.minimum(size, other)
         first_row = row.to(tl.int64) * TILE
         first_col = col.to(tl.int64) * TILE
-        inside = within(first_row, lanes, size)[:, None] & within(first_col, lanes, size)[None, :]
+        # Both sides of a symmetric matrix are as long as its lines.
+        in_16s: tl.constexpr = PLACED_UNIT >= 4
+        inside = within(first_row, lanes, size, in_16s)[:, None]
+        inside = inside & within(first_col, lanes, size, in_16s)[None, :]
         if ADD_PLACED:
             lower = placed(
                 places, matrix, 0, first_row, first_col, lanes, lanes, PLACED_DTYPE, PLACED_UNIT
@@ -103,7 +116,7 @@ def _symmetric_kernel(
             old = tl.load(lower, mask=inside & (upper == 0), other=0.0).to(tl.float32)
             value += coefficient(beta, factors, matrix, beta_column, columns, PER_MATRIX) * old
         if SKIP:
-            inside = inside & (tl.load(state + matrix) != 2)
+            inside = provided(inside, tl.load(state + matrix) != 2)
     if row == col:
         value = tl.where(upper, tl.trans(value), value)
     if SQUARES:
