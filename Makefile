@@ -36,10 +36,10 @@ $(VENV)/.triton: $(VENV)/.built
 demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
-test: $(VENV)/.built
+test: $(VENV)/.built test-triton
 	$(RUN) pytest -m 'not long'
 
-# The Triton kernels in its interpreter; not part of `make test` until all of it passes.
+# The Triton kernels in its interpreter.
 test-triton: $(VENV)/.triton
 	$(RUN) TRITON_INTERPRET=1 pytest -m 'triton and not long'
 

@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .inputs import decaying, factor
-from .newton_schulz import standard
+from .newton_schulz import gram_form, gram_newton_schulz, standard
 
 FORMAT = 1
 _MUON = sk.coefficients.resolve("muon").rows
@@ -187,6 +188,23 @@ def tests(session: Session) -> dict[str, Any]:
     limit = min(180.0, session.left / 2)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=25", "-p", "no:cacheprovider"]
     command += [str(root / "tests" / "test_gpu.py")]
+    return _finished(command, limit, root)
+
+
+def sanitizer(session: Session) -> dict[str, Any] | str:
+    """The small cases of tests/test_gpu.py under compute-sanitizer, where that is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "compute-sanitizer is not installed"
+    root = Path(os.environ.get("SPECTRAL_KERNELS_SOURCE", "."))
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    command += ["-q", "-x", "-p", "no:cacheprovider", "-k", "agrees and float32"]
+    limit = min(60.0, session.left / 4)
+    return _finished([*command, str(root / "tests" / "test_gpu.py")], limit, root)
+
+
+def _finished(command: Sequence[str], limit: float, root: Path) -> dict[str, Any]:
+    """Runs tests, at most so many seconds; exit status, counts and the end of what was said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=root)
         output, code = done.stdout + done.stderr, done.returncode
@@ -295,10 +313,23 @@ def _row(
     calls: Mapping[str, Callable[[], Any]],
     error: Callable[[Any], float] | None,
     work: float,
+    traffic: float,
+    dtype: torch.dtype,
     budget: float = 1.5,
 ) -> dict[str, Any]:
-    """Errors first, then times; `work` is the FLOPs of the cheapest form."""
-    row: dict[str, Any] = {"key": key, "gflop": work / 1e9, "contenders": {}}
+    """Errors first, then times, also as shares of the floor that the run's own ceilings set.
+
+    Args:
+        session: where it runs.
+        key: the row's name.
+        calls: the contenders.
+        error: of an output, or None.
+        work, traffic: FLOPs and bytes of the cheapest form.
+        dtype: of the products.
+        budget: seconds.
+    """
+    row: dict[str, Any] = {"key": key, "gflop": work / 1e9, "mb": traffic / 1e6}
+    row["floor_s"] = floor = _floor(session, work, traffic, dtype)
     errors = {}
     if error is not None:
         for name, call in calls.items():
@@ -310,6 +341,9 @@ def _row(
     row["contenders"] = _times(session, calls, budget)
     for name, value in errors.items():
         row["contenders"][name]["error"] = value
+    for entry in row["contenders"].values():
+        seconds = entry.get("graph_median_s", entry.get("median_s"))
+        entry["share_of_floor"] = floor / seconds if floor and seconds else None
     shown = [
         f"{name} {_shown(entry)}" + (f" err {errors[name]:.1e}" if name in errors else "")
         for name, entry in row["contenders"].items()
@@ -318,12 +352,23 @@ def _row(
     return row
 
 
+def _floor(session: Session, work: float, traffic: float, dtype: torch.dtype) -> float | None:
+    """Seconds that the card takes at the speeds of `ceilings`, if those were measured."""
+    found = session.record.get("ceilings") or {}
+    name = f"{str(dtype).removeprefix('torch.')}_tflops"
+    if name not in found or "copy_tb_s" not in found:
+        return None
+    return max(work / found[name], traffic / found["copy_tb_s"]) / 1e12
+
+
 def _shown(entry: Mapping[str, Any]) -> str:
     if "failure" in entry:
         return "failed"
     best = f"{entry['median_s'] * 1e6:.0f} us"
     if "graph_median_s" in entry:
         best += f" (graph {entry['graph_median_s'] * 1e6:.0f})"
+    if entry.get("share_of_floor"):
+        best += f" {entry['share_of_floor']:.0%}"
     return best
 
 
@@ -350,10 +395,10 @@ def _backends(op: str, x: Tensor) -> list[str]:
 
 
 def newton_schulz(session: Session) -> list[dict[str, Any]]:
-    """Against torch's standard form, eager and compiled, and torch.optim.Muon's function."""
+    """Against both forms in torch, eager and compiled, torch.optim.Muon's function and peers."""
     from torch.optim._muon import _zeropower_via_newtonschulz
 
-    compiled = torch.compile(standard, dynamic=False)
+    compiled, compiled_gram = (torch.compile(f, dynamic=False) for f in (standard, gram_form))
     rows = []
     for shape in _TINY_SHAPES if session.rehearsing else SHAPES:
         if session.left < 60:
@@ -366,19 +411,31 @@ def newton_schulz(session: Session) -> list[dict[str, Any]]:
         calls["torch"] = _bound(standard, x, _MUON)
         if not session.rehearsing:
             calls["torch.compile"] = _bound(compiled, x, _MUON)
+            calls["torch.compile, Gram form"] = _bound(compiled_gram, x, _MUON)
             if x.ndim == 2:
                 copy = x.clone()
                 calls["torch.optim.Muon"] = _bound(
                     _zeropower_via_newtonschulz, copy, _MUON[0], len(_MUON), 1e-7
                 )
+            calls |= _peers(session, x)
         # Large ones are judged by a part of the batch: float64 takes its time.
         judged = x.numel() <= 2**25
         error = _relative(standard(x.double(), _MUON)) if judged else None
         m, n = sorted(shape[-2:])
         count = math.prod(shape[:-2])
         work = count * len(_MUON) * (3.0 * m * m * n + m**3)
-        rows.append(_row(session, f"newton_schulz {shape} bf16", calls, error, work))
+        traffic = 2.0 * x.numel() * x.element_size()
+        key = f"newton_schulz {shape} bf16"
+        rows.append(_row(session, key, calls, error, work, traffic, x.dtype))
     return rows
+
+
+def _peers(session: Session, x: Tensor) -> dict[str, Callable[[], Any]]:
+    try:
+        return {contender.name: contender.run for contender in gram_newton_schulz(x)}
+    except Exception as error:
+        session.say(f"    gram-newton-schulz: {type(error).__name__}: {str(error)[:200]}")
+        return {}
 
 
 def gram(session: Session) -> list[dict[str, Any]]:
@@ -395,8 +452,10 @@ def gram(session: Session) -> list[dict[str, Any]]:
             wide = x.double()
             error = _relative(wide @ wide.mT) if x.numel() <= 2**24 else None
             m, n = shape[-2:]
-            work = float(math.prod(shape[:-2])) * m * m * n
-            rows.append(_row(session, f"gram {shape} {dtype}", calls, error, work, 0.5))
+            count = float(math.prod(shape[:-2]))
+            work, traffic = count * m * m * n, count * m * (m + n) * x.element_size()
+            key = f"gram {shape} {dtype}"
+            rows.append(_row(session, key, calls, error, work, traffic, dtype, 0.5))
     return rows
 
 
@@ -422,7 +481,9 @@ def kron_factor(session: Session) -> list[dict[str, Any]]:
             }
             calls["torch"] = plain
             work = float(m) * m * n + float(n) * n * m
-            rows.append(_row(session, f"kron_factors {m}x{n} {dtype}", calls, None, work, 0.5))
+            traffic = float(g.numel() * g.element_size() + 8 * (m * m + n * n))
+            key = f"kron_factors {m}x{n} {dtype}"
+            rows.append(_row(session, key, calls, None, work, traffic, dtype, 0.5))
     return rows
 
 
@@ -446,34 +507,61 @@ def inverse_root(session: Session) -> list[dict[str, Any]]:
         }
         calls["torch.linalg.eigh"] = _bound(eigh, a)
         error = _relative(eigh(a.double()))
-        work = count * 32.0 * n**3
-        rows.append(_row(session, f"inverse_root {count}x{n} fp32", calls, error, work, 1.0))
+        work, traffic = count * 32.0 * n**3, 8.0 * a.numel()
+        key = f"inverse_root {count}x{n} fp32"
+        rows.append(_row(session, key, calls, error, work, traffic, a.dtype, 1.0))
     return rows
 
 
 def steps(session: Session) -> list[dict[str, Any]]:
-    """Whole Muon steps against torch.optim.Muon, and launches of ours."""
+    """Whole Muon steps against torch.optim.Muon's, then the other optimizers' against plain torch.
+
+    Plain torch is the specification, matrix by matrix, on the card.
+    """
     rows = []
     lists = {"tiny": ((12, 20), (20, 12), (30, 30))} if session.rehearsing else LISTS
     for name, shapes in lists.items():
         if session.left < 30:
-            break
+            return rows
         calls: dict[str, Callable[[], Any]] = {}
         for label, make in (("ours", sk.optim.Muon), ("torch.optim.Muon", torch.optim.Muon)):
-            params = [torch.nn.Parameter(0.02 * _gaussian(session, shape)) for shape in shapes]
-            for i, param in enumerate(params):
-                param.grad = _gaussian(session, param.shape, seed=i)
             try:
-                optimizer = make(params, lr=0.02, weight_decay=0.1)
+                calls[label] = _optimizer(session, make, shapes, lr=0.02, weight_decay=0.1).step
             except Exception as error:
                 session.say(f"    {label}: {type(error).__name__}: {str(error)[:200]}")
-                continue
-            calls[label] = optimizer.step
         work = sum(
             len(_MUON) * (3.0 * min(shape) ** 2 * max(shape) + min(shape) ** 3) for shape in shapes
         )
-        rows.append(_row(session, f"Muon step, {name}", calls, None, work, 1.5))
+        traffic = 20.0 * sum(map(math.prod, shapes))
+        key = f"Muon step, {name}"
+        rows.append(_row(session, key, calls, None, work, traffic, torch.bfloat16))
+    for optimizer in (sk.optim.Shampoo, sk.optim.SOAP, sk.optim.DeVA):
+        if session.left < 30:
+            break
+        name, shapes = list(lists.items())[-1]
+        ours = _optimizer(session, optimizer, shapes)
+        plain = _optimizer(session, optimizer, shapes)
+        calls = {"ours": ours.step, "torch, the specification": _bound(_on_reference, plain.step)}
+        # Two rotations of gradient and update, and both factors by half.
+        work = sum(6.0 * m * n * (m + n) for m, n in shapes)
+        traffic = sum(24.0 * m * n + 16.0 * (m * m + n * n) for m, n in shapes)
+        key = f"{optimizer.__name__} step, {name}"
+        rows.append(_row(session, key, calls, None, work, traffic, torch.float32, 3.0))
     return rows
+
+
+def _optimizer(
+    session: Session, make: Callable[..., Any], shapes: Sequence[tuple[int, int]], **options: Any
+) -> Any:
+    params = [torch.nn.Parameter(0.02 * _gaussian(session, shape)) for shape in shapes]
+    for i, param in enumerate(params):
+        param.grad = _gaussian(session, param.shape, seed=i)
+    return make(params, **options)
+
+
+def _on_reference(step: Callable[[], Any]) -> None:
+    with sk.use_backend("reference"):
+        step()
 
 
 def spectra(session: Session) -> list[dict[str, Any]]:
@@ -540,14 +628,14 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
 _TIMED = ("newton_schulz", "gram", "kron_factor", "inverse_root", "steps")
 
 
-def main() -> int:
-    """Goes through all parts; 0 if none failed."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Goes through all parts; 0 if none failed, 1 if one did, 2 without a card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--budget", type=float, default=450.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--parts", help="only these, by name")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not options.rehearse and not torch.cuda.is_available():
         print("spectral-kernels gpu: torch sees no card; --rehearse goes through it without one")
         return 2
@@ -558,6 +646,7 @@ def main() -> int:
     path = options.json or Path(os.environ.get("OUT", "results")) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"format": FORMAT, "kind": "gpu", "parts": {}}
+    record["budget_s"] = options.budget
     session = Session(device, path, options.budget, record)
     session.say(f"results go to {path}")
     parts: dict[str, Callable[[Session], Any]] = {
@@ -565,6 +654,7 @@ def main() -> int:
         "ceilings": ceilings,
         "spectra": spectra,
         "tests": tests,
+        "sanitizer": sanitizer,
         "newton_schulz": newton_schulz,
         "steps": steps,
         "gram": gram,
@@ -573,6 +663,8 @@ def main() -> int:
         "plots": plots,
     }
     wanted = options.parts.split(",") if options.parts else list(parts)
+    if unknown := set(wanted) - set(parts):
+        parser.error(f"--parts takes {', '.join(parts)}, not {', '.join(sorted(unknown))}")
     for part in wanted:
         session.part(part, parts[part])
     failed = [part for part, outcome in record["parts"].items() if outcome.startswith("failed")]

@@ -75,7 +75,7 @@ def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarte
         contenders.append(
             Contender("torch loop", lambda: torch.stack([standard(one, _MUON) for one in x]))
         )
-    contenders += _gram_newton_schulz(x)
+    contenders += gram_newton_schulz(x)
     return Problem(
         contenders,
         error=lambda out: relative_error(out, exact()),
@@ -96,6 +96,22 @@ def standard(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
     return iterate.mT if x.shape[-2] > x.shape[-1] else iterate
 
 
+def gram_form(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
+    """The Gram form as one writes it in torch, started anew before the third step."""
+    iterate = x.mT if x.shape[-2] > x.shape[-1] else x
+    iterate = iterate / torch.linalg.matrix_norm(iterate, keepdim=True)
+    eye = torch.eye(iterate.shape[-2], dtype=torch.float32, device=x.device)
+    q, r = eye, (iterate @ iterate.mT).float()
+    for t, (a, b, c) in enumerate(rows):
+        if t == 2:
+            iterate = q.to(x.dtype) @ iterate
+            q, r = eye, (iterate @ iterate.mT).float()
+        z = a * eye + b * r + c * (r @ r)
+        q, r = q @ z, z @ r @ z
+    iterate = q.to(x.dtype) @ iterate
+    return iterate.mT if x.shape[-2] > x.shape[-1] else iterate
+
+
 def _torch_muon(x: Tensor) -> Contender:
     """torch.optim.Muon's own function, matrix by matrix; it scales a bf16 input in place."""
     from torch.optim._muon import _zeropower_via_newtonschulz
@@ -109,13 +125,13 @@ def _torch_muon(x: Tensor) -> Contender:
     return Contender("torch.optim.Muon", lambda: call(kept), output=lambda: call(x.clone()))
 
 
-def _gram_newton_schulz(x: Tensor) -> Iterator[Contender]:
+def gram_newton_schulz(x: Tensor) -> Iterator[Contender]:
+    """The peer of that name, if it is there; on a CPU without its kernels, which need a card."""
     module = peers.find("gram-newton-schulz")
     if module is None:
         return
-    function = module.GramNewtonSchulz(
-        ns_use_kernels=False, ns_coefficients=[list(row) for row in _MUON], compile_kwargs=None
-    )
+    options = {} if x.is_cuda else {"ns_use_kernels": False, "compile_kwargs": None}
+    function = module.GramNewtonSchulz(ns_coefficients=[list(row) for row in _MUON], **options)
     kept = x.clone()  # it scales an fp32 input in place
     yield Contender(
         "gram-newton-schulz", lambda: function(kept), output=lambda: function(x.clone())

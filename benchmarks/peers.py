@@ -38,7 +38,7 @@ PEERS = {
     "soap": Peer("soap", "SOAP, nikhilvyas"),
     "deva": Peer("optimizers.deva", "DeVA, Tsedao/Decoupled-Variance-Adaptation"),
     "gram-newton-schulz": Peer(
-        "gram_newton_schulz", "gram-newton-schulz, its torch form", "gram-newton-schulz"
+        "gram_newton_schulz", "gram-newton-schulz, on a CPU its torch form", "gram-newton-schulz"
     ),
     "heavyball": Peer("heavyball", "heavyball", "heavyball"),
     "pytorch-optimizer": Peer("pytorch_optimizer", "pytorch-optimizer", "pytorch-optimizer"),

@@ -4,9 +4,10 @@
 
 Operators are called on CPU tensors while every launch is recorded in place of being run, so exactly
 the variants that the library launches are compiled. A line fails if the kernel spills, if its
-shared memory exceeds the card's, if a product lacks the target's matrix instructions or its loads
-are narrow or (on NVIDIA cards) not asynchronous, and if a pass over aligned matrices loads them
-element by element. With `--to` it writes triton_resources.json and triton_resources.md.
+shared memory exceeds the card's, if a product lacks the target's matrix instructions or 64-bit
+offsets or its loads are narrow or (on NVIDIA cards) not asynchronous, and if a pass over aligned
+matrices loads them element by element. With `--to` it writes triton_resources.json and
+triton_resources.md.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ _WIDE_PTX = (
     r"|ld\.global[.\w:]*\.v(?:2\.b64|2\.b32|4\.b32|4\.b64|8\.b32)"
 )
 _WIDE_AMDGCN = r"(?:global|buffer)_load_(?:dwordx[234]|b(?:64|128))"
+
+# A matrix's place in a workspace.
+_LONG_OFFSETS = r"tt\.addptr [^\n]* : !tt\.ptr<b?f\d+>, i64"
 
 _TYPES = {
     torch.float64: "fp64",
@@ -200,6 +204,8 @@ def compile_line(
         problems.append("no asynchronous loads")
     if ("PRECISION" in constants or _is_aligned(constants)) and not line.wide_loads:
         problems.append("no wide loads")
+    if "PRECISION" in constants and not re.search(_LONG_OFFSETS, compiled.asm["ttir"]):
+        problems.append("no 64-bit offsets")
     line.failure = "; ".join(problems) or None
     return line
 

@@ -56,6 +56,24 @@ def test_offsets_are_64_bit(room):
     assert layout.table[1, 5] > 2**31 and layout.table.dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 3, 20), (2**31 + 64, 20, 1)),
+        ((3, 20), (2**30 + 64, 1)),
+        ((20, 3), (1, 2**30 + 64)),
+    ],
+)
+def test_elements_beyond_2_31_are_found(shape, strides):
+    """The memory between them is never touched, so that there need not be so much."""
+    import spectral_kernels as sk
+
+    values = integers(*shape)
+    apart = torch.empty_strided(shape, strides, dtype=torch.bfloat16).copy_(values)
+    assert apart.stride() == strides
+    assert torch.equal(sk.gram(apart, backend="triton").float(), values @ values.mT)
+
+
 def test_a_group_takes_its_launches_whatever_the_shapes(room):
     """One group of the 16-bit small form: two passes, the input, and one launch an orientation."""
 
