@@ -173,6 +173,37 @@ def test_bad_lists_raise_before_anything_is_written():
     assert same_bits(before, wrong.written())
 
 
+class TestTuning:
+    def test_candidates_are_checked_before_they_are_timed(self, room, monkeypatch):
+        from spectral_kernels.benchmarks import triton_tune as tune
+
+        good, odd, wrong = (room.config.Config(64, depth, 4, 1) for depth in (64, 48, 32))
+        ours = tune._OPERATORS["gram"][0]
+        table = room.config.TABLE["interpreter"]
+
+        def gram(x):
+            return ours(x) * (1.0 if table[4, False] is not wrong else 1.001)
+
+        monkeypatch.setitem(tune._OPERATORS, "gram", (gram, tune._OPERATORS["gram"][1]))
+        kept = dict(table)
+        trials = tune.tried(gaussian(10, 20), [odd, wrong, good], rounds=1)
+        assert [trial.failure is None for trial in trials] == [False, False, True]
+        assert "gram errs by 1.0e-03" in trials[1].failure
+        assert tune.best(trials).config is good
+        assert table == kept
+
+    def test_no_step_is_tuned(self):
+        from spectral_kernels.benchmarks import triton_tune as tune
+
+        assert not [name for name in tune._OPERATORS if name.endswith("_")]
+
+    def test_nothing_counts_where_everything_fails(self, room):
+        from spectral_kernels.benchmarks import triton_tune as tune
+
+        failed = tune.Trial(room.config.Config(64, 64, 4, 1), "it spills", None)
+        assert tune.best([failed]) is None
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_products_compile_for_every_target(target):
     """The large 16-bit product: matrix instructions, no spills, within the shared memory."""

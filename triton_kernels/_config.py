@@ -5,6 +5,7 @@ neighbours or of a measurement at run time, so the same matrix gets the same bit
 
 Every entry says where it comes from. "derived": from the shared memory and registers that
 ahead-of-time compilation reports and from the wave model of the design notes, not from a run.
+`benchmarks/triton_tune.py` measures candidates on a card, and is the only thing that does.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _SMALL = {"sm_80": 32, "sm_86": 32, "sm_90": 64, "sm_100": 32, "gfx942": 32, "in
 _SMALL_LONG = 16384
 
 # Short sides above this take the large tile.
-_LARGE = 512
+LARGE = 512
 
 # architecture -> (bytes of an element, is large) -> configuration.
 TABLE: dict[str, dict[tuple[int, bool], Config]] = {
@@ -112,7 +113,7 @@ def architecture(device: torch.device) -> str:
 
 def config_for(arch: str, dtype: torch.dtype, short: int) -> Config:
     """The configuration of products on matrices with a short side of `short`."""
-    return TABLE[arch][dtype.itemsize, short > _LARGE]
+    return TABLE[arch][dtype.itemsize, short > LARGE]
 
 
 # architecture -> padded short side -> configuration of the kernel that does all steps.
