@@ -129,12 +129,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 # What `make test` goes through in the interpreter, which takes a second for what a card does in
-# microseconds: some cases of every test of an operator, none of which takes many seconds.
-_INTERPRETED_FILES = (
-    *("test_symmetric_matmul.py", "test_newton_schulz.py", "test_kron_factor.py"),
-    *("test_inverse_root.py", "test_eigenbasis.py", "test_deva.py"),
-)
-_INTERPRETED_CASES = 2
+# microseconds: cases of every test of an operator, none of which takes many seconds.
+_INTERPRETED_CASES = {
+    "test_symmetric_matmul.py": 2,
+    "test_newton_schulz.py": 2,
+    "test_kron_factor.py": 2,
+    "test_inverse_root.py": 1,
+    "test_eigenbasis.py": 1,
+    "test_deva.py": 1,
+}
 _SLOW_IN_THE_INTERPRETER = (
     *("awkward", "convergent", "deepseek", "polar_express_8", "127", "130", "trajectory"),
     *("every_small", "band", "steps", "long_run", "same_update", "test_first_step", "2, 0, 4"),
@@ -144,7 +147,7 @@ _SLOW_IN_THE_INTERPRETER = (
 def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
     functions: dict[str, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
-        if item.path.name not in _INTERPRETED_FILES:
+        if item.path.name not in _INTERPRETED_CASES:
             continue
         params = getattr(item, "callspec", None)
         possible = params is None or torch.float64 not in params.params.values()
@@ -152,7 +155,7 @@ def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
             functions[item.nodeid.partition("[")[0]].append(item)
     kept = set()
     for cases in functions.values():
-        step = max(1, -(-len(cases) // _INTERPRETED_CASES))
+        step = max(1, -(-len(cases) // _INTERPRETED_CASES[cases[0].path.name]))
         kept.update(cases[step // 2 :: step])
     for item in items:
         if item not in kept and not item.get_closest_marker("kernel"):

@@ -125,7 +125,7 @@ def step_of(op: str, shapes: tuple[tuple[int, ...], ...], refresh: int) -> Case:
 @pytest.mark.parametrize(("op", "refresh"), MOST, ids=str)
 def test_a_step_waits_for_nothing_and_its_launches_are_those_of_its_shapes(op, refresh, count):
     few = count(step_of(op, SHAPES * 2, refresh))
-    many = count(step_of(op, SHAPES * 6, refresh))
+    many = count(step_of(op, SHAPES * 4, refresh))
     assert [x.total() for x in many] == [x.total() for x in few]
     for found, most in zip(many, MOST[op, refresh], strict=True):
         assert 0 < found.total() <= most * len(SHAPES), found.most_common(10)
