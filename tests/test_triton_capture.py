@@ -11,7 +11,6 @@ import collections
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -59,11 +58,11 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def modules() -> Iterator[ModuleType]:
+def modules() -> list[ModuleType]:
+    """All of them, imported before any is patched: a later one would take over what stands in."""
     package = importlib.import_module("spectral_kernels.triton_kernels")
-    for path in sorted(Path(package.__file__).parent.glob("*.py")):
-        if path.stem != "__init__":
-            yield importlib.import_module(f"{package.__name__}.{path.stem}")
+    names = [x.stem for x in Path(package.__file__).parent.glob("*.py") if x.stem != "__init__"]
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in sorted(names)]
 
 
 def forget_tables() -> None:
