@@ -1,0 +1,175 @@
+"""What the CUDA C++ kernels cannot be faster than on an H100: bytes, tensor-core clocks, occupancy.
+
+    python -m spectral_kernels.benchmarks.cuda_floors [--to FOLDER]
+
+Needs no GPU: a model, not a measurement. Reads registers from cuda_kernels.json there, writes
+cuda_floors.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectral_kernels import _cuda
+
+# H100 SXM. The clock of an mma.sync m16n8k16 a scheduler is that of 62 % of the dense rate.
+MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
+BYTES_PER_SECOND, MMA_CLOCKS = 3.35e12, 6.5
+SHARED_BYTES_PER_CLOCK, REGISTERS, SHARED_MEMORY = 128, 65536, 227 * 1024
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One kernel of a workload.
+
+    Attributes:
+        kernel: its name.
+        moved: bytes to and from device memory.
+        clocks: of the busiest multiprocessor, with its tensor cores or its shared memory alone.
+    """
+
+    kernel: str
+    moved: float
+    clocks: float = 0.0
+
+    @property
+    def microseconds(self) -> float:
+        """The larger of both floors."""
+        return 1e6 * max(self.moved / BYTES_PER_SECOND, self.clocks / CLOCK)
+
+
+def onchip_clocks(products: int, tiles: int, matrices: int) -> float:
+    """Products of symmetric matrices of 16 x 16 tiles in two halves: three mma pairs a tile."""
+    unique = tiles * (tiles + 1) // 2
+    waves = -(-matrices // MULTIPROCESSORS)
+    return waves * products * unique * tiles * 3 * 2 * MMA_CLOCKS / SCHEDULERS
+
+
+def dense_clocks(multiplications: float) -> float:
+    """16-bit products, evenly spread."""
+    return multiplications / (16 * 8 * 16) * MMA_CLOCKS / SCHEDULERS / MULTIPROCESSORS
+
+
+def newton_schulz_onchip(count: int, rows: int, columns: int, steps: int) -> list[Floor]:
+    """The function on a 16-bit batch whose Gram matrix fits on chip."""
+    x = 2.0 * count * rows * columns
+    tiles = -(-rows // 16)
+    products = 4 * steps - 3
+    gram = dense_clocks(count * rows * (rows + 16) / 2 * columns)
+    return [
+        Floor("largest_kernel", x),
+        Floor("prologue_kernel", 2 * x),
+        Floor("gram_kernel", x, gram),
+        Floor("steps_kernel", 4.0 * count * rows * rows, onchip_clocks(products, tiles, count)),
+        Floor("apply_kernel", 2 * x, dense_clocks(2.0 * count * rows * rows * columns)),
+    ]
+
+
+def muon_step(shapes: Sequence[tuple[int, int, int]], steps: int) -> list[Floor]:
+    """fp32 parameters, gradients and momentum, bf16 products in the standard form."""
+    elements = float(sum(count * m * n for count, m, n in shapes))
+    gram = square = wide = 0.0
+    for count, m, n in shapes:
+        rows, columns = min(m, n), max(m, n)
+        gram += count * rows * rows * columns / 2
+        square += count * rows**3 / 2
+        wide += count * rows * rows * columns
+    return [
+        Floor("largest_kernel", 8 * elements),
+        Floor("prologue_kernel", 14 * elements),
+        Floor("product_kernel, X Xᵀ", steps * 2 * elements, steps * dense_clocks(gram)),
+        Floor("product_kernel, R²", 0.0, steps * dense_clocks(square)),
+        Floor("product_kernel, Q X", (4 * (steps - 1) + 10) * elements, steps * dense_clocks(wide)),
+    ]
+
+
+def inverse_roots(count: int, n: int, products: int) -> list[Floor]:
+    """All steps of the fourth root at a relative ridge of 1e-6."""
+    moved = 8.0 * count * n * n
+    return [
+        Floor("largest_kernel", moved / 2),
+        Floor("root_kernel", moved, onchip_clocks(products, -(-n // 16), count)),
+    ]
+
+
+def eigenbases(count: int, n: int, sweeps: int) -> list[Floor]:
+    """Every round reads and writes all columns once, in fp64 and shared memory."""
+    rounds = -(-count // MULTIPROCESSORS) * sweeps * (n - 1)
+    return [
+        Floor(
+            "eigenbasis_kernel", 12.0 * count * n * n, rounds * 16 * n * n / SHARED_BYTES_PER_CLOCK
+        )
+    ]
+
+
+GPT_124M = ((12, 768, 2304), (12, 768, 768), (24, 768, 3072))
+WORKLOADS = {
+    "newton_schulz, 64 x (128 x 7168) bf16, 5 steps": newton_schulz_onchip(64, 128, 7168, 5),
+    "newton_schulz, 224 x (16 x 4096) bf16, 5 steps": newton_schulz_onchip(224, 16, 4096, 5),
+    "newton_schulz, 126 x (64 x 576) bf16, 5 steps": newton_schulz_onchip(126, 64, 576, 5),
+    "muon_step_, matrices of GPT-2 124M, 5 steps": muon_step(GPT_124M, 5),
+    "inverse_root, 64 x 128², p = 4, 37 products": inverse_roots(64, 128, 37),
+    "eigenbasis, 64 x 128², 9 sweeps": eigenbases(64, 128, 9),
+}
+
+# Warps and bytes of shared memory of one block.
+BLOCKS = {
+    "steps_kernel<8>": (8, _cuda.shared_memory(128)),
+    "steps_kernel<4>": (4, _cuda.shared_memory(64)),
+    "steps_kernel<1>": (1, _cuda.shared_memory(16)),
+    "root_kernel<8>": (8, _cuda.root_shared_memory(128)),
+    "eigenbasis_kernel<128>": (16, _cuda.jacobi_shared_memory(128)),
+    "product_kernel<64, 1, 0, 0>": (4, 32784),
+    "product_kernel<64, 2, 1, 0>": (4, 65552),
+    "product_kernel<128, 1, 0, 0>": (8, 65552),
+    "product_kernel<128, 2, 1, 0>": (8, 98320),
+}
+
+
+def blocks_at_a_time(registers: int, warps: int, shared: int) -> int:
+    """Of one multiprocessor; registers are given out in units of 256 a warp."""
+    of_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(of_registers, SHARED_MEMORY // (shared + 1024), 64 // warps, 32)
+
+
+def markdown(kernels: Sequence[dict[str, object]]) -> str:
+    """Floors of the workloads, and how many blocks a multiprocessor holds."""
+    lines = [
+        "A model of an H100 SXM, not a measurement: each kernel takes at least the larger of its",
+        "bytes at 3.35 TB/s and its mma.sync (6.5 clocks a scheduler) or shared-memory clocks at",
+        "1.755 GHz. Launches are not in it. Generated by benchmarks/cuda_floors.py.",
+        "",
+        "| workload | kernel | MB | clocks | floor, µs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, floors in WORKLOADS.items():
+        for floor in floors:
+            cells = f"{floor.moved / 1e6:.0f} | {floor.clocks:.0f} | {floor.microseconds:.0f}"
+            lines.append(f"| {name} | {floor.kernel} | {cells} |")
+        total = sum(floor.microseconds for floor in floors)
+        lines.append(f"| {name} | **all** | | | **{total:.0f}** |")
+    lines += ["", "| kernel | registers | bytes shared | blocks at a time |", "|---|---|---|---|"]
+    of_sm90 = {row["kernel"]: row for row in kernels if row["architecture"] == "sm_90a"}
+    for name, (warps, shared) in BLOCKS.items():
+        registers = int(str(of_sm90[name]["registers"]))
+        count = blocks_at_a_time(registers, warps, shared)
+        lines.append(f"| {name} | {registers} | {shared} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(argv)
+    kernels = json.loads((options.to / "cuda_kernels.json").read_text())["kernels"]
+    (options.to / "cuda_floors.md").write_text(markdown(kernels))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
