@@ -27,24 +27,31 @@ RootRow linear_row(double& low, int p) {
   return {a, -a * rho, 0};
 }
 
-// N = alpha + beta v + gamma v² in v = x - 1, with x^(1/p) N alternating 1 -+ error on the four
-// points.
+// The error with which x^(1/p) N(x) alternates 1 - error, 1 + error on `points` points, for the N
+// whose degree is two less; h = x^(-1/p) at them. N interpolates (1 -+ error) h, so its highest
+// divided difference vanishes.
+double alternating_error(const double* x, int points, double q, double* h) {
+  double plain = 0, alternating = 0;
+  for (int i = 0; i < points; i++) {
+    h[i] = std::pow(x[i], -q);
+    double w = 1;
+    for (int j = 0; j < points; j++)
+      if (j != i) w /= x[i] - x[j];
+    plain += w * h[i];
+    alternating += (i % 2 == 0 ? -1 : 1) * w * h[i];
+  }
+  return -plain / alternating;
+}
+
+// N = alpha + beta v + gamma v² in v = x - 1, levelled on (low, x1, x2, 1).
 struct Levelled {
   double error, alpha, beta, gamma;
 };
 
 Levelled level(double low, double x1, double x2, double q) {
-  const double x[4] = {low, x1, x2, 1}, sign[4] = {-1, 1, -1, 1};
-  double h[4], w[4], plain = 0, alternating = 0;
-  for (int i = 0; i < 4; i++) {
-    h[i] = std::pow(x[i], -q);
-    w[i] = 1;
-    for (int j = 0; j < 4; j++)
-      if (j != i) w[i] /= x[i] - x[j];
-    plain += w[i] * h[i];
-    alternating += sign[i] * w[i] * h[i];
-  }
-  const double error = -plain / alternating;
+  const double x[4] = {low, x1, x2, 1};
+  double h[4];
+  const double error = alternating_error(x, 4, q, h);
   const double y1 = (1 + error) * h[1], y2 = (1 - error) * h[2], y3 = (1 + error) * h[3];
   const double slope = (y3 - y2) / (1 - x2);
   const double gamma = (slope - (y2 - y1) / (x2 - x1)) / (1 - x1);
@@ -122,8 +129,7 @@ void real_zeros(const double* c, int degree, double low, double* zeros) {
   }
 }
 
-// As quadratic_row, on six points. N interpolates (1 -+ error) x^(-1/p), so its fifth divided
-// difference vanishes, which gives the error; the new points are the zeros of N / p + x N'.
+// As quadratic_row, on six points.
 RootRow quartic_row(double& low, int p) {
   const double q = 1.0 / p;
   if (low > 0.97) {  // rounding hides the extrema: the Taylor row of (1 - e)^(-1/p)
@@ -147,16 +153,8 @@ RootRow quartic_row(double& low, int p) {
   x[kPoints - 1] = 1;
   constexpr int kMostExchanges = 50;
   for (int exchange = 0; exchange < kMostExchanges; exchange++) {
-    double h[kPoints], plain = 0, alternating = 0;
-    for (int i = 0; i < kPoints; i++) {
-      h[i] = std::pow(x[i], -q);
-      double w = 1;
-      for (int j = 0; j < kPoints; j++)
-        if (j != i) w /= x[i] - x[j];
-      plain += w * h[i];
-      alternating += (i % 2 == 0 ? -1 : 1) * w * h[i];
-    }
-    const double error = -plain / alternating;
+    double h[kPoints];
+    const double error = alternating_error(x, kPoints, q, h);
     // Newton's form on all points but the first, from 1 downwards, and its expansion.
     double difference[kLong + 1];
     for (int i = 0; i <= kLong; i++) {

@@ -71,28 +71,35 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The operators in torch.ops.spectral_kernels_emulated; built once per state of the code."""
-    sources = [*CUDA.glob("*"), *EMULATION.glob("*"), *(ROOT / "csrc").glob("*.*"), Path(__file__)]
-    built = ROOT / "build" / "emulation" / f"{fingerprint(sources)}.so"
+    """The operators in torch.ops.spectral_kernels_emulated; what did not change is kept built."""
+    headers = [p for d in (CUDA, EMULATION, ROOT / "csrc") for p in d.glob("*.h")]
+    headers.append(Path(__file__))
+    bindings = [*CUDA.glob("*.cpp"), EMULATION / "bind.cpp"]
+    bindings += [
+        ROOT / "csrc" / name for name in ("check_lists.cpp", "counters.cpp", "root_rows.cpp")
+    ]
+    sources = {path: compile_kernel for path in kernels()} | dict.fromkeys(bindings, compile_binding)
+    built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources])}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
+        objects = {
+            path: built.parent / f"{path.stem}-{fingerprint([*headers, path])}.o"
+            for path in sources
+        }
         with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
-            bindings = [*CUDA.glob("*.cpp"), EMULATION / "bind.cpp"]
-            bindings += [
-                ROOT / "csrc" / name
-                for name in ("check_lists.cpp", "counters.cpp", "root_rows.cpp")
-            ]
-            jobs = [(compile_kernel, path) for path in kernels()]
-            jobs += [(compile_binding, path) for path in bindings]
-            objects = [Path(folder) / f"{path.stem}.o" for _, path in jobs]
-            for done in [
-                pool.submit(job, path, to) for (job, path), to in zip(jobs, objects, strict=True)
-            ]:
+
+            def make(path: Path) -> None:
+                if not objects[path].exists():
+                    fresh = Path(folder) / f"{path.stem}.o"
+                    sources[path](path, fresh)
+                    os.replace(fresh, objects[path])
+
+            for done in [pool.submit(make, path) for path in sources]:
                 done.result()
             torch_libraries = Path(torch.__file__).parent / "lib"
             run(
                 [compiler(), "-shared", "-o", str(Path(folder) / "emulation.so")]
-                + [str(path) for path in objects]
+                + [str(path) for path in objects.values()]
                 + ["-L", str(torch_libraries), "-lc10", "-ltorch_cpu", "-ltorch"]
             )
             os.replace(Path(folder) / "emulation.so", built)

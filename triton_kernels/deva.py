@@ -12,21 +12,18 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from spectral_kernels._backend import check_choice, check_list, check_writable, operator
 from torch import Tensor
 
 from ._config import PASS_WARPS
 from ._device import launch
 from ._operator import (
-    check_choice,
     check_distinct,
-    check_list,
     check_number,
     check_rows,
     check_sides,
     check_state,
     check_step,
-    check_writable,
-    operator,
     raise_nonfinite,
 )
 from ._steps import column, finite, move_, outside_range, rate_of, stacks_of

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from spectral_kernels._backend import check_list, operator
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, gram, product, scaled_by, two_sided
 from ._operator import (
     check_distinct,
-    check_list,
     check_number,
     check_sides,
     check_state,
     check_step,
-    operator,
     raise_nonfinite,
 )
 from ._steps import Stack, column, finite, length, move_, rate_of, stacks_of

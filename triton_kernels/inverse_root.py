@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from spectral_kernels._backend import check_choice, check_list, operator
 from spectral_kernels.coefficients import root_schedule, root_tolerance
 from torch import Tensor
 
@@ -19,14 +20,11 @@ from ._batch import flattened, product, scaled_by, two_sided
 from ._config import architecture, config_for
 from ._layout import SHORT, layout_of, padded, upload
 from ._operator import (
-    check_choice,
     check_distinct,
-    check_list,
     check_number,
     check_sides,
     check_state,
     check_step,
-    operator,
     raise_nonfinite,
 )
 from ._steps import column, finite, length, move_, outside_range, rate_of, stacks_of

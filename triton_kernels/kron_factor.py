@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from spectral_kernels._backend import check_writable, operator
 from torch import Tensor
 
 from ._batch import Packed, flattened, product, two_sided
-from ._operator import check_writable, operator
 from ._passes import NONFINITE
 
 _MOST = torch.finfo(torch.float32).max

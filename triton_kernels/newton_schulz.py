@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from spectral_kernels._backend import check_list, operator
 from torch import Tensor
 
 from ._batch import flattened
@@ -43,12 +44,10 @@ from ._layout import (
 )
 from ._operator import (
     check_distinct,
-    check_list,
     check_number,
     check_rows,
     check_state,
     check_step,
-    operator,
     raise_nonfinite,
 )
 from ._passes import Mix, Summary, pack, summarize

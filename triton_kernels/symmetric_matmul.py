@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from spectral_kernels._backend import operator
 from torch import Tensor
 
 from ._config import Config, architecture, config_for, precision_of
@@ -32,7 +33,6 @@ from ._layout import (
     places_of,
     swapped_unit,
 )
-from ._operator import operator
 from ._passes import Mix, pack, summarize
 
 _LARGEST_PLACED = 64

@@ -182,9 +182,10 @@ void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double
 }
 
 void RotatedStep::rotate_back(const Panels& u, Product last, Kind precision) {
-  Workspace workspace(panel_bytes(u.rows, u.cols, precision));
+  const bool round = precision != u.kind;
+  Workspace workspace(round ? panel_bytes(u.rows, u.cols, precision) : 0);
   Panels x = u;
-  if (precision != u.kind) {
+  if (round) {
     Combine rounded;
     rounded.a = u;
     x = rounded.out = take_panels(workspace, u.rows, u.cols, precision);

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectral_kernels._backend import check_choice, check_list, check_writable, operator
+
 from ._shared import (
     Progress,
     absent,
-    check_choice,
     check_factors,
     check_full_precision,
-    check_list,
     check_range,
     check_state,
     check_step,
-    check_writable,
     finite,
     matrices,
     move_,
-    operator,
     optional,
     outside_range,
     raise_nonfinite,

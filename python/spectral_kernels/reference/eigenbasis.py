@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_kernels._backend import check_list, operator
+
 from ._shared import (
     Progress,
     absent,
     check_factors,
-    check_list,
     check_range,
     check_square,
     check_state,
@@ -24,7 +25,6 @@ from ._shared import (
     max_abs,
     move_,
     norm,
-    operator,
     optional,
     raise_nonfinite,
     scaled,

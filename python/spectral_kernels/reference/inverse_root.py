@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_kernels._backend import check_choice, check_list, operator
 from spectral_kernels.coefficients import Rows, root_schedule, root_tolerance
 
 from ._shared import (
     Progress,
     absent,
-    check_choice,
     check_factors,
-    check_list,
     check_range,
     check_root,
     check_square,
@@ -30,7 +29,6 @@ from ._shared import (
     max_abs,
     move_,
     norm,
-    operator,
     optional,
     outside_range,
     raise_nonfinite,

@@ -7,17 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._shared import (
-    absent,
-    check_matrix,
-    check_range,
-    check_side,
-    check_writable,
-    finite,
-    matrices,
-    operator,
-    optional,
-)
+from spectral_kernels._backend import check_matrix, check_writable, operator
+
+from ._shared import absent, check_range, check_side, finite, matrices, optional
 from .symmetric_matmul import mirror, product
 
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spectral_kernels._backend import check_choice, check_list, check_matrix, operator
+
 from ._shared import (
     Progress,
-    check_choice,
-    check_list,
-    check_matrix,
     check_range,
     check_state,
     check_step,
@@ -21,7 +20,6 @@ from ._shared import (
     matrices,
     max_abs,
     move_,
-    operator,
     raise_nonfinite,
     scaled,
 )

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._shared import check_matrix, finite, matrices, operator
+from spectral_kernels._backend import check_matrix, operator
+
+from ._shared import finite, matrices
 
 
 @operator
