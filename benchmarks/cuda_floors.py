@@ -55,14 +55,12 @@ def dense_clocks(multiplications: float) -> float:
 
 
 def newton_schulz_onchip(count: int, rows: int, columns: int, steps: int) -> list[Floor]:
-    """The function on a 16-bit batch whose Gram matrix fits on chip."""
+    """The function on a 16-bit batch, read in place, whose Gram matrix fits on chip."""
     x = 2.0 * count * rows * columns
     tiles = -(-rows // 16)
     products = 4 * steps - 3
     gram = dense_clocks(count * rows * (rows + 16) / 2 * columns)
     return [
-        Floor("largest_kernel", x),
-        Floor("prologue_kernel", 2 * x),
         Floor("gram_kernel", x, gram),
         Floor("steps_kernel", 4.0 * count * rows * rows, onchip_clocks(products, tiles, count)),
         Floor("apply_kernel", 2 * x, dense_clocks(2.0 * count * rows * rows * columns)),

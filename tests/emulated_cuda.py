@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL:
     bindings += [
         ROOT / "csrc" / name for name in ("check_lists.cpp", "counters.cpp", "root_rows.cpp")
     ]
-    sources = {path: compile_kernel for path in kernels()} | dict.fromkeys(bindings, compile_binding)
+    sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
     built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources])}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)

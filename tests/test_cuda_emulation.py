@@ -62,7 +62,8 @@ def workload():
     x = gaussian(2, 60, 700)
     results = [
         iterated(x, restarts=[2, 3]),
-        iterated(x.bfloat16(), norm="schatten8"),
+        iterated(x.bfloat16(), norm="schatten8"),  # is packed
+        iterated(x[..., :600].bfloat16().contiguous() * 2.0**-80),  # is read in place, and scaled
         iterated(x[0, :30, :130].half(), method="standard"),
     ]
     case = new_step("muon_step_", [(2, 33, 70), (70, 20), (50, 1, 4)])

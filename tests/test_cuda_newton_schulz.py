@@ -176,6 +176,30 @@ def test_scale_does_not_matter(dtype):
         assert same_bits(newton_schulz((x.double() * 2.0**power).to(dtype)), expected), power
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 2064), (3, 8, 16), (3, 33, 104)], ids=str)
+def test_what_is_read_in_place_has_the_bits_of_what_is_packed(shape, dtype):
+    """Rows of aligned words are not packed; an odd stride between rows keeps them from that."""
+    x = gaussian(*shape, dtype=dtype)
+    x[1] = 0.0
+    if dtype == torch.bfloat16:  # fp16 has no such exponents
+        x[2] *= 2.0**-70
+    odd = torch.empty(*shape[:2], shape[2] + 1, dtype=dtype)[..., :-1].copy_(x)
+    for norm in ("frobenius", "schatten8"):
+        found = newton_schulz(x, norm=norm)
+        assert same_bits(found, newton_schulz(odd, norm=norm))
+    assert not found[1].any()
+    guarded = Guarded(x)
+    assert same_bits(newton_schulz(guarded.tensor, norm=norm), found)
+    for c in (2.0**-60, 2.0**-33, 2.0**60) if dtype == torch.bfloat16 else ():
+        assert same_bits(newton_schulz(x[0] * c, norm=norm), found[0])
+    for bad in (math.nan, math.inf):
+        x[2, 3, 5] = bad
+        broken = newton_schulz(x, norm=norm)
+        assert broken[2].isnan().all()
+        assert same_bits(broken[:2], found[:2])
+
+
 def test_subnormal_input():
     x = gaussian(8, 12) * 1e-43
     assert error(newton_schulz(x), exact_newton_schulz(x, MUON)) < 1e-5

@@ -32,7 +32,8 @@ struct Entry {
   int chunks = 1;         // parts that sums over columns are made in
   int square_chunks = 1;  // and those over rows
   int rows = 0;
-  float scale = 1;  // of the update
+  float scale = 1;      // of the update
+  bool direct = false;  // products read the 16-bit source in place: nothing is packed
 };
 
 // The largest |element| of a matrix, as the bits of a float, which order as the numbers do.

@@ -39,8 +39,6 @@ HOST_DEVICE int64_t scan_parts(const Entry& e, Of of) {
   return parts;
 }
 
-DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
 DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
 
 __global__ void __launch_bounds__(kThreads)

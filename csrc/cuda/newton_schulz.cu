@@ -39,6 +39,39 @@ HOST_DEVICE int64_t chunks_of(const Entry& e) {
   return (e.line + kChunkColumns - 1) / kChunkColumns;
 }
 
+// What products read of a matrix: rows of `columns` numbers, 8 of which are one aligned word.
+struct Lines {
+  const uint16_t* data;
+  int64_t row, plane, columns;
+};
+
+DEVICE Lines lines_of(const Entry& e, int64_t matrix, int planes, const uint16_t* packed) {
+  if (e.direct)
+    return {static_cast<const uint16_t*>(e.source.data) + matrix * e.source.batch, e.source.row, 0,
+            e.columns};
+  const int64_t size = e.rows * e.line;
+  return {packed + e.plane + matrix * size * planes, e.line, size, e.line};
+}
+
+// Eight numbers to shared memory; those that are scaled are there at the next barrier.
+template <bool kF16>
+DEVICE void copy_piece(char* to, const Lines& x, int plane, int64_t row, int64_t column,
+                       int64_t rows, int shift) {
+  const bool valid = row < rows && column < x.columns;
+  const uint16_t* from = x.data + (valid ? plane * x.plane + row * x.row + column : 0);
+  if (shift == 0) {
+    copy_async(to, from, valid);
+    return;
+  }
+  const PowerOfTwo scaled(shift);
+  const uint4 v = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  const auto word = [&](uint32_t w) {
+    const float2 f = Half<kF16>::unpack(w);
+    return Half<kF16>::pack(scaled(f.x), scaled(f.y));
+  };
+  *reinterpret_cast<uint4*>(to) = make_uint4(word(v.x), word(v.y), word(v.z), word(v.w));
+}
+
 // Gram matrix
 
 constexpr int kStages = 4, kStepColumns = 32, kLineBytes = kStepColumns * 2;
@@ -49,10 +82,13 @@ DEVICE char* piece_of(char* tile, int row, int piece) {
   return tile + row * kLineBytes + ((piece ^ (row >> 1)) & 3) * 16;
 }
 
-// One block: the partial sum of X Xᵀ over one chunk of columns, in the tiles of OnChip.
+// One block: the partial sum of X Xᵀ over one chunk of columns, in the tiles of OnChip. It also
+// finds the largest |element| of what is read in place; a second launch, `scaled`, sums those
+// matrices anew whose numbers turned out to need scaling.
 template <int kNB, int kPlanes, bool kF16>
 __global__ void __launch_bounds__(kNB * 32)
-    gram_kernel(const __grid_constant__ Table table, const uint16_t* packed, float* parts) {
+    gram_kernel(const __grid_constant__ Table table, const uint16_t* packed, uint32_t* largest,
+                bool scaled, float* parts) {
   using Chip = OnChip<kNB>;
   constexpr int kRows = 16 * kNB, kPlaneBytes = kRows * kLineBytes,
                 kStageBytes = kPlanes * kPlaneBytes;
@@ -61,8 +97,11 @@ __global__ void __launch_bounds__(kNB * 32)
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return chunks_of(e); });
   const Entry& e = *at.entry;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int64_t size = e.rows * e.line;
-  const uint16_t* x = packed + e.plane + at.matrix * size * kPlanes;
+  uint32_t* of_matrix = largest + e.first + at.matrix;
+  if (scaled && (!e.direct || usual(*of_matrix, kF16))) return;
+  const int shift = scaled ? pack_shift(*of_matrix, kF16) : 0;
+  const bool measured = e.direct && !scaled;
+  const Lines x = lines_of(e, at.matrix, kPlanes, packed);
   const int64_t begin = at.part * kChunkColumns;
   const int64_t end = begin + kChunkColumns < e.line ? begin + kChunkColumns : e.line;
   const int steps = int((end - begin) / kStepColumns);
@@ -72,16 +111,15 @@ __global__ void __launch_bounds__(kNB * 32)
       char* stage = shared + step % kStages * kStageBytes;
       for (int i = tid; i < kPlanes * kRows * 4; i += Chip::kThreads) {
         const int plane = i / (kRows * 4), row = i / 4 % kRows, piece = i % 4;
-        const bool valid = row < e.rows;
-        const int64_t from =
-            valid ? plane * size + row * e.line + begin + step * kStepColumns + piece * 8 : 0;
-        copy_async(piece_of(stage + plane * kPlaneBytes, row, piece), x + from, valid);
+        copy_piece<kF16>(piece_of(stage + plane * kPlaneBytes, row, piece), x, plane, row,
+                         begin + step * kStepColumns + piece * 8, e.rows, shift);
       }
     }
     copy_async_commit();
   };
 
   float total[Chip::kTiles][8] = {}, acc[Chip::kTiles][8] = {};
+  uint32_t first = 0, second = 0;  // the largest of all even and of all odd columns
   for (int i = 0; i < kStages - 1; i++) fetch(i);
   for (int step = 0; step < steps; step++) {
     copy_async_wait<kStages - 2>();
@@ -95,6 +133,12 @@ __global__ void __launch_bounds__(kNB * 32)
       for (int plane = 0; plane < kPlanes; plane++)
         load_matrix(a[plane], piece_of(stage + plane * kPlaneBytes, warp * 16 + lane % 16,
                                        half * 2 + lane / 16));
+      if (measured)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          first = larger(first, a[0][i] & 0x7fffu);
+          second = larger(second, a[0][i] & 0x7fff0000u);
+        }
 #pragma unroll
       for (int d = 0; d < Chip::kTiles; d++) {
         if (d == Chip::kHalf && warp >= kNB / 2) continue;
@@ -125,6 +169,11 @@ __global__ void __launch_bounds__(kNB * 32)
         }
   }
   copy_async_wait<0>();
+  if (measured) {
+    uint32_t most = larger(first, second >> 16);
+    for (int mask = 16; mask; mask >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, mask));
+    if (lane == 0) atomicMax(of_matrix, bits_of(Half<kF16>::unpack(most).x));
+  }
 
   float* out = parts + e.part + (at.matrix * chunks_of(e) + at.part) * kPartFloats<kNB>;
 #pragma unroll
@@ -191,8 +240,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       const double sum = chip.sum_of_squares(square, scratch) * unscale * unscale;
       norm *= sqrt(sqrt(sqrt(sum)));
     }
-    const uint32_t most = largest[e.first + at.matrix];
-    const int shift = finite(most) && most != 0 ? pack_shift(most, f16) : 0;
+    const int shift = shift_of(e, largest[e.first + at.matrix], f16);
     const double floor_ = ldexp(double(segment.eps), shift);
     const double wanted = norm * segment.norm_factor;
     const double used = wanted > floor_ ? wanted : floor_;
@@ -302,7 +350,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const Entry& e = *at.entry;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int64_t size = e.rows * e.line, matrix = e.first + at.matrix;
-  uint16_t* x = packed + e.plane + at.matrix * size * kPlanes;
+  const Lines x = lines_of(e, at.matrix, kPlanes, packed);
+  const int shift = e.direct ? shift_of(e, largest[matrix], kF16) : 0;
   const int64_t begin = at.part * kTileColumns * kStripTiles;
   const int64_t left = (e.line - begin) / kTileColumns;
   const int tiles = int(left < kStripTiles ? left : kStripTiles);
@@ -317,10 +366,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       char* stage = shared + tile % 2 * kStage;
       for (int i = tid; i < kPlanes * kRows * 8; i += kNB * 32) {
         const int plane = i / (kRows * 8), row = i / 8 % kRows, piece = i % 8;
-        const bool valid = row < e.rows;
-        const int64_t from =
-            valid ? plane * size + row * e.line + begin + tile * kTileColumns + piece * 8 : 0;
-        copy_async(piece_at(stage + plane * kPlaneBytes, row, piece), x + from, valid);
+        copy_piece<kF16>(piece_at(stage + plane * kPlaneBytes, row, piece), x, plane, row,
+                         begin + tile * kTileColumns + piece * 8, e.rows, shift);
       }
     }
     copy_async_commit();
@@ -391,7 +438,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
         if (!apply.last) {
           const float u0 = v[0] * apply.after, u1 = v[1] * apply.after;
           const uint32_t high = Half<kF16>::pack(u0, u1);
-          uint16_t* to = x + row * e.line + place_in_row;
+          uint16_t* to =
+              packed + e.plane + at.matrix * size * kPlanes + row * e.line + place_in_row;
           *reinterpret_cast<uint32_t*>(to) = high;
           if (kPlanes == 2) {
             const float2 kept = Half<kF16>::unpack(high);
@@ -435,7 +483,7 @@ int with_tiles(int tiles, F f) {
 
 template <int kNB, int kPlanes, bool kF16>
 int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment>& segments,
-                    const uint32_t* largest, const OnChipBuffers& buffers, const Update& update,
+                    uint32_t* largest, const OnChipBuffers& buffers, const Update& update,
                     void* stream) {
   using Chip = OnChip<kNB>;
   auto gram = gram_kernel<kNB, kPlanes, kF16>;
@@ -448,15 +496,20 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
   if (error == 0) error = allow_shared(steps, kStepsBytes);
   if (error == 0) error = allow_shared(apply, kApplyBytes);
   const dim3 block(Chip::kThreads);
+  const bool may_scale =
+      !kF16 && std::any_of(entries.begin(), entries.end(), [](const Entry& e) { return e.direct; });
   for (size_t i = 0; i < segments.size() && error == 0; i++) {
     const Segment& segment = segments[i];
-    error = for_each_table(
-        entries, [](const Entry& e) { return chunks_of(e); },
-        [&](const Table& table, unsigned blocks) {
-          LAUNCH(gram, dim3(blocks), block, kGramBytes, stream, table, buffers.packed,
-                 buffers.parts);
-          return launched();
-        });
+    for (const bool scaled : {false, true}) {
+      if (error != 0 || (scaled && !may_scale)) break;
+      error = for_each_table(
+          entries, [](const Entry& e) { return chunks_of(e); },
+          [&](const Table& table, unsigned blocks) {
+            LAUNCH(gram, dim3(blocks), block, kGramBytes, stream, table, buffers.packed, largest,
+                   scaled, buffers.parts);
+            return launched();
+          });
+    }
     if (error != 0) break;
     error = for_each_table(
         entries, [](const Entry&) { return int64_t(1); },
@@ -490,6 +543,13 @@ int64_t onchip_bytes(int rows) {
                     : 3 * int64_t(tiles) * (tiles / 2 + 1) * 1024 + tiles * int64_t(sizeof(double));
 }
 
+bool readable_in_place(const Entry& e, bool f16, int planes, const std::vector<Segment>& segments) {
+  const Matrices& m = e.source;
+  return planes == 1 && segments.size() == 1 && e.momentum.data == nullptr &&
+         m.type == (f16 ? Type::kF16 : Type::kBF16) && m.column == 1 && m.row % 8 == 0 &&
+         m.batch % 8 == 0 && e.columns % 8 == 0 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
 OnChipSizes place_onchip(std::vector<Entry>& entries, int planes) {
   OnChipSizes sizes;
   for (Entry& e : entries) {
@@ -500,7 +560,7 @@ OnChipSizes place_onchip(std::vector<Entry>& entries, int planes) {
     e.part = sizes.parts;
     e.q = sizes.q;
     sizes.matrices += e.count;
-    sizes.packed += e.count * e.rows * e.line * planes;
+    sizes.packed += e.direct ? 0 : e.count * e.rows * e.line * planes;
     sizes.parts += e.count * chunks_of(e) * tiles * (tiles / 2 + 1) * 256;
     sizes.q += e.count * tiles * tiles * 512;
   }
@@ -602,8 +662,8 @@ bool plan_segments(const std::vector<Rows>& rows, const std::vector<int64_t>& re
 }
 
 int launch_newton_schulz(const std::vector<Entry>& entries, const std::vector<Segment>& segments,
-                         bool f16, int planes, const uint32_t* largest,
-                         const OnChipBuffers& buffers, const Update& update, void* stream) {
+                         bool f16, int planes, uint32_t* largest, const OnChipBuffers& buffers,
+                         const Update& update, void* stream) {
   for (const int tiles : {1, 2, 4, 6, 8}) {
     std::vector<Entry> group;
     for (const Entry& e : entries)

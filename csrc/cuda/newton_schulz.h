@@ -58,9 +58,13 @@ struct OnChipBuffers {
   float* alpha = nullptr;  // one a matrix: Q X is this times the stored product
 };
 
-// All segments of all matrices, and the update.
+// Whether a matrix of 16-bit numbers can be iterated on where it is: in rows of aligned words of 8,
+// and only by a single segment, as the next one needs a place for Q X.
+bool readable_in_place(const Entry& e, bool f16, int planes, const std::vector<Segment>& segments);
+
+// All segments of all matrices, and the update. Fills in what is `largest` of direct entries.
 int launch_newton_schulz(const std::vector<Entry>& entries, const std::vector<Segment>& segments,
-                         bool f16, int planes, const uint32_t* largest,
-                         const OnChipBuffers& buffers, const Update& update, void* stream);
+                         bool f16, int planes, uint32_t* largest, const OnChipBuffers& buffers,
+                         const Update& update, void* stream);
 
 }  // namespace spectral_kernels::cuda

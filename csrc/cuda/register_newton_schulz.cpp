@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <string>
@@ -199,7 +200,13 @@ class Lists {
   void place() {
     std::map<Route, std::vector<size_t>> groups;
     for (size_t i = 0; i < entries.size(); i++) groups[routes_[i]].push_back(i);
-    for (const auto& group : groups) segments_[group.first] = plan_.segments(group.first.cuts);
+    for (const auto& group : groups) {
+      const std::vector<Segment>& segments = segments_[group.first] =
+          plan_.segments(group.first.cuts);
+      for (const size_t i : group.second)
+        entries[i].direct = group.first.square_planes == 0 &&
+                            readable_in_place(entries[i], plan_.f16, plan_.planes, segments);
+    }
     scratch.emplace(place_onchip(entries, plan_.planes), like_);
     const bool products = groups.rbegin()->first.square_planes != 0;
     if (products) scratch->add_norms(entries, plan_);
@@ -243,6 +250,14 @@ class Lists {
           plan_.op);
   }
 
+  // Those that the prologue packs.
+  std::vector<Entry> packed() const {
+    std::vector<Entry> list;
+    std::copy_if(entries.begin(), entries.end(), std::back_inserter(list),
+                 [](const Entry& e) { return !e.direct; });
+    return list;
+  }
+
   std::vector<Entry> entries;
   std::optional<Scratch> scratch;
 
@@ -279,8 +294,9 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   Prologue prologue;
   prologue.f16 = plan.f16;
   prologue.planes = plan.planes;
-  check_launch(launch_largest(lists.entries, Of::kSource, scratch.largest(), stream), kOp);
-  check_launch(launch_prologue(lists.entries, prologue, scratch.largest(), scratch.buffers.packed,
+  const std::vector<Entry> packed = lists.packed();
+  check_launch(launch_largest(packed, Of::kSource, scratch.largest(), stream), kOp);
+  check_launch(launch_prologue(packed, prologue, scratch.largest(), scratch.buffers.packed,
                                scratch.norms, stream),
                kOp);
   lists.iterate(Update(), stream);

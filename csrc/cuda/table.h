@@ -96,6 +96,7 @@ DEVICE void write(const Matrices& m, int64_t at, float value) {
   }
 }
 
+DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 DEVICE bool finite(uint32_t largest) { return largest < kInfinityBits; }
 
 // floor(log2 |x|) of a finite, non-zero x given by its bits.
@@ -118,6 +119,21 @@ struct PowerOfTwo {
 constexpr int kTopExponentF16 = 13;
 DEVICE int pack_shift(uint32_t largest, bool f16) {
   return (f16 ? kTopExponentF16 : 0) - exponent_of(largest);
+}
+
+// A bf16 matrix that is read in place needs no scaling between these: its Gram matrix neither
+// overflows nor loses to underflow what fp64 could see of its trace. Squares of fp16 always fit.
+constexpr int kDirectExponent = 32;
+DEVICE bool usual(uint32_t largest, bool f16) {
+  if (f16 || largest == 0 || !finite(largest)) return true;
+  const int exponent = exponent_of(largest);
+  return exponent >= -kDirectExponent && exponent <= kDirectExponent;
+}
+
+// The power of two between a matrix and what products read of it.
+DEVICE int shift_of(const Entry& e, uint32_t largest, bool f16) {
+  if (!finite(largest) || largest == 0 || (e.direct && usual(largest, f16))) return 0;
+  return pack_shift(largest, f16);
 }
 
 }  // namespace spectral_kernels::cuda
