@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CUDA = ROOT / "csrc" / "cuda"
 
+# Of kernels and of the linker, such as sanitizers.
+FLAGS = tuple(os.environ.get("SPECTRAL_KERNELS_EMULATION_FLAGS", "").split())
+
 # The operators that csrc/cuda/register.cpp implements.
 OPERATORS = _cuda.OPERATORS
 
@@ -35,10 +38,10 @@ def kernels() -> list[Path]:
     return sorted(CUDA.glob("*.cu"))
 
 
-def compile_kernel(source: Path, to: Path, *flags: str) -> None:
+def compile_kernel(source: Path, to: Path) -> None:
     """One .cu file by the C++ compiler, `#pragma unroll` and all."""
     run(
-        [compiler(), "-std=c++17", "-O2", "-g0", "-fPIC", "-Wno-unknown-pragmas", *flags]
+        [compiler(), "-std=c++17", "-O2", "-g0", "-fPIC", "-Wno-unknown-pragmas", *FLAGS]
         + ["-x", "c++", "-include", str(EMULATION / "emulation.h"), "-c", str(source)]
         + ["-I", str(CUDA), "-o", str(to)]
     )
@@ -63,7 +66,7 @@ def run(command: Sequence[str]) -> None:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256(torch.__version__.encode())
+    digest = hashlib.sha256(" ".join((torch.__version__, *FLAGS)).encode())
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -98,7 +101,7 @@ def library() -> ctypes.CDLL:
                 done.result()
             torch_libraries = Path(torch.__file__).parent / "lib"
             run(
-                [compiler(), "-shared", "-o", str(Path(folder) / "emulation.so")]
+                [compiler(), "-shared", *FLAGS, "-o", str(Path(folder) / "emulation.so")]
                 + [str(path) for path in objects.values()]
                 + ["-L", str(torch_libraries), "-lc10", "-ltorch_cpu", "-ltorch"]
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 
 import emulated_cuda
 import pytest
@@ -87,6 +88,24 @@ def test_no_order_changes_a_bit():
         for order in (1, 2, 3):
             with arranged(order):
                 assert same_bits(workload(), expected), f"order {order}"
+
+
+def test_no_undefined_behaviour():
+    """Shifts, conversions, alignment and index arithmetic of every kernel."""
+    program = (
+        "import torch, emulated_cuda, test_cuda_emulation as t\n"
+        "torch.set_num_threads(1)\n"
+        "with emulated_cuda.emulated(): t.workload()"
+    )
+    flags = "-O1 -fsanitize=undefined -fno-sanitize-recover=undefined"
+    paths = os.pathsep.join([str(emulated_cuda.ROOT / "tests"), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": paths, "SPECTRAL_KERNELS_EMULATION_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def noticed(barrier, order, expected):
