@@ -110,6 +110,35 @@ def test_zero_and_non_finite_matrices():
     assert int(info.status) == CONVERGED
 
 
+@pytest.mark.parametrize("p", [1, 4])
+def test_a_batch_of_all_outcomes_is_its_matrices(p):
+    """What an eigendecomposition serves is found and done on the device, matrix by matrix."""
+    a = torch.stack([semidefinite(18, 1e2, seed).float() for seed in range(5)])
+    a[1] = 0.0
+    a[2] -= 0.5 * torch.eye(18)  # indefinite
+    a[3] = gaussian(18, 4) @ gaussian(18, 4).mT
+    a[4, 2, 3] = math.nan
+    for options in ({"relative_ridge": 0.0}, {"relative_ridge": 1e-4}, {"method": "eigen"}):
+        found, info = root(a, p, **options)
+        expected, theirs = root(a, p, **options, backend="reference")
+        assert info.status.tolist() == theirs.status.tolist()
+        assert error(found[0], expected[0]) < 1e-5
+        for i in range(4):
+            alone, its_info = root(a[i], p, **options)
+            assert same_bits(alone, found[i])
+            assert same_bits(its_info.residual, info.residual[i])
+
+
+def test_decompositions_in_parts():
+    """Their vectors have a bounded place: here the last matrix comes in a second part."""
+    a = torch.zeros(515, 128, 128)
+    a[514] = torch.diag(torch.linspace(1.0, 2.0, 128))
+    found, info = root(a, 2, method="eigen")
+    assert info.status.tolist() == [RANK_DEFICIENT] * 514 + [CONVERGED]
+    assert not found[:514].any()
+    assert error(found[514], exact_inverse_root(a[514], 2, float(info.delta[514]))) < 1e-6
+
+
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_powers_of_two_scale_exactly(p):
     a = semidefinite(18, 1e2).float()

@@ -37,7 +37,7 @@ DEVICE int player(int i, int round, int n) {
 template <int kN>
 __global__ void __launch_bounds__(Jacobi<kN>::kThreads, 1)
     eigenbasis_kernel(const __grid_constant__ Table table, const uint32_t* largest,
-                      const EigenResults results) {
+                      const int64_t* status, const EigenResults results) {
   using Size = Jacobi<kN>;
   DYNAMIC_SHARED(double, w);  // column j from j kN on
   double *squares = w + kN * kN, *values = squares + kN, *pivots = values + kN,
@@ -46,12 +46,13 @@ __global__ void __launch_bounds__(Jacobi<kN>::kThreads, 1)
   const Entry& e = *at.entry;
   const int n = e.rows, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int64_t matrix = e.first + at.matrix, from = at.matrix * e.source.batch;
+  if (status != nullptr && status[matrix] >= 0) return;
   const auto symmetric = [&](int i, int j) {
     return .5 * (double(read(e.source, from + i * e.source.row + j * e.source.column)) +
                  double(read(e.source, from + j * e.source.row + i * e.source.column)));
   };
   double* out_values = results.values + matrix * n;
-  double* out_vectors = results.vectors + matrix * n * n;
+  double* out_vectors = results.vectors + e.square + at.matrix * n * n;
   const auto fill = [&](double value, double diagonal, int64_t sweeps) {
     for (int i = tid; i < n * n; i += Size::kThreads)
       out_vectors[i] = i / n == i % n ? diagonal : value;
@@ -234,7 +235,7 @@ int64_t jacobi_bytes(int rows) {
 }
 
 int launch_eigenbasis(const std::vector<Entry>& entries, const uint32_t* largest,
-                      const EigenResults& results, void* stream) {
+                      const int64_t* status, const EigenResults& results, void* stream) {
   if (entries.empty()) return 0;
   return with_size(entries[0].rows, [&](auto n) {
     constexpr int kN = decltype(n)::value;
@@ -245,7 +246,7 @@ int launch_eigenbasis(const std::vector<Entry>& entries, const uint32_t* largest
         entries, [](const Entry&) { return int64_t(1); },
         [&](const Table& list, unsigned blocks) {
           LAUNCH(kernel, dim3(blocks), dim3(Jacobi<kN>::kThreads), kBytes, stream, list, largest,
-                 results);
+                 status, results);
           return launched();
         });
   });

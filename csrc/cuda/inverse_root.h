@@ -33,10 +33,12 @@ struct RootCall {
   bool never = false;   // leave every matrix to an eigendecomposition
 };
 
-// What launch_inverse_root leaves in `status` beside RootStatus of the CPU kernels: an
-// eigendecomposition is wanted, without or after attempts to iterate.
+// The statuses of reference/inverse_root.py. A negative one is what launch_inverse_root leaves
+// where an eigendecomposition is wanted, without or after attempts to iterate.
 enum RootOutcome : int64_t {
   kRootConverged = 0,
+  kRootStagnated = 1,
+  kRootFellBack = 2,
   kRootRankDeficient = 3,
   kRootNonFinite = 4,
   kRootUnbounded = -1,

@@ -7,12 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -25,6 +20,7 @@
 
 #include "../check.h"
 #include "../counters.h"
+#include "eigen_root.h"
 #include "eigenbasis.h"
 #include "inverse_root.h"
 #include "list_step.h"
@@ -52,11 +48,12 @@ Eigen eigen_of(const at::Tensor& a, const char* op) {
   std::vector<Entry> entries;
   append(entries, a, {}, a, 1);
   number(entries);
+  for (Entry& e : entries) e.square = e.first * n * n;
   uint32_t* bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
   const EigenResults results{found.values.data_ptr<double>(), found.vectors.data_ptr<double>(),
                              sweeps.data_ptr<int64_t>()};
   check_launch(launch_largest(entries, Of::kSource, bits, stream_of(a)), op);
-  check_launch(launch_eigenbasis(entries, bits, results, stream_of(a)), op);
+  check_launch(launch_eigenbasis(entries, bits, nullptr, results, stream_of(a)), op);
   return found;
 }
 
@@ -81,45 +78,29 @@ std::tuple<at::Tensor, at::Tensor> eigenbasis(const at::Tensor& a) {
           found.vectors.to(at::kFloat).view(a.sizes())};
 }
 
-// One matrix from its eigenvalues and eigenvectors, where no iteration is safe or none succeeded.
-// reference/inverse_root.py specifies the cut, the residual and when it is accepted.
-struct EigenRoot {
-  at::Tensor root, residual;
-  int64_t status;
-};
+constexpr int64_t kMostVectorBytes = 64 << 20;
 
-EigenRoot eigen_root(const at::Tensor& a, const at::Tensor& values, const at::Tensor& vectors,
-                     const at::Tensor& delta, const at::Tensor& signs, int p, bool after_attempts) {
-  constexpr double kUnitRoundoff = 0x1p-24, kUnitRoundoff64 = 0x1p-53;
-  const int64_t n = a.size(-1);
-  const at::Tensor given = a.to(at::kDouble);
-  const at::Tensor symmetric = (given + given.mT()) * 0.5;
-  const double cut = std::max(4 * kUnitRoundoff, 4 * double(n) * kUnitRoundoff64);
-  const double ridge = delta.item<double>(), least = values[n - 1].item<double>();
-  const double largest = std::max(0.0, values[0].item<double>());
-  const at::Tensor spectrum = values.clamp_min(0) + ridge;
-  const at::Tensor kept = spectrum > (ridge > 0 ? 0 : cut * largest);
-  const auto power = [&](double exponent) {
-    return at::where(kept, spectrum.pow(exponent / p), at::zeros_like(spectrum));
-  };
-  const at::Tensor half = vectors * power(-0.5);
-  const at::Tensor checked = (spectrum > std::max(cut, 1e-12) * (largest + ridge)).to(at::kDouble);
-  const auto apply = [&](double exponent, const at::Tensor& y) {
-    return at::matmul(vectors * (power(exponent) * checked), at::matmul(vectors.mT(), y));
-  };
-  const at::Tensor right = apply(-double(p - p / 2), signs);
-  const at::Tensor product = apply(-double(p / 2), at::matmul(symmetric, right) + right * ridge);
-  const at::Tensor wanted = at::matmul(vectors * checked, at::matmul(vectors.mT(), signs));
-  const double residual = ((product - wanted).norm() / signs.norm()).item<double>();
-  EigenRoot result{at::matmul(half, half.mT()), product.new_full({}, residual), 0};
-  const bool indefinite = least < -std::sqrt(double(n)) * cut * largest;
-  if (indefinite || !(residual <= 0.25))
-    result.status = 1;
-  else if (!kept.all().item<bool>())
-    result.status = kRootRankDeficient;
-  else
-    result.status = after_attempts ? 2 : 0;
-  return result;
+// Entries in groups of at most so many matrices, with places for n x n numbers each.
+std::vector<std::vector<Entry>> parts_of(const std::vector<Entry>& entries, int64_t most) {
+  std::vector<std::vector<Entry>> parts(1);
+  int64_t left = most;
+  for (const Entry& whole : entries)
+    for (int64_t begin = 0; begin < whole.count;) {
+      if (left == 0) {
+        parts.emplace_back();
+        left = most;
+      }
+      Entry e = whole;
+      e.count = std::min(left, whole.count - begin);
+      e.first += begin;
+      e.square = (most - left) * e.rows * e.rows;
+      for (Matrices* m : {&e.source, &e.target})
+        m->data = static_cast<char*>(m->data) + begin * m->batch * int64_t(sizeof(float));
+      parts.back().push_back(e);
+      begin += e.count;
+      left -= e.count;
+    }
+  return parts;
 }
 
 const RootSchedules& schedules_of(int64_t p) {
@@ -150,7 +131,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
   const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
   if (a.numel() == 0) return {root, status, steps, residual, delta};
-  const int64_t bytes = root_onchip_bytes(int(a.size(-1))), limit = shared_memory_of(a);
+  const int side = int(a.size(-1));
+  const int64_t bytes = std::max(root_onchip_bytes(side), jacobi_bytes(side)),
+                limit = shared_memory_of(a);
   TORCH_CHECK_NOT_IMPLEMENTED(bytes <= limit, kOp, ": a side of ", a.size(-1), " needs ", bytes,
                               " bytes of shared memory, and this device has ", limit);
   std::vector<Entry> entries;
@@ -169,33 +152,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   check_launch(launch_largest(entries, Of::kSource, bits, stream_of(a)), kOp);
   check_launch(launch_inverse_root(entries, schedules, call, bits, results, stream_of(a)), kOp);
 
-  // The one wait for the device, for matrices that the iteration does not serve.
-  const int64_t n = a.size(-1), count = leading(a);
-  const at::Tensor outcomes = status.reshape({count}).cpu();
-  const at::Tensor flat_a = a.reshape({count, n, n}), flat_root = root.view({count, n, n});
-  std::vector<int64_t> left;
-  std::vector<at::Tensor> stacked;
-  for (int64_t i = 0; i < count; i++)
-    if (outcomes.const_data_ptr<int64_t>()[i] < 0) {
-      left.push_back(i);
-      stacked.push_back(flat_a[i]);
-    }
-  if (left.empty()) return {root, status, steps, residual, delta};
-  const Eigen eigen = eigen_of(at::stack(stacked), kOp);
-  std::vector<double> values;
-  for (int64_t j = 0; j < n * 8; j++)
-    values.push_back(schedules.signs[j / 32] >> j % 32 & 1 ? -1.0 : 1.0);
-  const at::Tensor signs = at::tensor(values, a.options().dtype(at::kDouble)).view({n, 8});
-  for (size_t k = 0; k < left.size(); k++) {
-    const int64_t i = left[k];
-    const bool failed = outcomes.const_data_ptr<int64_t>()[i] == kRootFailed;
-    const EigenRoot found =
-        eigen_root(flat_a[i], eigen.values[int64_t(k)], eigen.vectors[int64_t(k)],
-                   delta.reshape({count})[i], signs, int(p), failed);
-    flat_root[i].copy_(found.root);
-    status.view({count})[i].fill_(found.status);
-    steps.view({count})[i].zero_();
-    residual.view({count})[i].copy_(found.residual);
+  // What the iteration does not serve, so many matrices at a time that their vectors stay small.
+  const int64_t n = a.size(-1), most = std::max<int64_t>(1, kMostVectorBytes / (n * n * 8));
+  const auto wide = a.options().dtype(at::kDouble);
+  const at::Tensor values = at::empty({leading(a), n}, wide);
+  const at::Tensor vectors = at::empty({std::min(leading(a), most), n, n}, wide);
+  const at::Tensor sweeps = at::empty({leading(a)}, a.options().dtype(at::kLong));
+  const EigenResults eigen{values.data_ptr<double>(), vectors.data_ptr<double>(),
+                           sweeps.data_ptr<int64_t>()};
+  for (const std::vector<Entry>& part : parts_of(entries, most)) {
+    check_launch(launch_eigenbasis(part, bits, results.status, eigen, stream_of(a)), kOp);
+    check_launch(launch_eigen_root(part, schedules, eigen, results, stream_of(a)), kOp);
   }
   return {root, status, steps, residual, delta};
 }
