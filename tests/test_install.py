@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from spectral_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
 # Installed as part of the package under other names than in the repository.
 FOLDERS = {
     "python/spectral_kernels": "spectral_kernels",
@@ -29,7 +31,11 @@ def wheel(tmp_path_factory) -> Path:
         pytest.skip("needs pip")
     folder = tmp_path_factory.mktemp("wheel")
     command = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, cwd=folder)
+    # With the CUDA part where there is a compiler for it, and for one processor, which is quicker.
+    cuda = {"SPECTRAL_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"} if NVCC else {}
+    environment = os.environ | cuda
+    command += ["--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, cwd=folder, env=environment)
     (built,) = folder.glob("spectral_kernels-*.whl")
     return built
 
@@ -51,10 +57,24 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     assert len(libraries) == (0 if _extension.MODULE is None else 1)
 
 
-def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
+def run_installed(wheel, tmp_path, code):
+    """What a program prints that imports the package from the wheel alone."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path / "elsewhere",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     code = """
 import importlib.util, pathlib, sys, torch
 import spectral_kernels as sk, spectral_kernels.swap, spectral_kernels.benchmarks.run
@@ -66,16 +86,32 @@ spec = importlib.util.find_spec("triton_kernels")
 assert spec is None or site not in pathlib.Path(spec.origin).parents
 print(sk.explain("gram", x).backend)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site")],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ("reference" if _extension.MODULE is None else "cpu")
+    expected = "reference" if _extension.MODULE is None else "cpu"
+    assert run_installed(wheel, tmp_path, code) == expected
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_the_cuda_part_loads_and_answers_beside_a_cpu_torch(wheel, tmp_path):
+    code = """
+import torch, spectral_kernels as sk
+from spectral_kernels import _cuda, _dispatch, info
+assert _cuda.architectures() == ["sm_90a"]
+x = torch.randn(8, 16)
+assert sk.gram(x).shape == (8, 8)
+assert sk.call_counts() == {"gram/cpu": 1}
+for op in _cuda.OPERATORS:
+    assert "a tensor is on cpu" in sk.explain(op, x).rejected["cuda"], op
+try:
+    sk.gram(x, backend="cuda")
+except RuntimeError as error:
+    print(error)
+elsewhere = torch.empty(40, 40, device="meta", dtype=torch.float64)
+assert "not in fp64" in _cuda.rejection("newton_schulz", [elsewhere], {})
+info.main([])
+"""
+    said = run_installed(wheel, tmp_path, code)
+    assert "backend cannot run gram: cuda: a tensor is on cpu" in said
+    assert "sm_90a" in said
 
 
 def test_the_folder_of_triton_kernels_is_not_a_package_of_its_own():

@@ -106,11 +106,17 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         alone = op in _SQUARE or options.get("norm") == "schatten8"
         if needed > limit and alone:  # else products serve it
             return f"{side} rows take {needed} bytes of shared memory, of {limit}"
-    if "rows" in options and not module.cuda_rows_fit(
-        [list(row) for row in options["rows"]], options["norm_factor"]
-    ):
-        return "with these coefficients the numbers outgrow fp16"
+    if "rows" in options:
+        rows = tuple(tuple(row) for row in options["rows"])
+        if not _rows_fit(rows, float(options["norm_factor"])):
+            return "with these coefficients the numbers outgrow fp16"
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_fit(rows: tuple[tuple[float, ...], ...], norm_factor: float) -> bool:
+    assert _extension.MODULE is not None
+    return bool(_extension.MODULE.cuda_rows_fit([list(row) for row in rows], norm_factor))
 
 
 def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:

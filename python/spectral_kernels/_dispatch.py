@@ -182,6 +182,9 @@ def _choose(
 ) -> Explanation:
     asked, asked_by = _asked_for(backend)
     device = next((tensor.device.type for tensor in tensors), "cpu")
+    if device != "cpu":  # hundreds of parameters have a handful of shapes
+        kinds = {(tensor.device, tensor.dtype, tensor.shape): tensor for tensor in tensors}
+        tensors = list(kinds.values())
     candidates = _CANDIDATES.get(device, ("reference",)) if asked == "auto" else (asked,)
     rejected: dict[str, str] = {}
     second: str | None = None
