@@ -33,6 +33,7 @@ struct Entry {
   int square_chunks = 1;  // and those over rows
   int rows = 0;
   float scale = 1;      // of the update
+  float keep = 0;       // share of the old matrix, where a result is added to one
   bool direct = false;  // products read the 16-bit source in place: nothing is packed
 };
 

@@ -136,8 +136,8 @@ DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f
   total = sum_of_block(total, warps);
   if (threadIdx.x != 0) return;
   norms.arrived[matrix] = 0;
-  const int shift = finite(largest) && largest != 0 ? pack_shift(largest, f16) : 0;
-  const double least = ldexp(double(norms.eps), shift), wanted = sqrt(total) * norms.norm_factor;
+  const double least = ldexp(double(norms.eps), pack_shift(largest, f16)),
+               wanted = sqrt(total) * norms.norm_factor;
   const double used = wanted > least ? wanted : least;
   norms.factor[matrix] = used > 0 ? float(1 / used) : 0.f;
 }
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t most = largest[e.first + at.matrix];
   const bool usable = finite(most);
   const bool keep = !usable && options.nonfinite == NonFinite::kSkip;
-  const PowerOfTwo scaled(usable && most != 0 ? pack_shift(most, options.f16) : 0);
+  const PowerOfTwo scaled(pack_shift(most, options.f16));
   const float beta = options.momentum, rest = 1 - beta;
   const Matrices &source = e.source, &momentum = e.momentum;
   const int64_t from = at.matrix * source.batch + row * source.row;

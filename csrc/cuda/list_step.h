@@ -45,6 +45,7 @@ int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
 // What becomes of a result.
 struct Update {
   bool in_place = false;  // target <- decay target - rate scale result; else target <- result
+  bool add = false;       // target <- keep momentum + scale result, of the lower triangle
   float weight_decay = 0, lr = 0;
   const float* device_lr = nullptr;  // in place of lr
   NonFinite nonfinite = NonFinite::kPropagate;

@@ -149,7 +149,8 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
 
   float factor = p.factor != nullptr ? p.factor[matrix] : 1.f;
   if (p.power == 2) factor *= factor;
-  const float alpha = p.alpha * factor, beta = p.beta * factor;
+  float alpha = p.alpha * factor;
+  const float beta = p.beta * factor;
   const int64_t line = kWide ? e.line : square;
   const int64_t c_plane = kWide ? x_plane : square_plane;
   // Both mirror images of an element are one number: a tile on the diagonal shows its lower half.
@@ -180,8 +181,14 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
     return;
   }
 
-  const bool usable = finite(buffers.largest[matrix]);
   const Update& update = p.update;
+  bool usable = finite(buffers.largest[matrix]);
+  int shift = p.unshift * pack_shift(buffers.largest[matrix], p.x_f16);
+  for (const uint32_t* other : p.others)
+    if (other != nullptr) {
+      usable = usable && finite(other[matrix]);
+      shift += pack_shift(other[matrix], true);
+    }
   if (!usable && update.nonfinite == NonFinite::kSkip) return;
   if (kWide && p.c != nullptr) {
     for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
@@ -196,13 +203,29 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
   }
   const float lr = update.device_lr != nullptr ? *update.device_lr : update.lr;
   const float decay = 1 - lr * update.weight_decay, rate = lr * e.scale;
-  const uint32_t largest = buffers.largest[matrix];
-  const PowerOfTwo unshifted(usable && largest != 0 ? -pack_shift(largest, p.x_f16) : 0);
+  PowerOfTwo unshifted(-shift);
   const int64_t columns = kWide ? e.columns : e.rows;
+  if (!kWide && update.add) {
+    // An old matrix may be the target itself: both images are written from what is read here.
+    for (int i = tid; i < kTile * kTile; i += kThreads) {
+      const int row = i / kTile, column = i % kTile;
+      if (row0 + row >= e.rows || column0 + column >= e.rows || (diagonal && row < column))
+        continue;
+      float& own = staged<kTile>(shared, row, column);
+      own = unshifted(alpha * e.scale * own);
+      if (e.keep != 0)
+        own +=
+            e.keep * read(e.momentum, at.matrix * e.momentum.batch + (row0 + row) * e.momentum.row +
+                                          (column0 + column) * e.momentum.column);
+    }
+    BARRIER(kThreads);
+    alpha = 1;
+    unshifted = PowerOfTwo(0);
+  }
   const auto deliver = [&](int64_t row, int64_t column, float value) {
     if (row >= e.rows || column >= columns) return;
     const int64_t to = at.matrix * e.target.batch + row * e.target.row + column * e.target.column;
-    for (int i = 0; i < p.unshift; i++) value = unshifted(value);
+    value = unshifted(value);
     if (!usable) value = float_of(0x7fc00000u);
     if (update.in_place) value = decay * read(e.target, to) - rate * value;
     write(e.target, to, value);

@@ -36,7 +36,10 @@ struct Product {
   bool lower_d = false;   // and of D
   int unshift = 0;     // how often a target is freed from the power of two that X was packed with
   bool x_f16 = false;  // X was packed as fp16
-  Update update;       // with the target
+  // Largest elements of other matrices that this is a product of, packed as fp16, one a matrix:
+  // their powers of two are undone as well, and one that is not finite makes the target NaN.
+  const uint32_t* others[3] = {};
+  Update update;  // with the target
 };
 
 // Tiles and parts. A sum is cut where (rows, columns, planes, processor) say, and parts are added

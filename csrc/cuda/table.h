@@ -105,20 +105,23 @@ DEVICE int exponent_of(uint32_t bits) {
   return exponent > 0 ? exponent - 127 : -118 - __clz(int(bits & 0x7fffffu));
 }
 
-// x 2^exponent in two steps, as a factor alone may overflow.
+// x 2^exponent in two steps, as a factor alone may overflow. Beyond the limits any sum of packed
+// products is 0 or infinite.
 struct PowerOfTwo {
   float first, second;
-  DEVICE explicit PowerOfTwo(int exponent)
-      : first(float_of(uint32_t(exponent / 2 + 127) << 23)),
-        second(float_of(uint32_t(exponent - exponent / 2 + 127) << 23)) {}
+  DEVICE explicit PowerOfTwo(int exponent) {
+    exponent = exponent < -252 ? -252 : exponent > 254 ? 254 : exponent;
+    first = float_of(uint32_t(exponent / 2 + 127) << 23);
+    second = float_of(uint32_t(exponent - exponent / 2 + 127) << 23);
+  }
   DEVICE float operator()(float x) const { return x * first * second; }
 };
 
 // The largest element of a packed matrix is brought to [2^13, 2^14) in fp16, whose subnormals are
-// near, and to [1, 2) in bf16.
+// near, and to [1, 2) in bf16. What is 0 or not finite stays as it is.
 constexpr int kTopExponentF16 = 13;
 DEVICE int pack_shift(uint32_t largest, bool f16) {
-  return (f16 ? kTopExponentF16 : 0) - exponent_of(largest);
+  return finite(largest) && largest != 0 ? (f16 ? kTopExponentF16 : 0) - exponent_of(largest) : 0;
 }
 
 // A bf16 matrix that is read in place needs no scaling between these: its Gram matrix neither
@@ -132,8 +135,7 @@ DEVICE bool usual(uint32_t largest, bool f16) {
 
 // The power of two between a matrix and what products read of it.
 DEVICE int shift_of(const Entry& e, uint32_t largest, bool f16) {
-  if (!finite(largest) || largest == 0 || (e.direct && usual(largest, f16))) return 0;
-  return pack_shift(largest, f16);
+  return e.direct && usual(largest, f16) ? 0 : pack_shift(largest, f16);
 }
 
 }  // namespace spectral_kernels::cuda
