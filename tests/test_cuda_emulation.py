@@ -80,7 +80,17 @@ def workload():
     results += torch.ops.spectral_kernels_emulated.eigenbasis(semidefinite(40, 1e9).float())
     results.append(torch.ops.spectral_kernels_emulated.gram(gaussian(20, 1200).bfloat16()))
     results.append(iterated(gaussian(129, 130).bfloat16(), [(2.0, -1.5, 0.5)]))
-    return results
+    return results + factors()
+
+
+def factors():
+    """Of 9 x 66, updated in place, and a product with them."""
+    grad, absent = gaussian(9, 66), torch.empty(0)
+    left, right, skipped = gaussian(9, 9), gaussian(66, 66), torch.zeros((), dtype=torch.int64)
+    library = torch.ops.spectral_kernels_emulated
+    options = {"beta": 0.5, "weight": 0.5, "left_root": absent, "right_root": absent}
+    library.kron_factors_update_(left, right, grad, skipped, **options)
+    return [left, right, skipped, library.kron_precondition(grad, left, right)]
 
 
 def test_no_order_changes_a_bit():

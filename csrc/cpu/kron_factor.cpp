@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "../check.h"
+#include "../check_factors.h"
 #include "../counters.h"
 #include "list_step.h"
 #include "parallel.h"
@@ -167,36 +167,13 @@ bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& le
   return true;
 }
 
-void check_side(const at::Tensor& factor, const char* name, const at::Tensor& grad, int64_t n) {
-  if (factor.numel() == 0) return;
-  check_full_precision(factor, name);
-  auto expected = grad.sizes().vec();
-  expected[expected.size() - 1] = expected[expected.size() - 2] = n;
-  TORCH_CHECK_VALUE(factor.sizes() == expected, name, " must have shape ",
-                    at::IntArrayRef(expected), " for a gradient of shape ", grad.sizes(), ", got ",
-                    factor.sizes());
-}
-
 void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const at::Tensor& grad,
                           const at::Tensor& skipped, double beta, double weight,
                           const at::Tensor& left_root, const at::Tensor& right_root) {
   count_call("kron_factors_update_", "cpu");
-  check_matrix(grad, "grad");
-  const int64_t m = grad.size(-2), n = grad.size(-1);
-  check_side(left, "left", grad, m);
-  check_side(right, "right", grad, n);
-  check_side(left_root, "left_root", grad, m);
-  check_side(right_root, "right_root", grad, n);
-  check_writable(left, "left");
-  check_writable(right, "right");
-  check_distinct({left, right}, grad);
-  TORCH_CHECK_TYPE(
-      left.numel() == 0 || right.numel() == 0 || left.scalar_type() == right.scalar_type(),
-      "left is ", left.scalar_type(), " but right is ", right.scalar_type());
-  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
-                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
-                   skipped.sizes());
+  check_factors_update(left, right, grad, skipped, left_root, right_root);
   if (grad.numel() == 0) return;
+  const int64_t m = grad.size(-2), n = grad.size(-1);
   const MatrixBatch grads(grad);
   const FactorStep step{beta, weight};
   const double work = 0.5 * double(m) * double(n) * double(m + n);
@@ -212,22 +189,9 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
 at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
                              const at::Tensor& right) {
   count_call("kron_precondition", "cpu");
-  check_matrix(grad, "grad");
+  const auto sizes = check_precondition(grad, left, right);
   const bool has_left = left.numel() > 0, has_right = right.numel() > 0;
   const int64_t m = grad.size(-2), n = grad.size(-1);
-  const auto check = [&](const at::Tensor& t, const char* name, int64_t dim, int64_t size) {
-    check_matrix(t, name);
-    TORCH_CHECK_VALUE(t.dim() == grad.dim() &&
-                          t.sizes().slice(0, t.dim() - 2) == grad.sizes().slice(0, t.dim() - 2) &&
-                          t.size(dim) == size,
-                      name, " of shape ", t.sizes(), " does not fit a gradient of shape ",
-                      grad.sizes());
-  };
-  if (has_left) check(left, "left", -1, m);
-  if (has_right) check(right, "right", -2, n);
-  auto sizes = grad.sizes().vec();
-  if (has_left) sizes[sizes.size() - 2] = left.size(-2);
-  if (has_right) sizes[sizes.size() - 1] = right.size(-1);
   at::Tensor out = at::empty(sizes, grad.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   if (!has_left && !has_right) return out.copy_(grad);

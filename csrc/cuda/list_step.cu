@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kThreads / 32; w++) skips += warps[w];
-  if (!c.each && skips < c.count) add_one(c, 0);
+  if (!c.each && c.steps != nullptr && skips < c.count) add_one(c, 0);
   if (skips > 0) atomicAdd(skipped, static_cast<unsigned long long>(skips));
 }
 

@@ -51,7 +51,7 @@ struct Update {
   NonFinite nonfinite = NonFinite::kPropagate;
 };
 
-// The matrices of one parameter, and its step count: one, or one a matrix.
+// The matrices of one parameter, and its step count: one, one a matrix, or none.
 struct Counter {
   int64_t first = 0, count = 0;
   void* steps = nullptr;

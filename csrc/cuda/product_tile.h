@@ -212,7 +212,8 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
       if (row0 + row >= e.rows || column0 + column >= e.rows || (diagonal && row < column))
         continue;
       float& own = staged<kTile>(shared, row, column);
-      own = unshifted(alpha * e.scale * own);
+      // The scale comes between both steps: with either end it may overflow.
+      own = alpha * own * unshifted.first * e.scale * unshifted.second;
       if (e.keep != 0)
         own +=
             e.keep * read(e.momentum, at.matrix * e.momentum.batch + (row0 + row) * e.momentum.row +

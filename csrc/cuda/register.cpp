@@ -170,6 +170,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
 }  // namespace
 
 void register_operators(torch::Library& m) {
+  register_kron_factor(m);
   register_newton_schulz(m);
   m.impl("eigenbasis", &eigenbasis);
   m.impl("inverse_root", &inverse_root);

@@ -9,7 +9,8 @@ class Library;
 namespace spectral_kernels::cuda {
 
 void register_operators(torch::Library& library);
-// Part of it.
+// Parts of it.
+void register_kron_factor(torch::Library& library);
 void register_newton_schulz(torch::Library& library);
 
 }  // namespace spectral_kernels::cuda

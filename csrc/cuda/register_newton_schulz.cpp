@@ -319,9 +319,7 @@ at::Tensor gram(const at::Tensor& x) {
   constexpr const char* kOp = "gram";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
-  TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, kOp,
-                              ": the CUDA C++ kernel takes bfloat16 and float16, got ",
-                              x.scalar_type());
+  check_not_double(x, kOp);
   const c10::DeviceGuard guard(x.device());
   auto sizes = x.sizes().vec();
   sizes.back() = x.size(-2);
@@ -329,22 +327,25 @@ at::Tensor gram(const at::Tensor& x) {
   if (x.numel() == 0) return out.zero_();
   std::vector<ProductPlan> plans(1);
   ProductPlan& plan = plans[0];
-  plan.f16 = x.scalar_type() == at::kHalf;
+  plan.f16 = x.scalar_type() != at::kBFloat16;
+  plan.planes = x.scalar_type() == at::kFloat ? 2 : 1;
   append(plan.entries, x, {}, out, 1, false);
-  Scratch scratch(place_onchip(plan.entries, 1), x);
-  plan.tiling = place_products(plan.entries, 1, 1, multiprocessors_of_kind(device_number(x)));
+  Scratch scratch(place_onchip(plan.entries, plan.planes), x);
+  plan.tiling = place_products(plan.entries, plan.planes, plan.planes,
+                               multiprocessors_of_kind(device_number(x)));
   plan.tiling.squares = 0;  // the result goes to its place at once
   const ProductWorkspaces work = scratch.for_products(plans);
   void* stream = stream_of(x);
   Prologue prologue;
   prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
   check_launch(launch_largest(plan.entries, Of::kSource, scratch.largest(), stream), kOp);
   check_launch(launch_prologue(plan.entries, prologue, scratch.largest(), scratch.buffers.packed,
                                scratch.norms, stream),
                kOp);
   Product product;
   product.shape = Shape::kGram;
-  product.format = {1, plan.f16};
+  product.format = {plan.planes, plan.f16};
   product.a = product.b = work.x;
   product.unshift = 2;
   product.x_f16 = plan.f16;

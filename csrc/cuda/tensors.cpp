@@ -55,38 +55,41 @@ bool batch_stride(const at::Tensor& t, int64_t& stride) {
   return true;
 }
 
-// Matrices from number `index` on; with the columns as rows if not `wide`.
-Matrices matrices(const at::Tensor& t, int64_t index, int64_t batch, bool wide) {
+}  // namespace
+
+bool common_strides(std::initializer_list<at::Tensor> tensors) {
+  int64_t stride;
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [&](const at::Tensor& t) { return !t.defined() || batch_stride(t, stride); });
+}
+
+Matrices matrices_from(const at::Tensor& t, int64_t index, bool wide) {
   if (!t.defined()) return {};
+  Matrices m;
+  if (!batch_stride(t, m.batch)) m.batch = 0;
   int64_t offset = 0;
   for (int64_t d = t.dim() - 3; d >= 0; d--) {
     offset += index % t.size(d) * t.stride(d);
     index /= t.size(d);
   }
-  Matrices m;
   m.data = static_cast<char*>(t.data_ptr()) + offset * int64_t(t.element_size());
   m.type = type_of(t.scalar_type());
   m.row = t.stride(wide ? -2 : -1);
   m.column = t.stride(wide ? -1 : -2);
-  m.batch = batch;
   return m;
 }
-
-}  // namespace
 
 void append(std::vector<Entry>& entries, const at::Tensor& source, const at::Tensor& momentum,
             const at::Tensor& target, float scale, bool oriented) {
   if (source.numel() == 0) return;
   const bool wide = !oriented || source.size(-2) <= source.size(-1);
-  int64_t of_source, of_momentum = 0, of_target;
-  bool common = batch_stride(source, of_source) && batch_stride(target, of_target);
-  if (momentum.defined()) common = common && batch_stride(momentum, of_momentum);
+  const bool common = common_strides({source, momentum, target});
   const int64_t count = leading(source);
   for (int64_t i = 0; i < count; i += common ? count : 1) {
     Entry e;
-    e.source = matrices(source, i, of_source, wide);
-    e.momentum = matrices(momentum, i, of_momentum, wide);
-    e.target = matrices(target, i, of_target, wide);
+    e.source = matrices_from(source, i, wide);
+    e.momentum = matrices_from(momentum, i, wide);
+    e.target = matrices_from(target, i, wide);
     e.rows = int(source.size(wide ? -2 : -1));
     e.columns = source.size(wide ? -1 : -2);
     e.count = common ? count : 1;

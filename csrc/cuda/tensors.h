@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <vector>
 
 #include "list.h"
@@ -15,6 +16,11 @@ Type type_of(at::ScalarType type);
 
 // Matrices of a batch.
 int64_t leading(const at::Tensor& t);
+// Whether the leading dimensions of each have one stride together.
+bool common_strides(std::initializer_list<at::Tensor> tensors);
+// The matrices of `t` from number `index` on, with the columns as rows if not `wide`. The batch has
+// no stride where leading dimensions have none in common; undefined: no data.
+Matrices matrices_from(const at::Tensor& t, int64_t index, bool wide = true);
 // One entry for the batch, or one a matrix where the leading dimensions have no common stride; with
 // the shorter side as rows, or as they are.
 void append(std::vector<Entry>& entries, const at::Tensor& source, const at::Tensor& momentum,

@@ -24,9 +24,13 @@ MOST_ROWS = 128
 # fewer, where errors do not average out, up to 1.9 times the allowed one (12 for a single number).
 LEAST_ROWS_FP32 = 8
 _SQUARE = ("inverse_root", "eigenbasis")
+_PRODUCTS = ("gram", "kron_factors_update_", "kron_precondition")
 _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
-OPERATORS = ("gram", "newton_schulz", "muon_step_", "inverse_root", "eigenbasis")
+OPERATORS = (
+    *("gram", "newton_schulz", "muon_step_", "kron_factors_update_", "kron_precondition"),
+    *("inverse_root", "eigenbasis"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Threshold:
 
     Attributes:
         operators: what it holds for.
+        dtypes: of the matrices that it holds for.
         capabilities: major numbers of the processors that it holds for.
         rows: the most that these kernels keep.
         model: what the number rests on; nothing here has been timed on a card yet.
     """
 
     operators: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
     capabilities: tuple[int, ...]
     rows: int
     model: str
@@ -49,16 +55,37 @@ class Threshold:
 THRESHOLDS = (
     Threshold(
         ("newton_schulz", "muon_step_"),
+        (torch.float32, torch.bfloat16, torch.float16),
         (9, 10),
         MOST_ROWS,
         "mma.sync reaches some 60 % of the rate of wgmma and tcgen05, which Triton uses",
     ),
     Threshold(
         ("gram",),
+        (torch.bfloat16, torch.float16),
         (9, 10),
         1536,
         "64-wide tiles make 2.3 to 3.4 times as many of them as 128-wide ones keep busy up to "
         "1024 rows; from 2048 rows on the rate of wgmma decides",
+    ),
+    # On sm_90 three fp16 products by mma.sync (3 x 1.6 times that of wgmma) take less than three
+    # TF32 products by wgmma (3 x 2 times), so that fp32 stays here at any size.
+    Threshold(
+        _PRODUCTS,
+        (torch.float32,),
+        (10,),
+        1024,
+        "three fp16 products by mma.sync take 1.6 times as long as Triton's three TF32 products by "
+        "tcgen05, if they keep Hopper's rate; up to 1024 rows (9 us a product of square ones) the "
+        "launches decide",
+    ),
+    Threshold(
+        ("kron_factors_update_",),
+        (torch.bfloat16, torch.float16),
+        (9, 10),
+        512,
+        "these kernels make three products of a 16-bit gradient where Triton makes one; up to 512 "
+        "rows (1 us a product of square ones) the launches decide",
     ),
 )
 
@@ -85,11 +112,12 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         return "there is no CUDA C++ kernel for it"
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
+    if op in _PRODUCTS:
+        # Factors and sides are as long as the matrix, which is the first.
+        if tensors[0].dtype == torch.float32 and min(tensors[0].shape[-2:]) < LEAST_ROWS_FP32:
+            return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
+        return None
     for tensor in tensors:
-        if op == "gram":
-            if tensor.dtype == torch.float32:
-                return "the CUDA C++ kernel takes bfloat16 and float16"
-            continue
         side = min(tensor.shape[-2:])
         if side > MOST_ROWS:
             if op in _SQUARE:
@@ -121,9 +149,13 @@ def _rows_fit(rows: tuple[tuple[float, ...], ...], norm_factor: float) -> bool:
 
 def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why an automatic choice leaves what these kernels can run to Triton, or None."""
-    for tensor in tensors:
+    for tensor in tensors[:1] if op in _PRODUCTS else tensors:
         for threshold in THRESHOLDS:
-            if op not in threshold.operators or _capability(tensor) not in threshold.capabilities:
+            if (
+                op not in threshold.operators
+                or tensor.dtype not in threshold.dtypes
+                or _capability(tensor) not in threshold.capabilities
+            ):
                 continue
             rows = tensor.shape[-2] if op == "gram" else min(tensor.shape[-2:])
             if rows > threshold.rows:

@@ -69,7 +69,7 @@ def kron_factors_update_(
     absent = (left if left is not None else right).new_empty(0)  # type: ignore[union-attr]
     _dispatch.run(
         "kron_factors_update_",
-        (grad,),
+        (grad, *(x for x in (left, right, left_root, right_root) if x is not None)),
         backend,
         absent if left is None else left,
         absent.clone() if right is None else right,
@@ -127,7 +127,7 @@ def kron_precondition(
     absent = grad.new_empty(0)
     return _dispatch.run(
         "kron_precondition",
-        (grad,),
+        (grad, *(x for x in (left, right) if x is not None)),
         backend,
         grad,
         absent if left is None else left,

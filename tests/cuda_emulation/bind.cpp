@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "../../csrc/cuda/register.h"
+#include "../../csrc/cuda/two_sided.h"
 #include "emulation.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit) {
@@ -12,6 +13,8 @@ extern "C" void set_emulation(int order, int truncation, const char* left_out, i
   emulation::set_truncation(truncation != 0);
   emulation::left_out = left_out;
 }
+
+extern "C" void limit_workspace(int64_t bytes) { spectral_kernels::cuda::limit_workspace(bytes); }
 
 TORCH_LIBRARY(spectral_kernels_emulated, m) {
   for (const char* op : SPECTRAL_KERNELS_EMULATED_OPERATORS)
