@@ -112,11 +112,19 @@ def library() -> ctypes.CDLL:
 
 
 def arrange(
-    order: int = 0, *, truncation: bool = False, left_out: str = "", shared: int = 227 * 1024
+    order: int = 0,
+    *,
+    truncation: bool = False,
+    left_out: str = "",
+    shared: int = 227 * 1024,
+    residents: int = 1,
 ) -> None:
     """The order of blocks, warps and lanes of later launches, the rounding of mma, a barrier, as
-    "file:line", that does nothing, and the bytes of shared memory that a block may have."""
-    library().set_emulation(order, int(truncation), left_out.encode(), ctypes.c_int64(shared))
+    "file:line", that does nothing, the bytes of shared memory that a block may have, and how many
+    blocks are at work at a time."""
+    library().set_emulation(
+        order, int(truncation), left_out.encode(), ctypes.c_int64(shared), residents
+    )
 
 
 def barriers() -> dict[str, str]:

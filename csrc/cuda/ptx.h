@@ -94,6 +94,16 @@ template <class T>
 DEVICE T fresh(const T* p) {
   return __ldcg(p);
 }
+// Returns when *p is at least that. What the thread that raised it had written before its fence is
+// there then for this thread, and after a barrier for its block.
+DEVICE void wait_for(const uint32_t* p, uint32_t least) {
+  for (;;) {
+    uint32_t seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p) : "memory");
+    if (seen >= least) return;
+    __nanosleep(100);
+  }
+}
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 

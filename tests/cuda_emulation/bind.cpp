@@ -7,8 +7,10 @@
 #include "../../csrc/cuda/two_sided.h"
 #include "emulation.h"
 
-extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit) {
+extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
+                              int residents) {
   emulation::shared_limit = limit;
+  emulation::residents = residents;
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::left_out = left_out;

@@ -7,8 +7,9 @@
 // What it finds: wrong indices, layouts and tails; accesses outside dynamic shared memory (guard
 // pages) and reads of what nobody has written there (NaN); cp.async read before its wait;
 // misaligned shared addresses; barriers that not all threads reach; a missing barrier, since one
-// warp runs as far as it can before the next one does. What it cannot find: races between blocks,
-// which run one after another, memory fences, bank conflicts, speed.
+// warp runs as far as it can before the next one does; waits that never end. Blocks run one after
+// another, or several at a time (`residents`), of which each goes from barrier to barrier in turn.
+// What it cannot find: memory fences, bank conflicts, speed.
 //
 // A failure ends the launch with a std::runtime_error; an access outside shared memory is a
 // segmentation fault.
@@ -118,27 +119,36 @@ struct Exchange {
   uint32_t words[2][32][8];
 };
 
+struct Block {
+  dim3 index;
+  int alive = 0;
+  Barrier barrier;
+  std::vector<Barrier> warp_barriers;
+  std::vector<Exchange> exchanges;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<Guarded> shared_memory;
+};
+
 inline jmp_buf scheduler;
 inline Fiber* current = nullptr;
-inline int threads = 0, alive = 0;
-inline long progress = 0;
-inline Barrier block_barrier;
-inline std::vector<Barrier> warp_barriers;
-inline std::vector<Exchange> exchanges;
-inline std::vector<Fiber> fibers;
-inline std::unique_ptr<Guarded> shared_memory;
-inline dim3 block_index, block_size, grid_size;
+inline Block* block = nullptr;  // of `current`
+inline int threads = 0;
+inline long progress = 0;  // counts what others may have waited for
+inline std::vector<std::unique_ptr<Block>> blocks;
+inline dim3 block_size, grid_size;
 inline std::function<void()>* body = nullptr;
 inline int order = 0;
 inline std::string failure;
 inline bool truncation = false;
+inline int residents = 1;
 inline std::mt19937 generator(0);
 
 // Ends the launch with an exception, from whichever thread it is called.
 inline void die(const char* what) {
   char text[256];
-  snprintf(text, sizeof(text), "emulation: %s (block %u,%u,%u thread %u)", what, block_index.x,
-           block_index.y, block_index.z, current == nullptr ? 0 : current->index);
+  const dim3 index = block == nullptr ? dim3(0, 0, 0) : block->index;
+  snprintf(text, sizeof(text), "emulation: %s (block %u,%u,%u thread %u)", what, index.x, index.y,
+           index.z, current == nullptr ? 0 : current->index);
   failure = text;
   if (current == nullptr) throw std::runtime_error(failure);
   _longjmp(scheduler, 1);
@@ -163,17 +173,19 @@ inline unsigned lane() { return current->index & 31; }
 
 inline void wait_for_warp() {
   const int warp = int(current->index / 32);
-  wait(warp_barriers[size_t(warp)], std::min(32, threads - warp * 32));
+  wait(block->warp_barriers[size_t(warp)], std::min(32, threads - warp * 32));
 }
 
-inline auto& exchange() { return exchanges[current->index / 32].words[current->collectives++ & 1]; }
+inline auto& exchange() {
+  return block->exchanges[current->index / 32].words[current->collectives++ & 1];
+}
 
 inline void run_thread() {
   (*body)();
   for (const auto& group : current->copies)
     if (!group.empty()) die("a cp.async was never waited for");
   current->finished = true;
-  --alive;
+  --block->alive;
   ++progress;
   _longjmp(scheduler, 1);
 }
@@ -206,7 +218,7 @@ inline std::vector<int> numbers(int count) {
 
 inline void start_threads() {
   for (int i = 0; i < threads; i++) {
-    Fiber& fiber = fibers[size_t(i)];
+    Fiber& fiber = block->fibers[size_t(i)];
     const unsigned t = unsigned(i);
     fiber.started = fiber.finished = false;
     fiber.collectives = 0;
@@ -222,58 +234,79 @@ inline void start_threads() {
   }
 }
 
-inline void run_block() {
+inline void start_block(const dim3& index, size_t bytes) {
   const int warp_count = (threads + 31) / 32;
-  block_barrier = Barrier{};
-  warp_barriers.assign(size_t(warp_count), Barrier{});
-  exchanges.resize(size_t(warp_count));
-  alive = threads;
-  memset(shared_memory->data(), 0xFF, shared_memory->size());
+  block->index = index;
+  block->alive = threads;
+  block->barrier = Barrier{};
+  block->warp_barriers.assign(size_t(warp_count), Barrier{});
+  block->exchanges.resize(size_t(warp_count));
+  if (int(block->fibers.size()) < threads) {
+    block->fibers = std::vector<Fiber>(size_t(threads));
+    for (Fiber& fiber : block->fibers) fiber.stack = std::make_unique<char[]>(kStackBytes);
+  }
+  if (block->shared_memory == nullptr || block->shared_memory->size() != bytes)
+    block->shared_memory = std::make_unique<Guarded>(bytes);
+  memset(block->shared_memory->data(), 0xFF, bytes);
   start_threads();
-  while (alive > 0) {
-    const long before = progress;
-    std::vector<int> warps = numbers(warp_count);
-    arrange(warps);
-    for (const int warp : warps) {
-      long last;
-      do {  // as far as this warp can go: a missing barrier shows
-        last = progress;
-        std::vector<int> lanes = numbers(32);
-        arrange(lanes);
-        for (const int l : lanes) {
-          const int t = warp * 32 + l;
-          if (t < threads && !fibers[size_t(t)].finished) resume_checked(fibers[size_t(t)]);
-        }
-      } while (last != progress);
-    }
-    if (before == progress && alive > 0) die("deadlock: not all threads reach a barrier");
+}
+
+// Every warp of the block, as far as it can go: a missing barrier shows.
+inline void run_block() {
+  std::vector<int> warps = numbers((threads + 31) / 32);
+  arrange(warps);
+  for (const int warp : warps) {
+    long last;
+    do {
+      last = progress;
+      std::vector<int> lanes = numbers(32);
+      arrange(lanes);
+      for (const int l : lanes) {
+        const int t = warp * 32 + l;
+        if (t < threads && !block->fibers[size_t(t)].finished)
+          resume_checked(block->fibers[size_t(t)]);
+      }
+    } while (last != progress);
   }
 }
 
 template <class F>
-void launch(dim3 grid, dim3 block, size_t bytes, F kernel) {
+void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
   grid_size = grid;
-  block_size = block;
-  threads = int(block.x * block.y * block.z);
+  block_size = block_;
+  threads = int(block_.x * block_.y * block_.z);
   if (threads > 1024) die("more than 1024 threads a block");
-  shared_memory = std::make_unique<Guarded>((bytes + 127) / 128 * 128);
   failure.clear();
   std::function<void()> run = kernel;
   body = &run;
-  if (int(fibers.size()) < threads) {
-    fibers = std::vector<Fiber>(size_t(threads));
-    for (Fiber& fiber : fibers) fiber.stack = std::make_unique<char[]>(kStackBytes);
-  }
-  std::vector<dim3> blocks;
+  std::vector<dim3> waiting;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) blocks.push_back(dim3(x, y, z));
-  arrange(blocks);
-  for (const dim3& index : blocks) {
-    block_index = index;
-    run_block();
+      for (unsigned x = 0; x < grid.x; x++) waiting.push_back(dim3(x, y, z));
+  arrange(waiting);
+  while (int(blocks.size()) < residents) blocks.push_back(std::make_unique<Block>());
+  std::vector<Block*> free, working;
+  for (int i = 0; i < residents; i++) free.push_back(blocks[size_t(i)].get());
+  for (auto next = waiting.begin(); next != waiting.end() || !working.empty();) {
+    for (; next != waiting.end() && !free.empty(); ++next) {
+      working.push_back(block = free.back());
+      free.pop_back();
+      start_block(*next, (bytes + 127) / 128 * 128);
+    }
+    const long before = progress;
+    arrange(working);
+    for (Block* at_work : working) {
+      block = at_work;
+      run_block();
+    }
+    if (before == progress) die("deadlock: not all threads reach a barrier, or a wait never ends");
+    const auto done = std::stable_partition(working.begin(), working.end(),
+                                            [](const Block* b) { return b->alive > 0; });
+    free.insert(free.end(), done, working.end());
+    working.erase(done, working.end());
   }
   current = nullptr;
+  block = nullptr;
 }
 
 template <class T>
@@ -354,9 +387,9 @@ void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 }
 
 inline void check_shared(const void* p, size_t bytes, size_t alignment) {
-  const char* begin = shared_memory->data();
+  const char* begin = block->shared_memory->data();
   const char* at = static_cast<const char*>(p);
-  if (at < begin || at + bytes > begin + shared_memory->size())
+  if (at < begin || at + bytes > begin + block->shared_memory->size())
     die("a shared address is out of range");
   if (reinterpret_cast<uintptr_t>(at) % alignment != 0) die("a shared address is misaligned");
 }
@@ -388,7 +421,7 @@ inline void barrier(const char* file, int line) {
     if (std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line) == left_out)
       return;
   }
-  wait(block_barrier, alive);
+  wait(block->barrier, block->alive);
 }
 
 inline void set_order(int value) {
@@ -403,12 +436,13 @@ inline int64_t shared_limit = 227 * 1024;
 }  // namespace emulation
 
 #define threadIdx (emulation::current->thread)
-#define blockIdx (emulation::block_index)
+#define blockIdx (emulation::block->index)
 #define blockDim (emulation::block_size)
 #define gridDim (emulation::grid_size)
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
   emulation::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); })
-#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulation::shared_memory->data())
+#define DYNAMIC_SHARED(T, name) \
+  T* name = reinterpret_cast<T*>(emulation::block->shared_memory->data())
 
 // Barriers know where they stand, so that a test can leave out one of them.
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
@@ -427,6 +461,7 @@ template <class T>
 T atomicAdd(T* p, T value) {
   const T old = *p;
   *p = old + value;
+  ++emulation::progress;
   return old;
 }
 template <class T>
@@ -497,6 +532,9 @@ inline float2 unpack_bf16(uint32_t w) {
 template <class T>
 T fresh(const T* p) {
   return *p;
+}
+inline void wait_for(const uint32_t* p, uint32_t least) {
+  while (*p < least) emulation::yield();
 }
 inline uint32_t bits_of(float x) {
   uint32_t u;

@@ -107,6 +107,28 @@ void unwaited_kernel(const char* from) {
   copy_async_commit();
 }
 
+// Block 0 waits for block 1.
+void waiting_kernel(uint32_t* raised, float* out) {
+  if (threadIdx.x == 0 && blockIdx.x == 0) wait_for(raised, 1);
+  if (threadIdx.x == 0 && blockIdx.x == 1) atomicAdd(raised, 1u);
+  __syncthreads();
+  out[blockIdx.x] = 1;
+}
+
+bool runs_blocks_together(int residents) {
+  uint32_t raised = 0;
+  float out[2] = {};
+  uint32_t* flag = &raised;
+  float* to = out;
+  emulation::residents = residents;
+  try {
+    LAUNCH(waiting_kernel, dim3(2), dim3(64), 0, nullptr, flag, to);
+  } catch (const std::runtime_error&) {
+  }
+  emulation::residents = 1;
+  return out[0] == 1 && out[1] == 1;
+}
+
 template <class Kernel, class... Arguments>
 bool fails(Kernel kernel, Arguments... arguments) {
   try {
@@ -163,6 +185,8 @@ int main() {
       {"a cp.async without wait", fails(unwaited_kernel, from)},
       {"a read before the wait", keeps_copies_until_the_wait()},
       {"rounding toward zero", truncates()},
+      {"a wait for a block at work", runs_blocks_together(2)},
+      {"a wait for a block that has not begun", !runs_blocks_together(1)},
   };
   int failures = 0;
   for (const auto& check : checks)
