@@ -108,16 +108,18 @@ def eigenbases(count: int, n: int, sweeps: int) -> list[Floor]:
 def symmetric_product(rows: int, columns: int) -> list[Floor]:
     """X Xᵀ of one bf16 matrix by wgmma, against all of it in tiles of 128 x 256.
 
-    A triangle of 128-wide tiles in up to four parts, each to L2 and back at 24 bytes a clock.
+    A triangle of 128-wide tiles by csrc/cuda/stream_k.h: where a stretch of steps ends inside of a
+    tile, a part goes to L2 and back at 24 bytes a clock.
     """
-    down = -(-rows // 128)
-    tiles, part = down * (down + 1) // 2, 128 * 128 * 4 / 24
-    step = 128 * 128 * columns / WGMMA_PER_CLOCK
+    down, steps = -(-rows // 128), -(-columns // 64)
+    total, step = down * (down + 1) // 2 * steps, 128 * 128 * 64 / WGMMA_PER_CLOCK
+    lengths = {max(-(-total // (i * MULTIPROCESSORS)), -(-steps // 3)) for i in (1, 2, 3, 4)}
     times = [
-        -(-tiles * parts // MULTIPROCESSORS) * (step / parts + (2 * part if parts > 1 else 0))
-        for parts in (1, 2, 3, 4)
+        -(-(-(-total // length)) // MULTIPROCESSORS)
+        * (length * step + (length % steps != 0) * 2 * 128 * 128 * 4 / 24)
+        for length in lengths | {steps}
     ]
-    full = -(-down * -(-down // 2) // MULTIPROCESSORS) * 2 * step
+    full = -(-down * -(-down // 2) // MULTIPROCESSORS) * 2 * steps * step
     x = 2.0 * rows * columns
     return [
         Floor("largest_kernel", x),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections import Counter
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated
+from emulated_cuda import Guarded, arranged, emulated, library
 from spectral_kernels import _cuda, gram
 from support import LAYOUTS, Placed, assert_rule, exact, gaussian, integers, same_bits
 
@@ -60,6 +62,48 @@ def test_parts_are_added_in_their_order(dtype):
         with arranged(order):
             assert same_bits(gram(x), expected)
     assert same_bits(gram(x[1]), expected[1])
+
+
+def stream_k_pieces(tiles, steps, multiprocessors, most_parts):
+    """(stretch, tile, begin, end, part, parts) of all pieces of one matrix."""
+    room = torch.empty(4 * tiles, 6, dtype=torch.int64)
+    pointer = ctypes.cast(room.data_ptr(), ctypes.POINTER(ctypes.c_int64))
+    sizes = (ctypes.c_int64(tiles), ctypes.c_int64(steps), multiprocessors, most_parts)
+    count = library().stream_k_pieces(*sizes, pointer, ctypes.c_int64(len(room)))
+    assert count <= len(room)
+    return room[:count].tolist()
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 108, 132])
+@pytest.mark.parametrize("most_parts", [2, 3, 4])
+def test_stream_k_deals_out_every_step_once(multiprocessors, most_parts):
+    """The schedule of the wgmma products, which the emulation does not run."""
+    longest = 0
+    for tiles, steps in ((1, 1), (1, 100), (3, 7), (10, 64), (136, 32), (300, 48), (528, 64)):
+        pieces = stream_k_pieces(tiles, steps, multiprocessors, most_parts)
+        place = 0  # in the line of all steps
+        for _, tile, begin, end, _, parts in pieces:
+            assert tile * steps + begin == place
+            assert begin < end <= steps
+            assert parts <= most_parts
+            place += end - begin
+        assert place == tiles * steps
+        for tile in range(tiles):
+            own = [(part, parts) for _, t, _, _, part, parts in pieces if t == tile]
+            assert own == [(i, len(own)) for i in range(len(own))]
+        work = Counter()
+        for stretch, _, begin, end, _, _ in pieces:
+            work[stretch] += end - begin
+        assert len({work[stretch] for stretch in list(work)[:-1]}) <= 1
+        longest = max(longest, max(work.values()))
+    assert longest >= 64
+
+
+def test_stream_k_fills_a_processor():
+    """136 tiles on 132 multiprocessors are not two rounds."""
+    pieces = stream_k_pieces(136, 32, 132, 4)
+    assert len({stretch for stretch, *_ in pieces}) == 132
+    assert len(pieces) > 136
 
 
 def test_what_is_not_finite_or_out_of_range():

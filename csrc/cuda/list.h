@@ -31,6 +31,8 @@ struct Entry {
   int64_t norm = 0;       // and of its first partial norm
   int chunks = 1;         // parts that sums over columns are made in
   int square_chunks = 1;  // and those over rows
+  int64_t stretch = 0;    // the same for wgmma, see stream_k.h
+  int64_t square_stretch = 0;
   int rows = 0;
   float scale = 1;      // of the update
   float keep = 0;       // share of the old matrix, where a result is added to one

@@ -101,11 +101,7 @@ class Iteration {
     return product;
   }
 
-  int go(const Product& product) {
-    if (plan_.wgmma != 0)
-      return launch_product_wgmma(plan_.entries, product, work_.buffers, plan_.wgmma, stream_);
-    return launch_product(plan_.entries, product, plan_.tiling.tile, work_.buffers, stream_);
-  }
+  int go(const Product& product) { return launch_product(plan_, product, work_.buffers, stream_); }
 
   const ProductPlan& plan_;
   const ProductWorkspaces& work_;
@@ -116,6 +112,19 @@ class Iteration {
 };
 
 }  // namespace
+
+void place(ProductPlan& plan, int multiprocessors) {
+  plan.tiling = plan.wgmma != 0 ? place_products_wgmma(plan.entries, multiprocessors)
+                                : place_products(plan.entries, plan.planes, plan.square_planes,
+                                                 multiprocessors);
+}
+
+int launch_product(const ProductPlan& plan, const Product& product, const ProductBuffers& buffers,
+                   void* stream) {
+  if (plan.wgmma != 0)
+    return launch_product_wgmma(plan.entries, product, buffers, plan.wgmma, stream);
+  return launch_product(plan.entries, product, plan.tiling.tile, buffers, stream);
+}
 
 int launch_products(const ProductPlan& plan, const std::vector<Segment>& segments,
                     const ProductWorkspaces& workspaces, const Update& update, void* stream) {

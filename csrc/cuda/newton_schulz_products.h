@@ -33,6 +33,11 @@ struct ProductWorkspaces {
   ProductBuffers buffers;
 };
 
+// By wgmma or mma.sync: tiles and parts for a kind of processor, and a product.
+void place(ProductPlan& plan, int multiprocessors);
+int launch_product(const ProductPlan& plan, const Product& product, const ProductBuffers& buffers,
+                   void* stream);
+
 // All segments of all matrices, and the update. Needs segments without schatten8.
 int launch_products(const ProductPlan& plan, const std::vector<Segment>& segments,
                     const ProductWorkspaces& workspaces, const Update& update, void* stream);

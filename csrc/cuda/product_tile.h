@@ -77,18 +77,24 @@ struct Unit {
   bool diagonal;
 };
 
-DEVICE Unit unit_of(const Table& table, int64_t item, Shape shape, int tile) {
+DEVICE Unit unit_of(const Place& at, int64_t number, int64_t part, int64_t parts, Shape shape,
+                    int tile) {
   Unit u;
-  u.at = place(table, item,
-               [&](const Entry& e) { return tiles_of(e, shape, tile) * chunks_of(e, shape); });
-  const Entry& e = *u.at.entry;
-  u.matrix = e.first + u.at.matrix;
-  u.chunks = chunks_of(e, shape);
-  u.chunk = u.at.part % u.chunks;
-  u.tile = u.at.part / u.chunks;
-  u.cell = cell_of(e, shape, tile, u.tile);
+  u.at = at;
+  u.matrix = at.entry->first + at.matrix;
+  u.tile = number;
+  u.chunk = part;
+  u.chunks = parts;
+  u.cell = cell_of(*at.entry, shape, tile, number);
   u.diagonal = shape != Shape::kWide && u.cell.row == u.cell.column;
   return u;
+}
+
+DEVICE Unit unit_of(const Table& table, int64_t item, Shape shape, int tile) {
+  const Place at = place(
+      table, item, [&](const Entry& e) { return tiles_of(e, shape, tile) * chunks_of(e, shape); });
+  const int64_t chunks = chunks_of(*at.entry, shape);
+  return unit_of(at, at.part / chunks, at.part % chunks, chunks, shape, tile);
 }
 
 // Where matrices begin in their workspaces.

@@ -242,8 +242,7 @@ class Lists {
         }
         const int device = device_number(like_);
         if (square_planes == 1) part.wgmma = wgmma_multiprocessors(device);
-        part.tiling = place_products(part.entries, plan_.planes, square_planes,
-                                     multiprocessors_of_kind(device), part.wgmma != 0 ? 128 : 0);
+        cuda::place(part, multiprocessors_of_kind(device));
         products_.push_back(std::move(part));
         product_routes_.push_back(group.first);
       }
@@ -328,11 +327,12 @@ at::Tensor gram(const at::Tensor& x) {
   std::vector<ProductPlan> plans(1);
   ProductPlan& plan = plans[0];
   plan.f16 = x.scalar_type() != at::kBFloat16;
-  plan.planes = x.scalar_type() == at::kFloat ? 2 : 1;
+  plan.planes = plan.square_planes = x.scalar_type() == at::kFloat ? 2 : 1;
+  const int device = device_number(x);
+  if (plan.planes == 1) plan.wgmma = wgmma_multiprocessors(device);
   append(plan.entries, x, {}, out, 1, false);
   Scratch scratch(place_onchip(plan.entries, plan.planes), x);
-  plan.tiling = place_products(plan.entries, plan.planes, plan.planes,
-                               multiprocessors_of_kind(device_number(x)));
+  place(plan, multiprocessors_of_kind(device));
   plan.tiling.squares = 0;  // the result goes to its place at once
   const ProductWorkspaces work = scratch.for_products(plans);
   void* stream = stream_of(x);
@@ -349,7 +349,7 @@ at::Tensor gram(const at::Tensor& x) {
   product.a = product.b = work.x;
   product.unshift = 2;
   product.x_f16 = plan.f16;
-  check_launch(launch_product(plan.entries, product, plan.tiling.tile, work.buffers, stream), kOp);
+  check_launch(launch_product(plan, product, work.buffers, stream), kOp);
   return out;
 }
 

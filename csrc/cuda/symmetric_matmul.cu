@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "product_unit.h"
+#include "stream_k.h"
 #include "symmetric_matmul.h"
 
 namespace spectral_kernels::cuda {
@@ -97,6 +98,21 @@ int launch_format(const std::vector<Entry>& entries, const Product& product,
   return launch<kTile, 1, false, kWideB>(entries, product, buffers, stream);
 }
 
+// Places for square matrices, and for parts of tiles where `divided(entry)`.
+template <class Divided>
+Tiling place_tiles(std::vector<Entry>& entries, int tile, Divided divided) {
+  Tiling tiling;
+  tiling.tile = tile;
+  for (Entry& e : entries) {
+    e.square = tiling.squares;
+    e.tile = tiling.tiles;
+    tiling.squares += e.count * e.rows * square_line(e) * 2;
+    if (divided(e)) tiling.tiles += e.count * tiles_of(e, Shape::kGram, tile);
+  }
+  tiling.parts = tiling.tiles * kMostChunks * tile * tile;
+  return tiling;
+}
+
 }  // namespace
 
 int64_t product_shared_bytes(int planes, int tile) {
@@ -106,8 +122,7 @@ int64_t product_shared_bytes(int planes, int tile) {
 }
 
 Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes,
-                      int multiprocessors, int tile) {
-  Tiling tiling;
+                      int multiprocessors) {
   for (Entry& e : entries) {
     const int64_t down = square_line(e) / 64;
     e.chunks = chunks_for(down, steps_of(e, Shape::kGram), planes, multiprocessors);
@@ -116,16 +131,26 @@ Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes
   const auto clocks = [&](int size) {
     return list_clocks(entries, planes, square_planes, size, multiprocessors);
   };
-  tiling.tile = tile != 0 ? tile : clocks(128) < clocks(64) ? 128 : 64;
+  return place_tiles(entries, clocks(128) < clocks(64) ? 128 : 64,
+                     [](const Entry& e) { return e.chunks > 1 || e.square_chunks > 1; });
+}
+
+Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors) {
+  // A step of 64, at 2048 multiply-adds a clock; a part goes to L2 and back at 24 bytes a clock.
+  constexpr int kTile = 128, kStep = 64;
+  constexpr double kStepClocks = kTile * kTile * kStep / 2048.0;
+  constexpr double kPartClocks = 2 * kTile * kTile * 4 / 24.0;
+  const auto cut = [&](const Entry& e, Shape shape) {
+    return stream_k(tiles_of(e, shape, kTile), steps_of(e, shape) * kDepth / kStep, multiprocessors,
+                    kStepClocks, kPartClocks, kMostChunks);
+  };
   for (Entry& e : entries) {
-    e.square = tiling.squares;
-    e.tile = tiling.tiles;
-    tiling.squares += e.count * e.rows * square_line(e) * 2;
-    if (e.chunks > 1 || e.square_chunks > 1)
-      tiling.tiles += e.count * tiles_of(e, Shape::kGram, tiling.tile);
+    e.stretch = cut(e, Shape::kGram).length;
+    e.square_stretch = cut(e, Shape::kSquare).length;
   }
-  tiling.parts = tiling.tiles * kMostChunks * tiling.tile * tiling.tile;
-  return tiling;
+  return place_tiles(entries, kTile, [&](const Entry& e) {
+    return cut(e, Shape::kGram).divides() || cut(e, Shape::kSquare).divides();
+  });
 }
 
 int launch_product(const std::vector<Entry>& entries, const Product& product, int tile,

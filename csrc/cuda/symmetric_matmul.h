@@ -53,9 +53,10 @@ struct Tiling {
 
 // Fills in what entries need for products of X in `planes` planes and of square matrices in
 // `square_planes`, on a kind of processor that has so many multiprocessors.
-// `tile` is 0 where its size is free.
 Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes,
-                      int multiprocessors, int tile = 0);
+                      int multiprocessors);
+// The same for wgmma.
+Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors);
 
 struct ProductBuffers {
   float* parts = nullptr;

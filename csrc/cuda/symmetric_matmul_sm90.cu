@@ -23,6 +23,7 @@ int launch_product_wgmma(const std::vector<Entry>&, const Product&, const Produc
 
 #include "product_tile.h"
 #include "ptx_sm90.h"
+#include "stream_k.h"
 
 namespace spectral_kernels::cuda {
 namespace {
@@ -38,15 +39,23 @@ struct Maps {
   CUtensorMap a[kTableEntries], b[kTableEntries];
 };
 
-// What the steps of a unit load: 128 rows of A and 128 rows of B, or B's columns in A X.
-struct Steps {
-  int begin, end;
-};
+HOST_DEVICE Cut cut_of(const Entry& e, Shape shape) {
+  const int64_t steps = steps_of(e, shape) * kDepth / kStep;
+  const int64_t length = shape == Shape::kGram     ? e.stretch
+                         : shape == Shape::kSquare ? e.square_stretch
+                                                   : steps;
+  return {tiles_of(e, shape, kTile), steps, length};
+}
 
-DEVICE Steps steps_of_unit(const Unit& u, const Product& p) {
-  const int steps = int(steps_of(*u.at.entry, p.shape)) * kDepth / kStep;
-  const int each = int(over(steps, u.chunks)), begin = int(u.chunk) * each;
-  return {begin < steps ? begin : steps, begin + each < steps ? begin + each : steps};
+// Calls go(unit, begin, end) for what a block does as its number `item`. A step loads 128 rows of A
+// and 128 rows of B, or B's columns in A X.
+template <class Go>
+DEVICE void for_each_unit(const Table& table, int64_t item, const Product& p, Go go) {
+  const Place at =
+      place(table, item, [&](const Entry& e) { return cut_of(e, p.shape).stretches(); });
+  for_each_piece(cut_of(*at.entry, p.shape), at.part, [&](const Piece& piece) {
+    go(unit_of(at, piece.tile, piece.part, piece.parts, p.shape, kTile), piece.begin, piece.end);
+  });
 }
 
 // Whether columns k of these rows lie above the diagonal tile, where nothing is stored.
@@ -106,13 +115,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == kConsumers / 128) {
     leave_registers<40>();
     if (tid != kConsumers) return;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-      const Unit u = unit_of(table, item, p.shape, kTile);
+    const auto load_unit = [&](const Unit& u, int begin, int end) {
       const int number = int(u.at.entry - table.entries), z = int(u.at.matrix);
       const int row = int(u.cell.row) * kTile, column = int(u.cell.column) * kTile;
       const bool same = u.diagonal && p.a == p.b;
-      const Steps steps = steps_of_unit(u, p);
-      for (int step = steps.begin; step < steps.end; step++) {
+      for (int step = begin; step < end; step++) {
         mbarrier_wait(empty + stage, phase ^ 1);
         mbarrier_expect(full + stage, same ? kOperand : kStage);
         char* to = shared + stage * kStage;
@@ -129,19 +136,19 @@ __global__ void __launch_bounds__(kThreads, 1)
           load(to + kOperand, maps.b + number, column, kWide || above(p, u.cell.column, step));
         advance();
       }
-    }
+    };
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x)
+      for_each_unit(table, item, p, load_unit);
     return;
   }
 
   take_registers<232>();
   const int warp = tid / 32, lane = tid % 32;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Unit u = unit_of(table, item, p.shape, kTile);
+  const auto multiply_unit = [&](const Unit& u, int begin, int end) {
     const bool same = u.diagonal && p.a == p.b;
-    const Steps steps = steps_of_unit(u, p);
     float acc[64] = {};
     int before = -1;  // the stage that the previous step still reads
-    for (int step = steps.begin; step < steps.end; step++) {
+    for (int step = begin; step < end; step++) {
       mbarrier_wait(full + stage, phase);
       const char* operand = shared + stage * kStage;
       const char *a = operand + warpgroup * kBox, *b = same ? operand : operand + kOperand;
@@ -173,7 +180,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             acc[4 * j + i];
     BARRIER(kConsumers);
     finish_tile<kTile, kConsumers, kWide>(u, p, buffers, result, turn, tid);
-  }
+  };
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x)
+    for_each_unit(table, item, p, multiply_unit);
 #endif
 }
 
@@ -210,7 +219,7 @@ int launch(const std::vector<Entry>& entries, const Product& p, const ProductBuf
   static const Encode function = encoder();
   if (function == nullptr) return int(cudaErrorNotSupported);
   return for_each_table(
-      entries, [&](const Entry& e) { return tiles_of(e, p.shape, kTile) * chunks_of(e, p.shape); },
+      entries, [&](const Entry& e) { return cut_of(e, p.shape).stretches(); },
       [&](const Table& table, unsigned items) {
         Maps maps;
         bool good = true;

@@ -6,6 +6,8 @@
 #include "../../csrc/cuda/register.h"
 #include "../../csrc/cuda/two_sided.h"
 #include "emulation.h"
+// What kernels include needs the emulation before it.
+#include "../../csrc/cuda/stream_k.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
                               int residents) {
@@ -14,6 +16,21 @@ extern "C" void set_emulation(int order, int truncation, const char* left_out, i
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::left_out = left_out;
+}
+
+// Pieces of a matrix in the order of its stretches, six numbers each; how many there are.
+extern "C" int64_t stream_k_pieces(int64_t tiles, int64_t steps, int multiprocessors,
+                                   int most_parts, int64_t* pieces, int64_t most) {
+  using namespace spectral_kernels::cuda;
+  const Cut cut = stream_k(tiles, steps, multiprocessors, 512, 5461, most_parts);
+  int64_t count = 0;
+  for (int64_t stretch = 0; stretch < cut.stretches(); stretch++)
+    for_each_piece(cut, stretch, [&](const Piece& piece) {
+      const int64_t row[] = {stretch, piece.tile, piece.begin, piece.end, piece.part, piece.parts};
+      for (int i = 0; i < 6 && count < most; i++) pieces[count * 6 + i] = row[i];
+      count++;
+    });
+  return count;
 }
 
 extern "C" void limit_workspace(int64_t bytes) { spectral_kernels::cuda::limit_workspace(bytes); }
