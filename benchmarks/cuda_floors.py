@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,20 +112,20 @@ def symmetric_product(rows: int, columns: int) -> list[Floor]:
     A triangle of 128-wide tiles by csrc/cuda/stream_k.h: where a stretch of steps ends inside of a
     tile, a part goes to L2 and back at 24 bytes a clock.
     """
-    down, steps = -(-rows // 128), -(-columns // 64)
+    down, steps = math.ceil(rows / 128), math.ceil(columns / 64)
     total, step = down * (down + 1) // 2 * steps, 128 * 128 * 64 / WGMMA_PER_CLOCK
-    lengths = {max(-(-total // (i * MULTIPROCESSORS)), -(-steps // 3)) for i in (1, 2, 3, 4)}
+    rounds = (math.ceil(total / (i * MULTIPROCESSORS)) for i in (1, 2, 3, 4))
+    lengths = {steps, *(max(length, math.ceil(steps / 3)) for length in rounds)}
     times = [
-        -(-(-(-total // length)) // MULTIPROCESSORS)
+        math.ceil(math.ceil(total / length) / MULTIPROCESSORS)
         * (length * step + (length % steps != 0) * 2 * 128 * 128 * 4 / 24)
-        for length in lengths | {steps}
+        for length in lengths
     ]
-    full = -(-down * -(-down // 2) // MULTIPROCESSORS) * 2 * steps * step
+    full = math.ceil(down * math.ceil(down / 2) / MULTIPROCESSORS) * 2 * steps * step
     x = 2.0 * rows * columns
     return [
-        Floor("largest_kernel", x),
-        Floor("prologue_kernel", 2 * x),
         Floor("product_wgmma_kernel", x + 2.0 * rows * rows, min(times)),
+        Floor("spread_nonfinite_kernel", 2.0 * rows),
         Floor("(cuBLAS, the whole product)", x + 2.0 * rows * rows, full),
     ]
 

@@ -79,6 +79,9 @@ def workload():
     results += root(a[:, :20, :20], 3, ridge=0.0, relative_ridge=0.0, method="eigen")
     results += torch.ops.spectral_kernels_emulated.eigenbasis(semidefinite(40, 1e9).float())
     results.append(torch.ops.spectral_kernels_emulated.gram(gaussian(20, 1200).bfloat16()))
+    broken = gaussian(2, 300, 64).bfloat16()
+    broken[0, 290, 60] = torch.nan
+    results.append(torch.ops.spectral_kernels_emulated.gram(broken))
     results.append(iterated(gaussian(129, 130).bfloat16(), [(2.0, -1.5, 0.5)]))
     return results + factors()
 

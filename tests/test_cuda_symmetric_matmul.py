@@ -124,6 +124,23 @@ def test_what_is_not_finite_or_out_of_range():
     assert same_bits(gram(tiny.mul(2.0**110)), gram(tiny.mul(2.0**100)).mul(2.0**20))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 128), (2, 5, 64), (1, 66, 2112)], ids=str)
+def test_what_is_read_in_place_has_the_bits_of_what_is_packed(shape, dtype):
+    x = gaussian(*shape, dtype=dtype)
+    expected = gram(torch.cat([x, x[..., :1]], -1)[..., :-1])
+    found = gram(Guarded(x).tensor)
+    assert same_bits(found, expected)
+    x[0, 2, 3] = math.inf
+    x[-1, 4, 5] = math.nan
+    broken = gram(x)
+    assert broken[0].isnan().all()
+    assert broken[-1].isnan().all()
+    assert same_bits(broken[1:-1], expected[1:-1])
+    x = gaussian(*shape, dtype=dtype) * (1e30 if dtype == torch.bfloat16 else 1e3)
+    assert gram(x)[0].diagonal().isinf().all()  # out of range is not broken
+
+
 @pytest.mark.parametrize("at_end", [True, False])
 def test_no_access_outside_the_tensors(at_end):
     x = gaussian(2, 35, 13, dtype=torch.bfloat16)

@@ -314,6 +314,15 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   return out;
 }
 
+// Whether products can read a 16-bit batch where it is: contiguous, in whole steps. Its products
+// are then summed as they are, so that they overflow or vanish as those of torch do.
+bool is_packed(const Entry& e) {
+  const Matrices& m = e.source;
+  return m.type != Type::kF32 && m.column == 1 && m.row == e.columns &&
+         (e.count == 1 || m.batch == e.rows * e.columns) && e.columns % kPackedColumns == 0 &&
+         reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
 at::Tensor gram(const at::Tensor& x) {
   constexpr const char* kOp = "gram";
   count_call(kOp, "cuda");
@@ -331,25 +340,32 @@ at::Tensor gram(const at::Tensor& x) {
   const int device = device_number(x);
   if (plan.planes == 1) plan.wgmma = wgmma_multiprocessors(device);
   append(plan.entries, x, {}, out, 1, false);
+  const bool direct = plan.entries.size() == 1 && is_packed(plan.entries[0]);
+  plan.entries[0].direct = direct;
   Scratch scratch(place_onchip(plan.entries, plan.planes), x);
   place(plan, multiprocessors_of_kind(device));
   plan.tiling.squares = 0;  // the result goes to its place at once
   const ProductWorkspaces work = scratch.for_products(plans);
   void* stream = stream_of(x);
-  Prologue prologue;
-  prologue.f16 = plan.f16;
-  prologue.planes = plan.planes;
-  check_launch(launch_largest(plan.entries, Of::kSource, scratch.largest(), stream), kOp);
-  check_launch(launch_prologue(plan.entries, prologue, scratch.largest(), scratch.buffers.packed,
-                               scratch.norms, stream),
-               kOp);
   Product product;
   product.shape = Shape::kGram;
   product.format = {plan.planes, plan.f16};
-  product.a = product.b = work.x;
-  product.unshift = 2;
-  product.x_f16 = plan.f16;
+  if (direct) {
+    product.a = product.b = static_cast<const uint16_t*>(x.const_data_ptr());
+  } else {
+    Prologue prologue;
+    prologue.f16 = plan.f16;
+    prologue.planes = plan.planes;
+    check_launch(launch_largest(plan.entries, Of::kSource, scratch.largest(), stream), kOp);
+    check_launch(launch_prologue(plan.entries, prologue, scratch.largest(), scratch.buffers.packed,
+                                 scratch.norms, stream),
+                 kOp);
+    product.a = product.b = work.x;
+    product.unshift = 2;
+    product.x_f16 = plan.f16;
+  }
   check_launch(launch_product(plan, product, work.buffers, stream), kOp);
+  if (direct) check_launch(launch_spread_nonfinite(plan.entries, stream), kOp);
   return out;
 }
 

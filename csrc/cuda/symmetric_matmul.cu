@@ -21,6 +21,37 @@ __global__ void __launch_bounds__(kTile * 2, kPlanes == 1 ? 2 : 1)
                                               buffers, shared);
 }
 
+constexpr int kGuardThreads = 256;
+
+// One block a matrix. A diagonal may also have overflowed, so X has the last word.
+__global__ void __launch_bounds__(kGuardThreads)
+    spread_nonfinite_kernel(const __grid_constant__ Table table) {
+  DYNAMIC_SHARED(int, found);
+  const Place at = place(table, blockIdx.x, [](const Entry&) { return int64_t(1); });
+  const Entry& e = *at.entry;
+  const auto any = [&](const Matrices& m, int64_t rows, int64_t columns, bool diagonal) {
+    if (threadIdx.x == 0) *found = 0;
+    __syncthreads();
+    bool bad = false;
+    for (int64_t i = threadIdx.x; i < rows * columns; i += kGuardThreads) {
+      const int64_t row = i / columns, column = diagonal ? row : i % columns;
+      const float x = read(m, at.matrix * m.batch + row * m.row + column * m.column);
+      bad = bad || !finite(bits_of(x) & 0x7fffffffu);
+    }
+    if (bad) *found = 1;
+    __syncthreads();
+    return *found != 0;
+  };
+  if (!any(e.target, e.rows, 1, true)) return;
+  // All have read what was found.
+  __syncthreads();
+  if (!any(e.source, e.rows, e.columns, false)) return;
+  for (int64_t i = threadIdx.x; i < int64_t(e.rows) * e.rows; i += kGuardThreads)
+    write(e.target,
+          at.matrix * e.target.batch + i / e.rows * e.target.row + i % e.rows * e.target.column,
+          float_of(0x7fc00000u));
+}
+
 // Cost model
 
 // Clocks of one multiprocessor, from cuda-prototypes: 64 and 128 wide tiles, a step of 32, bound by
@@ -161,6 +192,16 @@ int launch_product(const std::vector<Entry>& entries, const Product& product, in
                 : launch_format<64, false>(entries, product, buffers, stream);
   return wide ? launch_format<128, true>(entries, product, buffers, stream)
               : launch_format<128, false>(entries, product, buffers, stream);
+}
+
+int launch_spread_nonfinite(const std::vector<Entry>& entries, void* stream) {
+  return for_each_table(
+      entries, [](const Entry&) { return int64_t(1); },
+      [&](const Table& table, unsigned blocks) {
+        LAUNCH(spread_nonfinite_kernel, dim3(blocks), dim3(kGuardThreads), sizeof(int), stream,
+               table);
+        return launched();
+      });
 }
 
 }  // namespace spectral_kernels::cuda

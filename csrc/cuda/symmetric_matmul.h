@@ -69,6 +69,9 @@ int launch_product(const std::vector<Entry>& entries, const Product& product, in
 
 int64_t product_shared_bytes(int planes, int tile);
 
+// Makes those results X Xᵀ NaN throughout whose X is not finite, which their diagonals show.
+int launch_spread_nonfinite(const std::vector<Entry>& entries, void* stream);
+
 // The same by wgmma and TMA: one plane, tiles of 128, sm_90 only, no more blocks at a time than
 // `multiprocessors`. Has run on no card yet.
 int launch_product_wgmma(const std::vector<Entry>& entries, const Product& product,
