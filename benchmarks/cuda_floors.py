@@ -87,6 +87,30 @@ def muon_step(shapes: Sequence[tuple[int, int, int]], steps: int) -> list[Floor]
     ]
 
 
+def two_sided(count: int, m: int, n: int) -> list[Floor]:
+    """L G R in fp32: three products of fp16 halves each."""
+    x, left, right = (4.0 * count * elements for elements in (m * n, m * m, n * n))
+    return [
+        Floor("largest_kernel", x + left + right),
+        Floor("prologue_kernel, G and L", 2 * (x + left)),
+        Floor("product_kernel, L G", 2 * x + left, 3 * dense_clocks(count * m * m * n)),
+        Floor("largest_kernel, L G", x),
+        Floor("prologue_kernel, L G and R", 2 * (x + right)),
+        Floor("product_kernel, (L G) R", 2 * x + right, 3 * dense_clocks(count * m * n * n)),
+    ]
+
+
+def kron_factors(count: int, m: int, n: int) -> list[Floor]:
+    """Both factors of fp32 gradients."""
+    x, left, right = (4.0 * count * elements for elements in (m * n, m * m, n * n))
+    multiplications = count * m * n * (m + n) / 2
+    return [
+        Floor("largest_kernel", 2 * x),
+        Floor("prologue_kernel", 4 * x),
+        Floor("product_kernel", 2 * (x + left + right), 3 * dense_clocks(multiplications)),
+    ]
+
+
 def inverse_roots(count: int, n: int, products: int) -> list[Floor]:
     """All steps of the fourth root at a relative ridge of 1e-6."""
     moved = 8.0 * count * n * n
@@ -138,6 +162,8 @@ WORKLOADS = {
     "muon_step_, matrices of GPT-2 124M, 5 steps": muon_step(GPT_124M, 5),
     "gram, 2048 x 2048 bf16": symmetric_product(2048, 2048),
     "gram, 4096 x 4096 bf16": symmetric_product(4096, 4096),
+    "kron_precondition, 24 x (768 x 3072) fp32": two_sided(24, 768, 3072),
+    "kron_factors_update_, 24 x (768 x 3072) fp32": kron_factors(24, 768, 3072),
     "inverse_root, 64 x 128², p = 4, 37 products": inverse_roots(64, 128, 37),
     "eigenbasis, 64 x 128², 9 sweeps": eigenbases(64, 128, 9),
 }
@@ -153,6 +179,8 @@ BLOCKS = {
     "product_kernel<64, 2, 1, 0>": (4, 65552),
     "product_kernel<128, 1, 0, 0>": (8, 65552),
     "product_kernel<128, 2, 1, 0>": (8, 98320),
+    "product_kernel<64, 2, 1, 1>": (4, 65552),
+    "product_kernel<128, 2, 1, 1>": (8, 98320),
 }
 
 

@@ -460,7 +460,7 @@ def gram(session: Session) -> list[dict[str, Any]]:
 
 
 def kron_factor(session: Session) -> list[dict[str, Any]]:
-    """L <- beta L + w G G^T and R likewise against fp32 products of torch."""
+    """L <- beta L + w G G^T and R likewise, and L G R, against fp32 products of torch."""
     rows = []
     for m in (24,) if session.rehearsing else FACTORS:
         for dtype in (torch.float32, torch.bfloat16):
@@ -484,7 +484,23 @@ def kron_factor(session: Session) -> list[dict[str, Any]]:
             traffic = float(g.numel() * g.element_size() + 8 * (m * m + n * n))
             key = f"kron_factors {m}x{n} {dtype}"
             rows.append(_row(session, key, calls, None, work, traffic, dtype, 0.5))
+            rows.append(_two_sided(session, g))
     return rows
+
+
+def _two_sided(session: Session, g: Tensor) -> dict[str, Any]:
+    m, n = g.shape
+    left, right = (_gaussian(session, (size, size), seed=size) / size**0.5 for size in (m, n))
+    calls: dict[str, Callable[[], Any]] = {
+        name: _bound(sk.kron_precondition, g, left, right, backend=name)
+        for name in _backends("kron_precondition", g)
+    }
+    calls["torch"] = lambda: (left @ g.float() @ right).to(g.dtype)
+    error = _relative(left.double() @ g.double() @ right.double()) if m <= 1024 else None
+    work = 2.0 * m * n * (m + n)
+    traffic = 2.0 * g.numel() * g.element_size() + 4.0 * (m * m + n * n)
+    key = f"kron_precondition {m}x{n} {g.dtype}"
+    return _row(session, key, calls, error, work, traffic, torch.float32, 0.5)
 
 
 def inverse_root(session: Session) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def test_layouts(layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_parts_are_added_in_their_order(dtype):
-    x = gaussian(2, 66, 2100, dtype=dtype)
+    x = gaussian(2, 66 if dtype == torch.bfloat16 else 40, 2100, dtype=dtype)
     expected = gram(x)
     for order in (1, 2, 3):
         with arranged(order):
@@ -163,11 +163,12 @@ def test_thresholds(dtype, capability, monkeypatch):
         "muon_step_": (9, 10),
         "gram": (10,) if full else (9, 10),
         "kron_factors_update_": (10,) if full else (9, 10),
-        "kron_precondition": (10,) if full else (),
+        "kron_precondition": (10,),
         "inverse_root": (),
     }.items():
         assert _cuda.elsewhere(op, [small]) is None
-        reason = _cuda.elsewhere(op, [large, small])
+        alone = op not in ("newton_schulz", "muon_step_")
+        reason = _cuda.elsewhere(op, [large] if alone else [small, large])
         assert (reason is not None) == (capability in leaving)
         assert reason is None or reason.startswith("4096 rows, more than ")
 
@@ -175,7 +176,7 @@ def test_thresholds(dtype, capability, monkeypatch):
 def test_rejections():
     for op in ("gram", "kron_factors_update_", "kron_precondition"):
         assert _cuda.rejection(op, [gaussian(8, 9), torch.empty(0)], {}) is None
-        assert _cuda.rejection(op, [gaussian(7, 9).bfloat16()], {}) is None
+        assert _cuda.rejection(op, [gaussian(7, 7), gaussian(7, 9).bfloat16()], {}) is None
         for given in ([gaussian(7, 9)], [gaussian(9, 7)]):
             assert "fewer than 8 rows" in _cuda.rejection(op, given, {})
         assert "fp64" in _cuda.rejection(op, [gaussian(8, 9), gaussian(8, 8).double()], {})

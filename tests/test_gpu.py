@@ -108,6 +108,27 @@ def test_newton_schulz_obeys_the_error_rule(shape, dtype, backend):
 
 @pytest.mark.parametrize("backend", CARDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
+@pytest.mark.parametrize("shape", [(33, 20), (200, 300), (3, 257, 100), (1030, 4100)])
+def test_factors_and_two_sided_products_obey_the_error_rule(shape, dtype, backend):
+    g = gaussian(*shape, dtype=dtype).cuda()
+    needs(backend, "kron_precondition", g)
+    *batch, m, n = shape
+    left, right = (gaussian(*batch, k, k, seed=k).cuda() for k in (m, n))
+    ours = sk.kron_precondition(g, left, right, backend=backend)
+    exact = left.double() @ g.double() @ right.double()
+    theirs = error((left @ g.float() @ right).to(dtype).cpu(), exact.cpu())
+    assert error(ours.cpu(), exact.cpu()) <= 2.0 * theirs + 2.0 * torch.finfo(dtype).eps
+    for factor, x, sides in ((left, g, (left, None)), (right, g.mT, (None, right))):
+        wide, old = x.double(), factor.tril() + factor.tril(-1).mT
+        exact = 0.9 * old.double() + 0.1 * wide @ wide.mT
+        theirs = error((0.9 * old + 0.1 * x.float() @ x.float().mT).cpu(), exact.cpu())
+        sk.kron_factors_update_(*sides, g, 0.9, weight=0.1, backend=backend)
+        assert error(factor.cpu(), exact.cpu()) <= 2.0 * theirs + 1e-6
+        assert same_bits(factor, factor.mT.contiguous())
+
+
+@pytest.mark.parametrize("backend", CARDS)
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
 def test_same_bits_alone_in_a_batch_and_again(dtype, backend):
     for shape in ((16, 300), (60, 60), (90, 200), (600, 640), (100, 6000)):
         x = gaussian(5, *shape, dtype=dtype).cuda()

@@ -32,6 +32,13 @@ OPERATORS = (
     *("inverse_root", "eigenbasis"),
 )
 
+_HALF = (torch.bfloat16, torch.float16)
+_THREE_PRODUCTS = (
+    "three fp16 products by mma.sync take 1.6 times as long as Triton's three TF32 products by "
+    "tcgen05, if they keep Hopper's rate; up to 1024 rows (9 us a product of square ones) the "
+    "launches decide"
+)
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -55,14 +62,14 @@ class Threshold:
 THRESHOLDS = (
     Threshold(
         ("newton_schulz", "muon_step_"),
-        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.float32, *_HALF),
         (9, 10),
         MOST_ROWS,
         "mma.sync reaches some 60 % of the rate of wgmma and tcgen05, which Triton uses",
     ),
     Threshold(
         ("gram",),
-        (torch.bfloat16, torch.float16),
+        _HALF,
         (9, 10),
         1536,
         "64-wide tiles make 2.3 to 3.4 times as many of them as 128-wide ones keep busy up to "
@@ -70,18 +77,11 @@ THRESHOLDS = (
     ),
     # On sm_90 three fp16 products by mma.sync (3 x 1.6 times that of wgmma) take less than three
     # TF32 products by wgmma (3 x 2 times), so that fp32 stays here at any size.
-    Threshold(
-        _PRODUCTS,
-        (torch.float32,),
-        (10,),
-        1024,
-        "three fp16 products by mma.sync take 1.6 times as long as Triton's three TF32 products by "
-        "tcgen05, if they keep Hopper's rate; up to 1024 rows (9 us a product of square ones) the "
-        "launches decide",
-    ),
+    Threshold(_PRODUCTS, (torch.float32,), (10,), 1024, _THREE_PRODUCTS),
+    Threshold(("kron_precondition",), _HALF, (10,), 1024, _THREE_PRODUCTS),
     Threshold(
         ("kron_factors_update_",),
-        (torch.bfloat16, torch.float16),
+        _HALF,
         (9, 10),
         512,
         "these kernels make three products of a 16-bit gradient where Triton makes one; up to 512 "
@@ -113,8 +113,8 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
     if op in _PRODUCTS:
-        # Factors and sides are as long as the matrix, which is the first.
-        if tensors[0].dtype == torch.float32 and min(tensors[0].shape[-2:]) < LEAST_ROWS_FP32:
+        matrix = _decisive(tensors)
+        if matrix.dtype == torch.float32 and min(matrix.shape[-2:]) < LEAST_ROWS_FP32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         return None
     for tensor in tensors:
@@ -149,7 +149,7 @@ def _rows_fit(rows: tuple[tuple[float, ...], ...], norm_factor: float) -> bool:
 
 def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why an automatic choice leaves what these kernels can run to Triton, or None."""
-    for tensor in tensors[:1] if op in _PRODUCTS else tensors:
+    for tensor in [_decisive(tensors)] if op in _PRODUCTS else tensors:
         for threshold in THRESHOLDS:
             if (
                 op not in threshold.operators
@@ -161,6 +161,12 @@ def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:
             if rows > threshold.rows:
                 return f"{rows} rows, more than {threshold.rows}: {threshold.model}"
     return None
+
+
+def _decisive(tensors: Sequence[Tensor]) -> Tensor:
+    """Of a matrix with its factors or sides: the one of the fewest bits and rows."""
+    matrices = [tensor for tensor in tensors if tensor.ndim >= 2]
+    return min(matrices, key=lambda matrix: (matrix.dtype.itemsize, min(matrix.shape[-2:])))
 
 
 def _capability(tensor: Tensor) -> int:
