@@ -60,6 +60,9 @@ PYBIND11_MODULE(_C, m) {
         "Bytes of shared memory that one block may have; 0 without such a device.");
   m.def("cuda_prefer_wgmma", &cuda::prefer_wgmma, pybind11::arg("on"),
         "Products of large 16-bit matrices by wgmma on sm_90, which no card has run yet.");
+  m.def("cuda_prefer_queue", &cuda::prefer_queue, pybind11::arg("on"),
+        "All products of large matrices in one launch (True), in one each (False), or as the cost "
+        "model says (None). No bit depends on it.");
   m.def("cuda_rows_fit", &cuda_rows_fit, pybind11::arg("rows"), pybind11::arg("norm_factor"),
         "Whether the on-chip kernels can hold the numbers that these coefficients lead to.");
 #else

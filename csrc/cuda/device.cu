@@ -10,6 +10,7 @@ namespace spectral_kernels::cuda {
 namespace {
 
 std::atomic<bool> wgmma_preferred{false};
+std::atomic<std::optional<bool>> queue_wish{};
 
 #ifndef CUDA_EMULATION
 int attribute(cudaDeviceAttr which, int device, int otherwise) {
@@ -28,6 +29,8 @@ int capability(int device) {
 }  // namespace
 
 void prefer_wgmma(bool on) { wgmma_preferred = on; }
+void prefer_queue(std::optional<bool> on) { queue_wish = on; }
+bool queue_preferred(bool by_model) { return queue_wish.load().value_or(by_model); }
 
 #ifdef CUDA_EMULATION
 const char* error_text(int) { return "emulated launch failed"; }

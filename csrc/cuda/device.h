@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace spectral_kernels::cuda {
 
@@ -16,5 +17,9 @@ int multiprocessors_of_kind(int device);
 int wgmma_multiprocessors(int device);
 // The wgmma products have run on no card yet: off by default, for the checks of `make gpu`.
 void prefer_wgmma(bool on);
+// Whether products of a list run in one launch: what `prefer_queue` said, or else the cost model.
+// For tests and `make gpu`; no bit depends on it.
+bool queue_preferred(bool by_model);
+void prefer_queue(std::optional<bool> on);
 
 }  // namespace spectral_kernels::cuda

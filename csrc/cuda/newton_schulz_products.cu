@@ -1,23 +1,24 @@
-// The iteration that steps_kernel runs on chip, with a launch a product.
+// The iteration that steps_kernel runs on chip, as products of the whole list.
 #include <utility>
 
 #include "newton_schulz_products.h"
+#include "product_queue.h"
 
 namespace spectral_kernels::cuda {
 namespace {
 
+// The products of all segments, in their order.
 class Iteration {
  public:
-  Iteration(const ProductPlan& plan, const ProductWorkspaces& work, const Update& update,
-            void* stream)
-      : plan_(plan), work_(work), update_(update), stream_(stream), x_(work.x), next_(work.next) {
+  Iteration(const ProductPlan& plan, const ProductWorkspaces& work, const Update& update)
+      : plan_(plan), work_(work), update_(update), x_(work.x), next_(work.next) {
     x_format_ = {plan.planes, plan.f16};
     format_ = plan.square_planes == 2 ? Format{2, true} : x_format_;
     for (int i = 0; i < ProductPlan::kSquares; i++)
       square_[i] = work.squares + i * plan.tiling.squares;
   }
 
-  int run(const Segment& segment, bool last) {
+  void add(const Segment& segment, bool last) {
     const float *factor = segment.first ? work_.factor : nullptr, before = 1 / segment.before;
     uint16_t *&r = square_[0], *&half = square_[1], *&w = square_[2], *&q = square_[3],
              *&spare = square_[4];
@@ -32,9 +33,9 @@ class Iteration {
     gram.factor = factor;
     gram.power = 2;
     gram.lower_d = plan_.wgmma != 0;  // R is read by products of square matrices only
-    int error = go(gram);
+    products.push_back(gram);
 
-    for (int t = 0; t < segment.steps && error == 0; t++) {
+    for (int t = 0; t < segment.steps; t++) {
       const OnChipStep& s = segment.step[t];
       const bool ends = t + 1 == segment.steps;
       // W = a I + b R + c R², which is Q in the first step
@@ -48,30 +49,28 @@ class Iteration {
       product.gamma = segment.apart ? 0.f : s.a * w_scale;
       product.lower_ab = gram.lower_d;
       if (alone && ends) product.d_format = x_format_;
-      error = go(product);
+      products.push_back(product);
       if (alone) {
         q_scale = w_scale;
-      } else if (error == 0) {
+      } else {
         product = squares(q, w, spare);
         product.alpha = s.q_scale / (q_scale * w_scale);
         if (ends) product.d_format = x_format_;
-        error = go(product);
+        products.push_back(product);
         q_scale = s.q_scale;
         std::swap(q, spare);
       }
-      if (!ends && error == 0) {
+      if (!ends) {
         product = squares(r, w, half);
         product.alpha = s.t_scale / (r_scale * w_scale);
-        error = go(product);
-        if (error != 0) break;
+        products.push_back(product);
         product = squares(half, w, r);
         product.alpha = s.r_scale / (s.t_scale * w_scale);
-        error = go(product);
+        products.push_back(product);
         r_scale = s.r_scale;
       }
       if (alone) std::swap(q, w);
     }
-    if (error != 0) return error;
 
     Product apply;
     apply.shape = Shape::kWide;
@@ -88,8 +87,10 @@ class Iteration {
     apply.d = last ? nullptr : next_;
     apply.update = update_;
     std::swap(x_, next_);
-    return go(apply);
+    products.push_back(apply);
   }
+
+  std::vector<Product> products;
 
  private:
   Product squares(const uint16_t* a, const uint16_t* b, uint16_t* d) const {
@@ -101,12 +102,9 @@ class Iteration {
     return product;
   }
 
-  int go(const Product& product) { return launch_product(plan_, product, work_.buffers, stream_); }
-
   const ProductPlan& plan_;
   const ProductWorkspaces& work_;
   const Update& update_;
-  void* stream_;
   Format x_format_, format_;
   uint16_t *x_, *next_, *square_[ProductPlan::kSquares];
 };
@@ -128,10 +126,15 @@ int launch_product(const ProductPlan& plan, const Product& product, const Produc
 
 int launch_products(const ProductPlan& plan, const std::vector<Segment>& segments,
                     const ProductWorkspaces& workspaces, const Update& update, void* stream) {
-  Iteration iteration(plan, workspaces, update, stream);
-  for (size_t i = 0; i < segments.size(); i++)
-    if (const int error = iteration.run(segments[i], i + 1 == segments.size()); error != 0)
-      return error;
+  Iteration iteration(plan, workspaces, update);
+  for (const Segment& segment : segments) iteration.add(segment, &segment == &segments.back());
+  if (plan.queue)
+    return launch_queue(plan.entries, iteration.products, {plan.planes, plan.f16},
+                        plan.square_planes, plan.tiling.tile, workspaces.buffers, stream);
+  for (const Product& product : iteration.products) {
+    const int error = launch_product(plan, product, workspaces.buffers, stream);
+    if (error != 0) return error;
+  }
   return 0;
 }
 

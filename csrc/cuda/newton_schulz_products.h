@@ -20,7 +20,8 @@ struct ProductPlan {
   bool f16 = false;            // X
   int planes = 1;              // X
   int square_planes = 1;
-  int wgmma = 0;  // multiprocessors that wgmma runs on; 0: mma.sync
+  int wgmma = 0;       // multiprocessors that wgmma runs on; 0: mma.sync
+  bool queue = false;  // all products in one launch
   Tiling tiling;
   int64_t packed = 0;
   static constexpr int kSquares = 5;  // workspaces of tiling.squares elements

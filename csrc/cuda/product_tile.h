@@ -45,9 +45,9 @@ DEVICE uint32_t packed_pair(float u, float v, bool f16) {
 DEVICE float2 pair_of(uint32_t w, bool f16) { return f16 ? unpack_f16(w) : unpack_bf16(w); }
 
 DEVICE float2 load_pair(const uint16_t* at, int64_t plane, const Format& format) {
-  float2 f = pair_of(*reinterpret_cast<const uint32_t*>(at), format.f16);
+  float2 f = pair_of(fresh(reinterpret_cast<const uint32_t*>(at)), format.f16);
   if (format.planes == 2) {
-    const float2 low = pair_of(*reinterpret_cast<const uint32_t*>(at + plane), format.f16);
+    const float2 low = pair_of(fresh(reinterpret_cast<const uint32_t*>(at + plane)), format.f16);
     f.x += low.x;
     f.y += low.y;
   }
@@ -72,17 +72,17 @@ DEVICE float& staged(char* shared, int row, int column) {
 // What a block works on.
 struct Unit {
   Place at;
-  int64_t matrix, tile, chunk, chunks;
+  int64_t matrix;
+  int tile, chunk, chunks;
   Cell cell;
   bool diagonal;
 };
 
-DEVICE Unit unit_of(const Place& at, int64_t number, int64_t part, int64_t parts, Shape shape,
-                    int tile) {
+DEVICE Unit unit_of(const Place& at, int64_t number, int part, int parts, Shape shape, int tile) {
   Unit u;
   u.at = at;
   u.matrix = at.entry->first + at.matrix;
-  u.tile = number;
+  u.tile = int(number);
   u.chunk = part;
   u.chunks = parts;
   u.cell = cell_of(*at.entry, shape, tile, number);
@@ -90,11 +90,17 @@ DEVICE Unit unit_of(const Place& at, int64_t number, int64_t part, int64_t parts
   return u;
 }
 
+DEVICE Unit unit_of(const Table& table, const int64_t* first_block, int64_t item, Shape shape,
+                    int tile) {
+  const Place at = place(table, first_block, item, [&](const Entry& e) {
+    return tiles_of(e, shape, tile) * chunks_of(e, shape);
+  });
+  const int chunks = int(chunks_of(*at.entry, shape));
+  return unit_of(at, at.part / chunks, int(at.part % chunks), chunks, shape, tile);
+}
+
 DEVICE Unit unit_of(const Table& table, int64_t item, Shape shape, int tile) {
-  const Place at = place(
-      table, item, [&](const Entry& e) { return tiles_of(e, shape, tile) * chunks_of(e, shape); });
-  const int64_t chunks = chunks_of(*at.entry, shape);
-  return unit_of(at, at.part / chunks, at.part % chunks, chunks, shape, tile);
+  return unit_of(table, table.first_block, item, shape, tile);
 }
 
 // Where matrices begin in their workspaces.
@@ -114,13 +120,15 @@ DEVICE Offsets offsets_of(const Unit& u, int x_planes) {
 }
 
 // Adds the parts of a sum and writes D, from a tile of sums that is staged and behind a barrier.
+// Multiplications with an addition are written out, so that all kernels round alike.
 // `tid` counts the threads that take part; `turn` is a word of shared memory.
 template <int kTile, int kThreads, bool kWide>
 DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers& buffers,
                         char* shared, int* turn, int tid) {
   const Place& at = unit.at;
   const Entry& e = *at.entry;
-  const int64_t chunks = unit.chunks, chunk = unit.chunk, tile = unit.tile, matrix = unit.matrix;
+  const int64_t matrix = e.first + at.matrix;
+  const int chunks = unit.chunks, chunk = unit.chunk, tile = unit.tile;
   const int64_t row0 = unit.cell.row * kTile, column0 = unit.cell.column * kTile;
   const bool diagonal = unit.diagonal;
   const Offsets o = offsets_of(unit, p.format.planes);
@@ -147,7 +155,7 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
     for (int i = tid; i < kSize; i += kThreads) {
       float& own = staged<kTile>(shared, i / kTile, i % kTile);
       float all = 0;
-      for (int64_t c = 0; c < chunks; c++) all += c == chunk ? own : fresh(parts + c * kSize + i);
+      for (int c = 0; c < chunks; c++) all += c == chunk ? own : fresh(parts + c * kSize + i);
       own = all;
     }
     BARRIER(kThreads);
@@ -171,8 +179,8 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
       const int64_t place_of_pair = offset + row * line + column;
       if (p.c != nullptr) {
         const float2 old = load_pair(p.c + place_of_pair, c_plane, p.c_format);
-        u += beta * old.x;
-        v += beta * old.y;
+        u = fmaf(beta, old.x, u);
+        v = fmaf(beta, old.y, v);
       }
       u += row == column ? p.gamma : 0.f;
       v += row == column + 1 ? p.gamma : 0.f;
@@ -202,8 +210,9 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
       if (row0 + slow >= e.rows || column0 + fast >= line) continue;
       const float2 old =
           load_pair(p.c + of_x + (row0 + slow) * line + column0 + fast, c_plane, p.c_format);
-      staged<kTile>(shared, slow, fast) += p.beta / p.alpha * old.x;
-      staged<kTile>(shared, slow, fast + 1) += p.beta / p.alpha * old.y;
+      float &u = staged<kTile>(shared, slow, fast), &v = staged<kTile>(shared, slow, fast + 1);
+      u = fmaf(p.beta / p.alpha, old.x, u);
+      v = fmaf(p.beta / p.alpha, old.y, v);
     }
     BARRIER(kThreads);
   }
@@ -234,7 +243,7 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
     const int64_t to = at.matrix * e.target.batch + row * e.target.row + column * e.target.column;
     value = unshifted(value);
     if (!usable) value = float_of(0x7fc00000u);
-    if (update.in_place) value = decay * read(e.target, to) - rate * value;
+    if (update.in_place) value = fmaf(decay, read(e.target, to), -rate * value);
     write(e.target, to, value);
   };
   const bool transposed = e.target.row < e.target.column;

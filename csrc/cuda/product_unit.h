@@ -30,7 +30,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
   constexpr int kI = kTile / 32, kJ = 4;                     // a warp's tiles of 16 x 8
   constexpr int kPromoted = 2;  // steps between additions to the sum in full precision
   constexpr int kPlane = kTile * kDepth * 2;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int tid = own_thread(), lane = tid % 32, warp = tid / 32;
   const Entry& e = *unit.at.entry;
   const bool diagonal = unit.diagonal, gram = p.shape == Shape::kGram;
   const int64_t row0 = unit.cell.row * kTile, column0 = unit.cell.column * kTile;
@@ -43,7 +43,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
   const bool same = diagonal && a == b;
 
   const int steps = int(steps_of(e, p.shape)), each = int(over(steps, unit.chunks));
-  const int begin = p.alpha == 0 ? steps : int(unit.chunk) * each;
+  const int begin = p.alpha == 0 ? steps : unit.chunk * each;
   const int count = (begin + each < steps ? begin + each : steps) - begin;
 
   // Rows of 64 bytes, or of a tile's width, in pieces of 16 that are permuted, so that the 8 rows
@@ -76,7 +76,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
         for (int i = 0; i < 2; i++) {
           const bool valid = i * kApart < rows_of_a;
           copy_async(to_a + stage + plane * kPlane + i * kApart * kDepth * 2,
-                     valid ? from_a + plane * a_plane + i * kApart * a_line : a, valid);
+                     valid ? from_a + plane * a_plane + i * kApart * a_line : p.a, valid);
         }
       if (!same)
 #pragma unroll
@@ -86,7 +86,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
             const int row = i * (kWideB ? kBroadApart : kApart);
             const bool valid = row + (kWideB ? step * kDepth : 0) < rows_of_b;
             copy_async(to_b + stage + plane * kPlane + row * (kWideB ? kTile : kDepth) * 2,
-                       valid ? from_b + plane * b_plane + row * b_line : b, valid);
+                       valid ? from_b + plane * b_plane + row * b_line : p.b, valid);
           }
       from_a += kDepth;
       from_b += kWideB ? kDepth * b_line : kDepth;

@@ -104,6 +104,13 @@ DEVICE void wait_for(const uint32_t* p, uint32_t least) {
     __nanosleep(100);
   }
 }
+// threadIdx.x, read anew: what follows from it would be kept in registers all through a loop that
+// this stands in, and with several bodies in the loop they run out.
+DEVICE int own_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 

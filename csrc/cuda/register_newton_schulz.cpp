@@ -142,11 +142,12 @@ class Scratch {
 
   // What products of the placed lists `plans` need beside that, one list after the other.
   ProductWorkspaces for_products(const std::vector<ProductPlan>& plans) {
-    int64_t squares = 0, parts = 0, tiles = 0;
+    int64_t squares = 0, parts = 0, tiles = 0, queue = 0;
     for (const ProductPlan& plan : plans) {
       squares = std::max(squares, plan.tiling.squares);
       parts = std::max(parts, plan.tiling.parts);
       tiles = std::max(tiles, plan.tiling.tiles);
+      if (plan.queue) queue = 1 + largest_.numel();
     }
     const int64_t next = squares == 0 ? 0 : aligned(packed_ * 2), square = aligned(squares * 2);
     char* at = bytes(next + ProductPlan::kSquares * square + parts * 4);
@@ -155,7 +156,8 @@ class Scratch {
     work.next = reinterpret_cast<uint16_t*>(at);
     work.squares = reinterpret_cast<uint16_t*>(at += next);
     work.buffers.parts = reinterpret_cast<float*>(at + ProductPlan::kSquares * square);
-    work.buffers.arrived = zeros(tiles);
+    work.buffers.arrived = zeros(tiles + queue);
+    work.buffers.queue = work.buffers.arrived + tiles;
     work.buffers.largest = largest();
     work.factor = norms.factor;
     return work;
@@ -243,6 +245,7 @@ class Lists {
         const int device = device_number(like_);
         if (square_planes == 1) part.wgmma = wgmma_multiprocessors(device);
         cuda::place(part, multiprocessors_of_kind(device));
+        part.queue = part.wgmma == 0 && queue_preferred(part.tiling.clocks <= kMostQueueClocks);
         products_.push_back(std::move(part));
         product_routes_.push_back(group.first);
       }
@@ -274,6 +277,12 @@ class Lists {
 
  private:
   static constexpr int64_t kMostSquares = 1 << 24;  // elements that are worked on at a time
+  // Of a product of a list that is iterated on in one launch. A launch that follows another costs
+  // some 3 µs, to drain and to fill the device; an item that waits for others some 1, for a fence,
+  // a counter and its next reader. Against these 2 µs stand the counter and the fence of every
+  // item, 1900 clocks, of which 3 or 4 blocks on a multiprocessor hide all but a tenth of the time
+  // of an item: equal at 20 µs. A model; no card has run it yet.
+  static constexpr double kMostQueueClocks = 40000;
 
   const Plan& plan_;
   const at::Tensor& like_;

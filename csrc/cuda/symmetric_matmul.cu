@@ -162,8 +162,11 @@ Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes
   const auto clocks = [&](int size) {
     return list_clocks(entries, planes, square_planes, size, multiprocessors);
   };
-  return place_tiles(entries, clocks(128) < clocks(64) ? 128 : 64,
-                     [](const Entry& e) { return e.chunks > 1 || e.square_chunks > 1; });
+  const double small = clocks(64), large = clocks(128);
+  Tiling tiling = place_tiles(entries, large < small ? 128 : 64,
+                              [](const Entry& e) { return e.chunks > 1 || e.square_chunks > 1; });
+  tiling.clocks = std::min(small, large) / 3;
+  return tiling;
 }
 
 Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors) {

@@ -49,6 +49,7 @@ struct Tiling {
   int64_t squares = 0;  // elements of a workspace for square matrices, both planes
   int64_t parts = 0;    // floats of partial tiles
   int64_t tiles = 0;    // arrival counters, zero before and after
+  double clocks = 0;    // of the average product, by the cost model
 };
 
 // Fills in what entries need for products of X in `planes` planes and of square matrices in
@@ -62,6 +63,7 @@ struct ProductBuffers {
   float* parts = nullptr;
   uint32_t* arrived = nullptr;
   const uint32_t* largest = nullptr;
+  uint32_t* queue = nullptr;  // of launch_queue: one and one a matrix, zero before and after
 };
 
 int launch_product(const std::vector<Entry>& entries, const Product& product, int tile,

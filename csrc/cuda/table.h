@@ -28,18 +28,23 @@ struct Place {
 
 // `parts(entry)` blocks work on each matrix.
 template <class Parts>
-DEVICE Place place(const Table& table, int64_t block, Parts parts) {
+DEVICE Place place(const Table& table, const int64_t* first_block, int64_t block, Parts parts) {
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (table.first_block[middle] <= block)
+    if (first_block[middle] <= block)
       low = middle;
     else
       high = middle - 1;
   }
   const Entry& entry = table.entries[low];
-  const int64_t own = block - table.first_block[low], each = parts(entry);
+  const int64_t own = block - first_block[low], each = parts(entry);
   return {&entry, own / each, own % each};
+}
+
+template <class Parts>
+DEVICE Place place(const Table& table, int64_t block, Parts parts) {
+  return place(table, table.first_block, block, parts);
 }
 
 // Launches `go(table, blocks)` until all entries are covered.

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/register.h"
 #include "../../csrc/cuda/two_sided.h"
 #include "emulation.h"
@@ -10,9 +11,10 @@
 #include "../../csrc/cuda/stream_k.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
-                              int residents) {
+                              int residents, int queue) {
   emulation::shared_limit = limit;
   emulation::residents = residents;
+  spectral_kernels::cuda::prefer_queue(queue < 0 ? std::nullopt : std::optional<bool>(queue > 0));
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::left_out = left_out;
