@@ -16,6 +16,7 @@
 #include "root_rows.h"
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
 #include "cuda/device.h"
+#include "cuda/kernel_list.h"
 #include "cuda/newton_schulz.h"
 #endif
 
@@ -65,6 +66,17 @@ PYBIND11_MODULE(_C, m) {
         "model says (None). No bit depends on it.");
   m.def("cuda_rows_fit", &cuda_rows_fit, pybind11::arg("rows"), pybind11::arg("norm_factor"),
         "Whether the on-chip kernels can hold the numbers that these coefficients lead to.");
+  m.def(
+      "cuda_kernels",
+      [](int device) {
+        std::vector<std::tuple<std::string, int, int>> rows;
+        for (const cuda::KernelFacts& k : cuda::kernel_facts(device))
+          rows.emplace_back(k.name, k.registers, k.local_bytes);
+        return rows;
+      },
+      pybind11::arg("device"),
+      "(name, registers, bytes of local memory a thread) of all kernels; -1 without such a "
+      "device.");
 #else
   m.attr("cuda_architectures") = "";
 #endif

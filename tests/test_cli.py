@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from spectral_kernels import _extension, cli, info
 
-SECTIONS = ["versions", "cpu", "backends", "gpu", "environment", "workspace"]
+SECTIONS = ["versions", "cpu", "backends", "gpu", "cuda_kernels", "environment", "workspace"]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

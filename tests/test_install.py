@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from spectral_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
 NVCC = shutil.which("nvcc")
 # Installed as part of the package under other names than in the repository.
 FOLDERS = {
@@ -63,7 +65,7 @@ def run_installed(wheel, tmp_path, code):
         archive.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site")],
+        [sys.executable, "-c", code, str(tmp_path / "site"), str(TABLE)],
         cwd=tmp_path / "elsewhere",
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
@@ -93,7 +95,7 @@ print(sk.explain("gram", x).backend)
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_the_cuda_part_loads_and_answers_beside_a_cpu_torch(wheel, tmp_path):
     code = """
-import torch, spectral_kernels as sk
+import json, pathlib, sys, torch, spectral_kernels as sk
 from spectral_kernels import _cuda, _dispatch, info
 assert _cuda.architectures() == ["sm_90a"]
 x = torch.randn(8, 16)
@@ -107,11 +109,16 @@ except RuntimeError as error:
     print(error)
 elsewhere = torch.empty(40, 40, device="meta", dtype=torch.float64)
 assert "not in fp64" in _cuda.rejection("newton_schulz", [elsewhere], {})
+names = {name for name, _, _ in _cuda.kernels()}
+table = json.loads(pathlib.Path(sys.argv[2]).read_text())["kernels"]
+print("not in the table:", sorted(names.symmetric_difference(row["kernel"] for row in table)))
 info.main([])
 """
     said = run_installed(wheel, tmp_path, code)
     assert "backend cannot run gram: cuda: a tensor is on cpu" in said
     assert "sm_90a" in said
+    assert re.search(r"gram kernel +15 variants", said)
+    assert "not in the table: []" in said
 
 
 def test_the_folder_of_triton_kernels_is_not_a_package_of_its_own():

@@ -239,7 +239,7 @@ int launch_eigenbasis(const std::vector<Entry>& entries, const uint32_t* largest
   if (entries.empty()) return 0;
   return with_size(entries[0].rows, [&](auto n) {
     constexpr int kN = decltype(n)::value;
-    auto kernel = eigenbasis_kernel<kN>;
+    constexpr auto kernel = eigenbasis_kernel<kN>;
     constexpr int kBytes = Jacobi<kN>::kBytes;
     if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
     return for_each_table(

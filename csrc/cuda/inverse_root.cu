@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
 template <int kNB>
 int launch(const std::vector<Entry>& entries, const RootSchedules& schedules, const RootCall& call,
            const uint32_t* largest, const RootResults& results, void* stream) {
-  auto kernel = root_kernel<kNB>;
+  constexpr auto kernel = root_kernel<kNB>;
   constexpr int kBytes = Layout<kNB>::kBytes;
   if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
   return for_each_table(

@@ -3,6 +3,14 @@
 
 #include "ptx.h"
 
+#ifndef CUDA_EMULATION
+#include "kernel_list.h"
+// `kernel` is a constant: its name goes on the list.
+#define LAUNCH(kernel, grid, block, bytes, stream, ...)  \
+  ((void)::spectral_kernels::cuda::Listed<kernel>::done, \
+   kernel<<<grid, block, bytes, (cudaStream_t)(stream)>>>(__VA_ARGS__))
+#endif
+
 namespace spectral_kernels::cuda {
 
 #ifdef CUDA_EMULATION

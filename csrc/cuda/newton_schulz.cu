@@ -486,9 +486,9 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
                     uint32_t* largest, const OnChipBuffers& buffers, const Update& update,
                     void* stream) {
   using Chip = OnChip<kNB>;
-  auto gram = gram_kernel<kNB, kPlanes, kF16>;
-  auto steps = steps_kernel<kNB>;
-  auto apply = apply_kernel<kNB, kPlanes, kF16>;
+  constexpr auto gram = gram_kernel<kNB, kPlanes, kF16>;
+  constexpr auto steps = steps_kernel<kNB>;
+  constexpr auto apply = apply_kernel<kNB, kPlanes, kF16>;
   constexpr int kGramBytes = kStages * kPlanes * 16 * kNB * kLineBytes;
   constexpr int kStepsBytes = 3 * Chip::kMatrix + kNB * int(sizeof(double));
   constexpr int kApplyBytes = 2 * kPlanes * 16 * kNB * kTileColumns * 2;

@@ -134,7 +134,7 @@ uint32_t useful_blocks(const Queue& queue) {
 template <int kTile, int kPlanes, bool kF16, int kSquarePlanes>
 int launch(const std::vector<Entry>& entries, const std::vector<Product>& products,
            const ProductBuffers& buffers, void* stream) {
-  auto kernel = queue_kernel<kTile, kPlanes, kF16, kSquarePlanes>;
+  constexpr auto kernel = queue_kernel<kTile, kPlanes, kF16, kSquarePlanes>;
   const size_t bytes = size_t(product_shared_bytes(kSquarePlanes, kTile));
   if (const int error = allow_shared(kernel, bytes); error != 0) return error;
   int fitting = 0;

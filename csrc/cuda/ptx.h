@@ -9,8 +9,6 @@
 
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
-#define LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  kernel<<<grid, block, bytes, (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(128) unsigned char shared_[]; \
   T* name = reinterpret_cast<T*>(shared_)

@@ -106,7 +106,7 @@ double list_clocks(const std::vector<Entry>& entries, int planes, int square_pla
 template <int kTile, int kPlanes, bool kF16, bool kWideB>
 int launch(const std::vector<Entry>& entries, const Product& product, const ProductBuffers& buffers,
            void* stream) {
-  auto kernel = product_kernel<kTile, kPlanes, kF16, kWideB>;
+  constexpr auto kernel = product_kernel<kTile, kPlanes, kF16, kWideB>;
   const size_t bytes = size_t(product_shared_bytes(kPlanes, kTile));
   if (const int error = allow_shared(kernel, bytes); error != 0) return error;
   return for_each_table(

@@ -214,7 +214,7 @@ bool encode(Encode function, CUtensorMap* map, bool f16, const uint16_t* base, i
 template <bool kF16, bool kWide>
 int launch(const std::vector<Entry>& entries, const Product& p, const ProductBuffers& buffers,
            int multiprocessors, void* stream) {
-  auto kernel = product_wgmma_kernel<kF16, kWide>;
+  constexpr auto kernel = product_wgmma_kernel<kF16, kWide>;
   if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
   static const Encode function = encoder();
   if (function == nullptr) return int(cudaErrorNotSupported);

@@ -105,6 +105,13 @@ def architectures() -> list[str]:
     return [f"sm_{name}" for name in listed.split(",") if name]
 
 
+def kernels(device: int = 0) -> list[tuple[str, int, int]]:
+    """Name, registers and bytes of local memory a thread; -1 where there is no such device."""
+    if _extension.MODULE is None or not architectures():
+        return []
+    return list(_extension.MODULE.cuda_kernels(device))
+
+
 def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
     """Why these kernels cannot run `op` on these tensors of a GPU, or None."""
     module = _extension.MODULE

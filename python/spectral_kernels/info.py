@@ -43,14 +43,15 @@ def collect() -> dict[str, Any]:
     """Everything `info` prints, as plain values for JSON.
 
     Returns:
-        Sections "versions", "cpu", "backends", "gpu", "environment" and "workspace". What cannot be
-        found out is the sentence that says why; nothing here raises.
+        Sections "versions", "cpu", "backends", "gpu", "cuda_kernels", "environment" and
+        "workspace". What cannot be found out is the sentence that says why; nothing here raises.
     """
     return {
         "versions": _versions(),
         "cpu": _cpu(),
         "backends": {name: _or_reason(partial(_backend, name)) for name in _dispatch.BACKENDS},
         "gpu": _gpu(),
+        "cuda_kernels": _or_reason(_cuda_kernels),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -161,7 +162,7 @@ def _gpu() -> dict[str, str]:
             f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         ),
         "device": _or_reason(_device),
-        "cuda_kernels": _or_reason(_cuda_kernels),
+        "cuda_operators": _or_reason(_cuda_operators),
         "nvcc": _or_reason(_nvcc),
         "triton": _or_reason(_triton),
     }
@@ -174,11 +175,31 @@ def _device() -> str:
     return ", ".join(names)
 
 
-def _cuda_kernels() -> str:
+def _cuda_operators() -> str:
     reason = _cuda.unavailable()
     if reason is not None:
         return reason
     return f"{', '.join(_cuda.OPERATORS)} for {', '.join(_cuda.architectures())}"
+
+
+def _cuda_kernels() -> dict[str, str]:
+    """Every kernel's variants; what they take is known on a device only."""
+    reason = _cuda.unavailable()
+    if reason is not None:
+        return {"none": reason}
+    variants: dict[str, list[tuple[int, int]]] = {}
+    for name, registers, local in _cuda.kernels():
+        variants.setdefault(name.partition("<")[0], []).append((registers, local))
+    return {name: _taken(found) for name, found in variants.items()}
+
+
+def _taken(variants: list[tuple[int, int]]) -> str:
+    count = f"{len(variants)} variant{'s' * (len(variants) > 1)}"
+    registers = sorted(found for found, _ in variants)
+    if registers[0] < 0:
+        return f"{count}; registers are shown where there is a device"
+    spilled = max(local for _, local in variants)
+    return f"{count}, {registers[0]} to {registers[-1]} registers, {spilled} bytes in local memory"
 
 
 def _nvcc() -> str:
