@@ -30,6 +30,7 @@ from typing import Any
 
 import spectral_kernels as sk
 import torch
+from spectral_kernels import _cuda, _extension
 from torch import Tensor
 
 from .inputs import decaying, factor
@@ -394,6 +395,27 @@ def _backends(op: str, x: Tensor) -> list[str]:
     return [name for name in ("triton", "cuda") if sk.explain(op, x, backend=name).backend]
 
 
+def _switched(switch: Callable[[bool | None], None], run: Callable[[], Any]) -> Callable[[], Any]:
+    def switched() -> Any:
+        switch(True)
+        try:
+            return run()
+        finally:
+            switch(None)
+
+    return switched
+
+
+def _other_products(x: Tensor, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The CUDA C++ kernels with large products by wgmma, which is off by default."""
+    if _cuda.unavailable() is not None or x.dtype == torch.float32:
+        return {}
+    module = _extension.MODULE
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return {}
+    return {"cuda, wgmma": _switched(lambda on: module.cuda_prefer_wgmma(bool(on)), run)}
+
+
 def newton_schulz(session: Session) -> list[dict[str, Any]]:
     """Against both forms in torch, eager and compiled, torch.optim.Muon's function and peers."""
     from torch.optim._muon import _zeropower_via_newtonschulz
@@ -408,6 +430,8 @@ def newton_schulz(session: Session) -> list[dict[str, Any]]:
             name: _bound(sk.newton_schulz, x, backend=name)
             for name in _backends("newton_schulz", x)
         }
+        if min(shape[-2:]) > _cuda.MOST_ROWS and "cuda" in calls:
+            calls |= _other_products(x, calls["cuda"])
         calls["torch"] = _bound(standard, x, _MUON)
         if not session.rehearsing:
             calls["torch.compile"] = _bound(compiled, x, _MUON)
@@ -448,6 +472,8 @@ def gram(session: Session) -> list[dict[str, Any]]:
                 return rows
             x = _gaussian(session, shape, dtype)
             calls = {name: _bound(sk.gram, x, backend=name) for name in _backends("gram", x)}
+            if "cuda" in calls:
+                calls |= _other_products(x, calls["cuda"])
             calls["torch"] = _bound(torch.matmul, x, x.mT)
             wide = x.double()
             error = _relative(wide @ wide.mT) if x.numel() <= 2**24 else None

@@ -94,6 +94,19 @@ def test_large_products_of_cuda_obey_the_error_rule(shape, dtype, products):
     assert error(ours.cpu(), expected) <= 2.0 * theirs + 4.0 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", FLOATS[2:], ids=named)
+@pytest.mark.parametrize("shape", [(200, 320), (2048, 2048), (3, 257, 1000), (768, 4096)])
+def test_large_gram_of_cuda_obeys_the_error_rule(shape, dtype, products):
+    x = gaussian(*shape, dtype=dtype).cuda()
+    needs("cuda", "gram", x)
+    ours = sk.gram(x, backend="cuda")
+    assert same_bits(ours, ours.mT.contiguous())
+    assert same_bits(sk.gram(x, backend="cuda"), ours)
+    expected = x.double() @ x.double().mT
+    theirs = error((x @ x.mT).cpu(), expected.cpu())
+    assert error(ours.cpu(), expected.cpu()) <= 2.0 * theirs + torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("backend", CARDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
 @pytest.mark.parametrize("shape", [(33, 20), (16, 512), (200, 300), (700, 900), (2, 128, 512)])
