@@ -10,7 +10,7 @@ import threading
 import pytest
 import spectral_kernels as sk
 import torch
-from spectral_kernels import _dispatch, _extension
+from spectral_kernels import _cuda, _dispatch, _extension
 from support import case, gaussian, labels, same_bits, semidefinite
 
 FIRST = "cpu" if _extension.MODULE is not None else "reference"
@@ -205,3 +205,20 @@ def test_instruction_sets_differ_by_rounding_only(label, native):
             _extension.MODULE.set_isa_cap("")
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("built", "runs", "not_on"),
+    [
+        ("sm_80 sm_86 sm_89 sm_90a sm_100a sm_120", (80, 86, 87, 90, 100, 103, 120, 121), (70, 75)),
+        ("sm_90a", (90,), (80, 89, 100, 120)),
+        ("sm_90a sm_86", (86, 89, 90), (80, 100, 120)),
+        ("sm_89", (89, 90, 120), (80, 86)),
+    ],
+)
+def test_cuda_kernels_leave_processors_alone_that_they_were_not_built_for(
+    built, runs, not_on, monkeypatch
+):
+    monkeypatch.setattr(_cuda, "architectures", built.split)
+    assert all(_cuda.runs_on(*divmod(number, 10)) for number in runs)
+    assert not any(_cuda.runs_on(*divmod(number, 10)) for number in not_on)

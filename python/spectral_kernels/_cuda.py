@@ -105,6 +105,21 @@ def architectures() -> list[str]:
     return [f"sm_{name}" for name in listed.split(",") if name]
 
 
+def runs_on(major: int, minor: int) -> bool:
+    """Whether there is code for a processor: its own, or PTX, which is that of the first one.
+
+    Code for sm_86 runs on 8.6 to 8.9; what ends in "a" runs on that processor alone.
+    """
+    for i, name in enumerate(architectures()):
+        alone, number = name.endswith("a"), int(name.removeprefix("sm_").rstrip("a"))
+        if alone and number == 10 * major + minor:
+            return True
+        same = number // 10 == major or i == 0
+        if not alone and same and number <= 10 * major + minor:
+            return True
+    return False
+
+
 def kernels(device: int = 0) -> list[tuple[str, int, int]]:
     """Name, registers and bytes of local memory a thread; -1 where there is no such device."""
     if _extension.MODULE is None or not architectures():
@@ -117,6 +132,11 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
     module = _extension.MODULE
     if module is None or op not in OPERATORS:
         return "there is no CUDA C++ kernel for it"
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        major, minor = _capability_of(device.index or 0)
+        if not runs_on(major, minor):
+            built = ", ".join(architectures())
+            return f"the CUDA C++ kernels were built for {built}, and a card is sm_{major}{minor}"
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
     if op in _PRODUCTS:
@@ -177,12 +197,12 @@ def _decisive(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _capability(tensor: Tensor) -> int:
-    return _capability_of(tensor.device.index or 0)
+    return _capability_of(tensor.device.index or 0)[0]
 
 
 @functools.cache
-def _capability_of(device: int) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def _capability_of(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def shared_memory(rows: int) -> int:
