@@ -41,5 +41,7 @@ struct Entry {
 
 // The largest |element| of a matrix, as the bits of a float, which order as the numbers do.
 constexpr uint32_t kInfinityBits = 0x7f800000u;
+// In its place: a matrix that is skipped whatever becomes of non-finite ones.
+constexpr uint32_t kRefused = 0xffffffffu;
 
 }  // namespace spectral_kernels::cuda

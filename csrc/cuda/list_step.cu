@@ -1,6 +1,7 @@
 // Multi-tensor passes: max-abs guard, momentum with scaling and packing, step counts.
 #include "launch.h"
 #include "list_step.h"
+#include "reduce.h"
 #include "table.h"
 
 namespace spectral_kernels::cuda {
@@ -39,8 +40,6 @@ HOST_DEVICE int64_t scan_parts(const Entry& e, Of of) {
   return parts;
 }
 
-DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
-
 __global__ void __launch_bounds__(kThreads)
     largest_kernel(const __grid_constant__ Table table, Of of, uint32_t* largest) {
   DYNAMIC_SHARED(uint32_t, warps);
@@ -73,13 +72,8 @@ __global__ void __launch_bounds__(kThreads)
     for (; j < columns; j += kThreads)
       most = larger(most, size_bits(read(m, start + j * s.element)));
   }
-  for (int mask = 16; mask; mask >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, mask));
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = most;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kThreads / 32; w++) most = larger(most, warps[w]);
-    atomicMax(largest + at.entry->first + at.matrix, most);
-  }
+  most = largest_of_block<kThreads>(most, warps);
+  if (threadIdx.x == 0) atomicMax(largest + at.entry->first + at.matrix, most);
 }
 
 // prologue
@@ -104,38 +98,17 @@ HOST_DEVICE int64_t prologue_parts(const Entry& e) {
   return (e.rows + t.rows - 1) / t.rows * tiles_across(e);
 }
 
-// The sum over the block of every thread's value, the same in all threads; `warps` holds one number
-// a warp, free again after the next barrier.
-DEVICE double sum_of_block(double value, double* warps) {
-  for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-  for (int w = 0; w < kThreads / 32; w++) value += warps[w];
-  return value;
-}
-
 // The block's share of a norm. Whichever block arrives last adds all shares, in their order.
 DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f16,
                         const Norms& norms, double* warps) {
   const Entry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix, parts = prologue_parts(e);
   double* shares = norms.squares + e.norm + at.matrix * parts;
-  const double share = sum_of_block(double(squares), warps);
-  int* turn = reinterpret_cast<int*>(warps + kThreads / 32);
-  if (threadIdx.x == 0) {
-    shares[at.part] = share;
-    __threadfence();
-    *turn = int(atomicAdd(norms.arrived + matrix, 1u));
-  }
-  __syncthreads();
-  if (*turn + 1 != int(parts)) return;
-  __threadfence();
-  double total = 0;
-  for (int64_t i = threadIdx.x; i < parts; i += kThreads) total += fresh(shares + i);
-  total = sum_of_block(total, warps);
+  const double share = sum_of_block<kThreads>(double(squares), warps);
+  double total;
+  if (!last_total<kThreads>(share, shares, at.part, parts, norms.arrived + matrix, warps, total))
+    return;
   if (threadIdx.x != 0) return;
-  norms.arrived[matrix] = 0;
   const double least = ldexp(double(norms.eps), pack_shift(largest, f16)),
                wanted = sqrt(total) * norms.norm_factor;
   const double used = wanted > least ? wanted : least;
@@ -225,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
   const Counter& c = table.counters[blockIdx.x];
   int64_t skips = 0;
   for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
-    const bool skip = nonfinite == NonFinite::kSkip && !finite(largest[c.first + i]);
+    const bool skip = kept(largest[c.first + i], nonfinite);
     skips += skip;
     if (!skip && c.each) add_one(c, i);
   }
@@ -261,12 +234,11 @@ int64_t place_norms(std::vector<Entry>& entries) {
 
 int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
                     const uint32_t* largest, uint16_t* packed, const Norms& norms, void* stream) {
-  constexpr size_t kBytes = (kThreads / 32 + 1) * sizeof(double);
   return for_each_table(
       entries, [](const Entry& e) { return prologue_parts(e); },
       [&](const Table& table, unsigned blocks) {
-        LAUNCH(prologue_kernel, dim3(blocks), dim3(kThreads), kBytes, stream, table, options,
-               largest, packed, norms);
+        LAUNCH(prologue_kernel, dim3(blocks), dim3(kThreads), kReduceBytes<kThreads>, stream, table,
+               options, largest, packed, norms);
         return launched();
       });
 }

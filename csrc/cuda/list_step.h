@@ -58,6 +58,7 @@ struct Counter {
   Type type = Type::kF32;
   bool integer = false;  // int64 instead of `type`
   bool each = false;
+  bool idle = false;  // skips count, steps do not
 };
 
 // Adds 1 to the step counts of what was updated (to a single one if any matrix was), and to

@@ -24,6 +24,7 @@
 #include "newton_schulz.h"
 #include "newton_schulz_products.h"
 #include "register.h"
+#include "step_lists.h"
 #include "tensors.h"
 
 namespace spectral_kernels::cuda {
@@ -175,7 +176,7 @@ class Scratch {
   }
 
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
-  at::Tensor largest_on_host() const { return largest_.cpu(); }
+  const at::Tensor& largest_bits() const { return largest_; }
 
   OnChipBuffers buffers;
   Norms norms;
@@ -378,41 +379,6 @@ at::Tensor gram(const at::Tensor& x) {
   return out;
 }
 
-// Matrices have the numbers that place_onchip gave them: in the order of the list.
-std::vector<Counter> counters_of(at::TensorList step_counts, at::TensorList params) {
-  std::vector<Counter> counters;
-  int64_t first = 0;
-  for (size_t i = 0; i < params.size(); i++) {
-    if (params[i].numel() == 0) continue;
-    const at::Tensor& steps = step_counts[i];
-    Counter c;
-    c.first = first;
-    c.count = leading(params[i]);
-    c.steps = steps.data_ptr();
-    c.type = type_of(steps.scalar_type());
-    c.integer = steps.scalar_type() == at::kLong;
-    c.each = steps.numel() > 1;
-    counters.push_back(c);
-    first += c.count;
-  }
-  return counters;
-}
-
-// nonfinite="raise": the one option that waits for the device.
-void raise_nonfinite(const std::vector<Entry>& entries, at::TensorList params, Scratch& scratch,
-                     void* stream, const char* op) {
-  for (const Of of : {Of::kSource, Of::kMomentum}) {
-    check_launch(launch_largest(entries, of, scratch.largest(), stream), op);
-    const at::Tensor largest = scratch.largest_on_host();
-    const int32_t* bits = largest.const_data_ptr<int32_t>();
-    for (size_t i = 0; i < params.size(); i++)
-      for (int64_t j = 0; params[i].numel() > 0 && j < leading(params[i]); j++)
-        TORCH_CHECK_VALUE(uint32_t(*bits++) < kInfinityBits,
-                          of == Of::kSource ? "grads[" : "momentum_buffers[", i,
-                          "] has a non-finite element (matrix ", j, ")");
-  }
-}
-
 void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                 at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
                 double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
@@ -438,15 +404,18 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                     ", the other tensors are on ", params[0].device());
   const c10::DeviceGuard guard(params[0].device());
   Lists lists(plan, params[0]);
+  std::vector<Counter> counters;
+  int64_t matrices = 0;
   for (size_t i = 0; i < params.size(); i++) {
     if (params[i].numel() == 0) continue;
+    counters.push_back(counter_of(step_counts[i], matrices, leading(params[i])));
+    matrices += leading(params[i]);
     check_not_double(params[i], kOp);
     const int64_t begin = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
     const int64_t end = restart_ends.empty() ? 0 : restart_ends[i];
     lists.add(grads[i], momentum_buffers[i], params[i], float(scales[i]),
               restarts.slice(size_t(begin), size_t(end - begin)));
   }
-  const std::vector<Counter> counters = counters_of(step_counts, params);
   if (lists.entries.empty()) return;
   lists.place();
   Scratch& scratch = *lists.scratch;
@@ -473,7 +442,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   }
 
   if (policy == "raise") {
-    raise_nonfinite(lists.entries, params, scratch, stream, kOp);
+    raise_nonfinite(lists.entries, params, "momentum_buffers", scratch.largest_bits(), kOp);
   } else {
     check_launch(launch_largest(lists.entries, Of::kBoth, scratch.largest(), stream), kOp);
   }

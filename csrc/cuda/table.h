@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "list.h"
+#include "list_step.h"
 #include "ptx.h"
 
 namespace spectral_kernels::cuda {
@@ -13,22 +13,27 @@ namespace spectral_kernels::cuda {
 constexpr int kTableEntries = 48;
 
 // What one launch covers. Blocks first_block[i] .. first_block[i+1]-1 belong to entry i.
-struct Table {
+template <class E>
+struct TableOf {
   int count = 0;
   int64_t first_block[kTableEntries + 1] = {};
-  Entry entries[kTableEntries];
+  E entries[kTableEntries];
 };
+using Table = TableOf<Entry>;
 
 // Where a block works.
-struct Place {
-  const Entry* entry;
+template <class E>
+struct PlaceOf {
+  const E* entry;
   int64_t matrix;  // within the entry
   int64_t part;    // of the matrix
 };
+using Place = PlaceOf<Entry>;
 
 // `parts(entry)` blocks work on each matrix.
-template <class Parts>
-DEVICE Place place(const Table& table, const int64_t* first_block, int64_t block, Parts parts) {
+template <class E, class Parts>
+DEVICE PlaceOf<E> place(const TableOf<E>& table, const int64_t* first_block, int64_t block,
+                        Parts parts) {
   int low = 0, high = table.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -37,22 +42,23 @@ DEVICE Place place(const Table& table, const int64_t* first_block, int64_t block
     else
       high = middle - 1;
   }
-  const Entry& entry = table.entries[low];
+  const E& entry = table.entries[low];
   const int64_t own = block - first_block[low], each = parts(entry);
   return {&entry, own / each, own % each};
 }
 
-template <class Parts>
-DEVICE Place place(const Table& table, int64_t block, Parts parts) {
+template <class E, class Parts>
+DEVICE PlaceOf<E> place(const TableOf<E>& table, int64_t block, Parts parts) {
   return place(table, table.first_block, block, parts);
 }
 
 // Launches `go(table, blocks)` until all entries are covered.
-template <class Parts, class Go>
-int for_each_table(const std::vector<Entry>& entries, Parts parts, Go go) {
+template <class E, class Parts, class Go>
+int for_each_table(const std::vector<E>& entries, Parts parts, Go go) {
   constexpr int64_t kMostBlocks = 0x7fffffff;
   for (size_t begin = 0; begin < entries.size();) {
-    Table table;
+    TableOf<E> table;
+    static_assert(sizeof(table) < 32000, "kernels take at most 32764 bytes");
     int64_t blocks = 0;
     size_t i = begin;
     for (; i < entries.size() && table.count < kTableEntries; i++) {
@@ -103,6 +109,11 @@ DEVICE void write(const Matrices& m, int64_t at, float value) {
 
 DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 DEVICE bool finite(uint32_t largest) { return largest < kInfinityBits; }
+
+// Whether a matrix keeps every bit of it and its state.
+DEVICE bool kept(uint32_t largest, NonFinite nonfinite) {
+  return nonfinite == NonFinite::kSkip ? !finite(largest) : largest == kRefused;
+}
 
 // floor(log2 |x|) of a finite, non-zero x given by its bits.
 DEVICE int exponent_of(uint32_t bits) {

@@ -38,6 +38,17 @@ int64_t leading(const at::Tensor& t) {
   return count;
 }
 
+at::Tensor matrix_of(const at::Tensor& t, int64_t index) {
+  at::Tensor matrix = t;
+  while (matrix.dim() > 2) {
+    int64_t each = 1;
+    for (int64_t d = 1; d + 2 < matrix.dim(); d++) each *= matrix.size(d);
+    matrix = matrix.select(0, index / each);
+    index %= each;
+  }
+  return matrix;
+}
+
 namespace {
 
 // The one stride of all leading dimensions together; false if there is none.

@@ -16,6 +16,7 @@ Type type_of(at::ScalarType type);
 
 // Matrices of a batch.
 int64_t leading(const at::Tensor& t);
+at::Tensor matrix_of(const at::Tensor& t, int64_t index);
 // Whether the leading dimensions of each have one stride together.
 bool common_strides(std::initializer_list<at::Tensor> tensors);
 // The matrices of `t` from number `index` on, with the columns as rows if not `wide`. The batch has

@@ -239,24 +239,6 @@ void RotatedStep::refresh(const Matrix& v, bool permute) {
   two_sided(back.out, back.out_t, false, forth);
 }
 
-void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                   at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh) {
-  check_factors(lefts, "lefts", params, 0);
-  check_factors(rights, "rights", params, 1);
-  check_factors(left_bases, "left_bases", params, 0);
-  check_factors(right_bases, "right_bases", params, 1);
-  for (size_t i = 0; i < params.size(); i++) {
-    TORCH_CHECK_VALUE((lefts[i].numel() == 0) == (left_bases[i].numel() == 0), "lefts[", i,
-                      "] has shape ", lefts[i].sizes(), ", left_bases[", i, "] ",
-                      left_bases[i].sizes());
-    TORCH_CHECK_VALUE((rights[i].numel() == 0) == (right_bases[i].numel() == 0), "rights[", i,
-                      "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ",
-                      right_bases[i].sizes());
-  }
-  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
-                    " entries, params has ", params.size());
-}
-
 Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
                at::TensorList left_bases, at::TensorList right_bases) {
   const size_t e = size_t(item.entry);

@@ -78,9 +78,6 @@ class RotatedStep {
   Panels x_, x_t_;  // in kind_, as far as the rotation needs them
 };
 
-// The lists of such a step.
-void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                   at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh);
 Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
                at::TensorList left_bases, at::TensorList right_bases);
 // Multiply-adds of every matrix besides the Newton–Schulz steps, to schedule by.

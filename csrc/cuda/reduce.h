@@ -1,0 +1,58 @@
+// Reductions over a block, and over the blocks of a matrix in a fixed order.
+#pragma once
+
+#include "table.h"
+
+namespace spectral_kernels::cuda {
+
+// Shared memory of the reductions below: one number a warp, and the turn of a block.
+template <int kThreads>
+constexpr size_t kReduceBytes = (kThreads / 32 + 1) * sizeof(double);
+
+DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
+
+// The largest of every thread's value, in thread 0.
+template <int kThreads>
+DEVICE uint32_t largest_of_block(uint32_t most, uint32_t* warps) {
+  for (int mask = 16; mask; mask >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, mask));
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = most;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int w = 1; w < kThreads / 32; w++) most = larger(most, warps[w]);
+  return most;
+}
+
+// The sum over the block of every thread's value, the same in all threads; `warps` is free again
+// after the next barrier.
+template <int kThreads>
+DEVICE double sum_of_block(double value, double* warps) {
+  for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < kThreads / 32; w++) value += warps[w];
+  return value;
+}
+
+// Leaves this block's share of a matrix's sum. True in whichever block arrives last, which adds all
+// shares in their order; `arrived` is zero before and after.
+template <int kThreads>
+DEVICE bool last_total(double share, double* shares, int64_t part, int64_t parts, uint32_t* arrived,
+                       double* warps, double& total) {
+  int* turn = reinterpret_cast<int*>(warps + kThreads / 32);
+  if (threadIdx.x == 0) {
+    shares[part] = share;
+    __threadfence();
+    *turn = int(atomicAdd(arrived, 1u));
+  }
+  __syncthreads();
+  if (*turn + 1 != int(parts)) return false;
+  __threadfence();
+  total = 0;
+  for (int64_t i = threadIdx.x; i < parts; i += kThreads) total += fresh(shares + i);
+  total = sum_of_block<kThreads>(total, warps);
+  if (threadIdx.x == 0) *arrived = 0;
+  return true;
+}
+
+}  // namespace spectral_kernels::cuda
