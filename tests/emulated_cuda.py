@@ -130,6 +130,24 @@ def arrange(
     )
 
 
+def launches() -> int:
+    """Kernels launched since the last call."""
+    count: int = library().count_launches()
+    return count
+
+
+@contextlib.contextmanager
+def slices(elements: int) -> Iterator[None]:
+    """The steps in eigenbases work on so many elements at a time."""
+    set_elements = library().set_slice_elements
+    set_elements.argtypes, set_elements.restype = [ctypes.c_int64], ctypes.c_int64
+    before = set_elements(elements)
+    try:
+        yield
+    finally:
+        set_elements(before)
+
+
 def barriers() -> dict[str, str]:
     """Every block-wide barrier in the kernels as "file:line", with the file and what follows."""
     found = {}

@@ -1,4 +1,4 @@
-"""eigenbasis of the CUDA C++ kernels, run by the emulation."""
+"""eigenbasis, refresh_eigenbasis and soap_step_ of the CUDA C++ kernels, run by the emulation."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import math
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated
-from spectral_kernels import eigenbasis, inverse_root
+from emulated_cuda import Guarded, arranged, emulated, launches, slices
+from spectral_kernels import eigenbasis, inverse_root, refresh_eigenbasis, soap_step_
 from support import (
     LAYOUTS,
     Placed,
+    assert_step_rule,
     error,
     gaussian,
     integers,
+    later_step,
+    new_step,
+    next_step,
+    orthogonal,
     same_bits,
     semidefinite,
     unit_roundoff,
     with_eigenvalues,
+)
+from test_eigenbasis import (
+    LIST,
+    SQUARES,
+    assert_orthogonal,
+    householder,
+    orthogonality,
+    reconstruction,
 )
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
@@ -30,16 +43,6 @@ def backend_emulated():
     torch.set_num_threads(1)
     with emulated():
         yield
-
-
-def orthogonality(q):
-    q = q.double()
-    return float((q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64)).abs().max())
-
-
-def reconstruction(a, values, vectors):
-    v = vectors.double()
-    return error((v * values.double()[..., None, :]) @ v.mT, a)
 
 
 def assert_as_good_as_torch(a):
@@ -60,7 +63,7 @@ def test_error_rule(n, condition):
     assert_as_good_as_torch(semidefinite(n, condition).float())
 
 
-@pytest.mark.parametrize("n", [70, 128])
+@pytest.mark.parametrize("n", [70, 128, 129])
 def test_error_rule_of_large_matrices(n):
     assert_as_good_as_torch(semidefinite(n, 1e6).float())
 
@@ -134,8 +137,6 @@ def test_empty_and_refused():
     for shape in ((0, 0), (0, 3, 3), (2, 0, 0)):
         values, vectors = eigenbasis(torch.empty(shape))
         assert values.shape == shape[:-1] and vectors.shape == shape
-    with pytest.raises(NotImplementedError, match="a side of at most 128"):
-        eigenbasis(torch.eye(129))
     with pytest.raises(NotImplementedError, match="not in fp64"):
         eigenbasis(torch.eye(3).double())
 
@@ -149,3 +150,300 @@ def test_roots_by_eigenvectors(p):
     assert error(root, expected) < 16.0 * U
     assert info.status.tolist() == its_info.status.tolist()
     assert torch.allclose(info.residual, its_info.residual, rtol=0.0, atol=1e-6)
+
+
+# refresh_eigenbasis
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e12])
+@pytest.mark.parametrize("n", [1, 7, 33])
+def test_refresh_is_a_round_of_orthogonal_iteration(n, condition):
+    a = semidefinite(n, condition, 1).float()
+    for q in (orthogonal(n, 5).float(), torch.eye(n)):
+        values, new = refresh_eigenbasis(q, a)
+        assert_orthogonal(new)
+        true_values, true_new, _ = householder(q.double(), a.double())
+        plain_values, plain_new, _ = householder(q, a)
+        assert (
+            error(values[None], true_values[None])
+            <= 2.0 * error(plain_values[None], true_values[None]) + 8.0 * U
+        )
+        if condition < 1e12:  # beyond that the last columns are rounding errors
+            noise = 2.0 * U * condition + 8.0 * U
+            assert error(new, true_new) <= 2.0 * error(plain_new, true_new) + noise
+
+
+def test_refresh_of_known_factors():
+    a, q = semidefinite(9, 50.0, 2).float(), orthogonal(9, 4).float()
+    values, new = refresh_eigenbasis(q, a)
+    order = values.argsort(descending=True, stable=True)
+    assert same_bits(refresh_eigenbasis(q, a, sort=True), (values[order], new[:, order]))
+    for power in (-100, 100):
+        scaled_values, scaled = refresh_eigenbasis(q, a * 2.0**power)
+        assert same_bits((scaled_values * 2.0**-power, scaled), (values, new))
+    zero_values, kept = refresh_eigenbasis(q, torch.zeros_like(a))
+    assert not zero_values.any() and same_bits(kept, q)
+    spoilt = torch.stack([a, a])
+    spoilt[0, 3, 4] = math.inf
+    batch = refresh_eigenbasis(q.expand(2, 9, 9), spoilt)
+    assert batch[0][0].isnan().all() and batch[1][0].isnan().all()
+    assert same_bits((batch[0][1], batch[1][1]), (values, new))
+    with pytest.raises(NotImplementedError, match="not in fp64"):
+        refresh_eigenbasis(q.double(), a.double())
+
+
+# soap_step_
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+STATE = ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases")
+LISTS = ("params", "grads", *STATE, "step_counts")
+
+
+def entry(case, i):
+    """Entry i as a list of its own."""
+    return case.with_(
+        **{name: [case[name][i]] for name in LISTS}, refresh=[case.options["refresh"][i]]
+    )
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_soap_step(refresh, dtype):
+    case = later_step("soap_step_", LIST, dtype, taken=6, refresh=[refresh] * len(LIST))
+    assert_step_rule(case, "cuda", roundings=256.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"maximize": True},
+        {"beta1": 0.0},
+        {"beta2": 0.0, "shampoo_beta": 0.0},
+        {"weight_decay": 0.0},
+        {"correct_bias": False},
+        {"normalize_grads": True},
+        {"eps": 1e-2},
+        {"permute_squares": True},
+        {"sides": ("left",)},
+        {"sides": ("right",)},
+        {"sides": ()},
+        {"per_matrix_counts": True},
+        {"refresh": [1, 0, 1, 0]},
+        {"nonfinite": "propagate"},
+        {"nonfinite": "raise"},
+    ],
+    ids=str,
+)
+def test_soap_options(options):
+    case = later_step("soap_step_", SQUARES, torch.float32, taken=4, **options)
+    assert_step_rule(case, "cuda", roundings=256.0)
+
+
+def test_soap_step_of_larger_matrices():
+    case = later_step("soap_step_", ((70, 90), (130, 20)), torch.float32, taken=3)
+    assert_step_rule(case, "cuda", roundings=256.0)
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_first_call(skip_first):
+    # In its own eigenbases a first gradient is diagonal; a large eps damps the noise beside it.
+    case = new_step("soap_step_", SQUARES, skip_first=skip_first, eps=1.0)
+    before = case.clone()
+    expected = case.to(torch.float64).run_reference()
+    case.run("cuda")
+    for i in range(len(SQUARES)):
+        for name in ("lefts", "rights"):
+            assert error(case[name][i], expected[name][i]) < 8.0 * U
+        assert orthogonality(case["left_bases"][i]) < 16.0 * U
+        assert case["step_counts"][i] == (0.0 if skip_first else 1.0)
+        if skip_first:
+            assert same_bits(case["params"][i], before["params"][i])
+            assert not case["exp_avgs"][i].any() and not case["exp_avg_sqs"][i].any()
+        else:
+            moved = case["params"][i].double() - before["params"][i].double()
+            truth = expected["params"][i] - before["params"][i].double()
+            assert error(moved, truth) < 1e5 * U
+
+
+def test_a_run_follows_the_specification():
+    for options in ({}, {"permute_squares": True}, {"skip_first": False}):
+        ours = new_step("soap_step_", ((6, 6), (8, 8)), eps=1e-2, **options)
+        theirs = ours.to(torch.float64)
+        for t in range(6):
+            refresh = [int(t % 4 == 3)] * 2
+            ours, theirs = (
+                next_step(x, seed=10 * t).with_(refresh=refresh) for x in (ours, theirs)
+            )
+            theirs["grads"][:] = [g.double() for g in ours["grads"]]
+            ours.run("cuda")
+            theirs = theirs.run_reference()
+        for x, y in zip(ours["params"], theirs["params"], strict=True):
+            assert error(x, y) < 1e-3
+
+
+@pytest.mark.parametrize("per_matrix_counts", [False, True])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_matrices_of_a_batch_begin_when_their_gradients_do(skip_first, per_matrix_counts):
+    options = {"skip_first": skip_first, "per_matrix_counts": per_matrix_counts, "eps": 1.0}
+    case = new_step("soap_step_", ((3, 5, 5), (2, 4, 4)), weight_decay=0.5, **options)
+    theirs = case.clone()
+    for t in range(3):
+        case, theirs = (next_step(x, t) for x in (case, theirs))
+        if t == 0:
+            for x in (case, theirs):
+                x["grads"][0][1] = 0.0
+        if t == 1:
+            for x in (case, theirs):
+                x["grads"][1][0, 2, 2] = math.nan
+        case.run("cuda")
+        theirs = theirs.run_reference()
+        assert case["left_bases"][0][1].any() == (t > 0)
+    for x, y in zip(case["step_counts"], theirs["step_counts"], strict=True):
+        assert torch.equal(x, y)
+    assert int(case["skipped"]) == int(theirs["skipped"]) == 1
+    for name in ("params", "lefts", "exp_avg_sqs"):
+        for x, y in zip(case[name], theirs[name], strict=True):
+            assert error(x, y) < 1e-2, name
+
+
+def test_zero_gradients_decay_only():
+    for skip_first in (True, False):
+        options = {"lr": 0.5, "weight_decay": 0.5, "skip_first": skip_first}
+        case = new_step("soap_step_", ((4, 4),), **options).with_(grads=[torch.zeros(4, 4)])
+        before = case.clone()
+        case.run("cuda")
+        decay = 1.0 if skip_first else 0.75
+        assert torch.equal(case["params"][0], before["params"][0] * decay)
+        for name in STATE:
+            assert not case[name][0].any(), name
+
+
+@pytest.mark.parametrize("where", ["grads", "exp_avgs", "exp_avg_sqs", "lefts", "overflow"])
+def test_what_is_not_finite_is_kept(where):
+    case = later_step("soap_step_", ((3, 5, 6), (4, 4)), refresh=[1, 1])
+    clean = case.clone()
+    if where == "overflow":
+        case["grads"][0][1] *= 2.0**80  # its squares leave fp32
+    else:
+        case[where][0][1, 2, 3] = math.nan
+    before = case.clone()
+    case.run("cuda")
+    clean.run("cuda")
+    assert int(case["skipped"]) == 1
+    for name in ("params", *STATE):
+        assert same_bits(case[name][0][1], before[name][0][1]), name
+        for i in (0, 2):
+            assert same_bits(case[name][0][i], clean[name][0][i]), name
+        assert same_bits(case[name][1], clean[name][1]), name
+
+
+def test_propagate_and_raise():
+    case = later_step("soap_step_", ((3, 4), (2, 5, 6)), nonfinite="propagate")
+    case["grads"][1][1, 2, 3] = math.nan
+    stopped = case.with_(nonfinite="raise").clone()
+    untouched = stopped.clone()
+    case.run("cuda")
+    for name in ("params", *STATE):
+        assert case[name][1][1].isnan().any(), name
+        assert case[name][1][0].isfinite().all() and case[name][0].isfinite().all(), name
+    assert int(case["skipped"]) == 0
+    with pytest.raises(ValueError, match=r"grads\[1\] has a non-finite element \(matrix 1\)"):
+        stopped.run("cuda")
+    assert same_bits(stopped.written(), untouched.written())
+
+
+def test_a_list_is_its_entries():
+    shapes = [(0, 3), *((1 + 7 * i % 12, 1 + 5 * i % 9) for i in range(60)), (4, 0), (2, 5, 3)]
+    refresh = [i % 5 == 0 for i in range(len(shapes))]
+    case = later_step("soap_step_", shapes, taken=2, refresh=refresh)
+    together, sliced, backwards = case.clone(), case.clone(), case.clone()
+    together.run("cuda")
+    with slices(100), arranged(1):
+        sliced.run("cuda")
+    assert same_bits(sliced.written(), together.written())
+    for name in LISTS:
+        backwards[name].reverse()
+    backwards.options["refresh"].reverse()
+    backwards.run("cuda")
+    for name in LISTS:
+        assert same_bits(backwards[name][::-1], together[name]), name
+    for i in (1, 50, 59, 62):
+        one = entry(case.clone(), i)
+        one.run("cuda")
+        for name in LISTS:
+            assert same_bits(one[name][0], together[name][i]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_soap_step_in_any_layout_writes_nothing_around(layout):
+    case = later_step("soap_step_", ((2, 5, 6), (7, 4)))
+    names = [name for name in LISTS if name != "step_counts"]
+    placed = {name: [Placed(x, layout) for x in case[name]] for name in names}
+    moved = case.with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
+    expected = case.clone()
+    expected.run("cuda")
+    moved.run("cuda")
+    for name, xs in placed.items():
+        for x, truth in zip(xs, expected[name], strict=True):
+            x.assert_untouched_around()
+            assert error(x.tensor, truth) < 64.0 * U, name
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_soap_step_touches_nothing_outside(at_end):
+    case = later_step("soap_step_", ((2, 5, 6), (7, 4)))
+    expected = case.clone()
+    expected.run("cuda")
+    names = [name for name in LISTS if name != "step_counts"]
+    guards = {name: [Guarded(x, at_end=at_end) for x in case[name]] for name in names}
+    case = case.with_(**{name: [x.tensor for x in xs] for name, xs in guards.items()})
+    case.run("cuda")
+    assert same_bits(case.written(), expected.written())
+
+
+def test_launches_do_not_grow_with_the_list():
+    def launched(count):
+        case = later_step("soap_step_", ((4, 6), (6, 3)) * count, refresh=[0] * 2 * count)
+        for _ in range(2):  # the first looks whether there are bases
+            launches()
+            case.run("cuda")
+        return launches()
+
+    assert launched(1) == launched(12) < 40
+
+
+def test_learning_rate_on_the_device():
+    case = later_step("soap_step_", ((5, 6),), refresh=[0])
+    names = ("params", "grads", *STATE)
+    options = {k: v for k, v in case.options.items() if k != "nonfinite"}
+    for lr in (0.125, torch.tensor(0.125)):
+        x = case.clone()
+        soap_step_(*(x[name] for name in names), lr=lr, **options)
+        y = case.clone().with_(lr=torch.tensor(0.125, dtype=torch.float64))
+        y["step_counts"][0].zero_()
+        y.run("cuda")
+        assert same_bits(x["params"], y["params"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error_type", "sentence"),
+    [
+        ({"exp_avg_sqs": [torch.zeros(5, 5)]}, ValueError, "exp_avg_sqs"),
+        ({"refresh": [1, 1]}, ValueError, "refresh has 2 entries"),
+        ({"left_bases": [torch.empty(0)]}, ValueError, r"lefts\[0\] has shape"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite is 'ignore'"),
+        ({"lr": torch.tensor(1)}, TypeError, "lr must be float32 or float64"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named_before_anything_is_written(change, error_type, sentence):
+    case = later_step("soap_step_", ((5, 6),)).with_(**change)
+    before = case.clone()
+    with pytest.raises(error_type, match=sentence):
+        case.run("cuda")
+    assert same_bits(case.written(), before.written())
+
+
+def test_float64_is_refused():
+    with pytest.raises(NotImplementedError, match="not in fp64"):
+        later_step("soap_step_", ((5, 6),), torch.float64).run("cuda")

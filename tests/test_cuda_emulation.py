@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated_cuda import arrange, arranged, barriers, emulated
 from spectral_kernels import _cuda
-from support import MUON, error, gaussian, new_step, same_bits, semidefinite
+from support import MUON, error, gaussian, later_step, new_step, same_bits, semidefinite
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -69,9 +69,11 @@ def workload():
     ]
     case = new_step("muon_step_", [(2, 33, 70), (70, 20), (50, 1, 4)])
     case["grads"][2][40:] = torch.nan
+    apart = later_step("soap_step_", [(70, 61), (2, 3, 4)], normalize_grads=True, refresh=[0, 0])
     with emulated():
-        case.run("cuda")
-    results += [case[name] for name in case.names(write=True)]
+        for step in (case, apart):
+            step.run("cuda")
+            results += step.written()
     a = torch.stack([semidefinite(40, 1e2, seed).float() for seed in range(2)])
     root = torch.ops.spectral_kernels_emulated.inverse_root
     for p, ridge in ((3, 1e-4), (4, 1e-6)):  # the second goes through two schedules
@@ -161,12 +163,10 @@ def test_a_processor_with_less_shared_memory():
         with pytest.raises(NotImplementedError, match="'schatten8' with a side of at most 128"):
             iterated(x, rows, norm="schatten8")
         library = torch.ops.spectral_kernels_emulated
-        for run in (
-            lambda: library.eigenbasis(a),
-            lambda: library.inverse_root(a, 4, ridge=1e-3, relative_ridge=0.0, method="auto"),
-        ):
-            with pytest.raises(NotImplementedError, match="of shared memory, and this device has"):
-                run()
+        with pytest.raises(NotImplementedError, match="of shared memory, and this device has"):
+            library.inverse_root(a, 4, ridge=1e-3, relative_ridge=0.0, method="auto")
+        values, vectors = library.eigenbasis(a)
+        assert error((vectors * values) @ vectors.mT, a) < 1e-6
 
 
 def test_shared_memory_of_the_table():

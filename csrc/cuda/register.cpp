@@ -30,33 +30,6 @@
 namespace spectral_kernels::cuda {
 namespace {
 
-// Eigenvalues, descending, and eigenvectors of (count, n, n) matrices in fp64, NaN where there are
-// none.
-struct Eigen {
-  at::Tensor values, vectors;
-};
-
-Eigen eigen_of(const at::Tensor& a, const char* op) {
-  const int64_t n = a.size(-1), bytes = jacobi_bytes(int(n)), limit = shared_memory_of(a);
-  TORCH_CHECK_NOT_IMPLEMENTED(bytes <= limit, op, ": a side of ", n, " needs ", bytes,
-                              " bytes of shared memory, and this device has ", limit);
-  const auto options = a.options().dtype(at::kDouble);
-  const int64_t count = leading(a);
-  const Eigen found{at::empty({count, n}, options), at::empty({count, n, n}, options)};
-  const at::Tensor sweeps = at::empty({count}, a.options().dtype(at::kLong));
-  const at::Tensor largest = at::zeros({count}, a.options().dtype(at::kInt));
-  std::vector<Entry> entries;
-  append(entries, a, {}, a, 1);
-  number(entries);
-  for (Entry& e : entries) e.square = e.first * n * n;
-  uint32_t* bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
-  const EigenResults results{found.values.data_ptr<double>(), found.vectors.data_ptr<double>(),
-                             sweeps.data_ptr<int64_t>()};
-  check_launch(launch_largest(entries, Of::kSource, bits, stream_of(a)), op);
-  check_launch(launch_eigenbasis(entries, bits, nullptr, results, stream_of(a)), op);
-  return found;
-}
-
 void check_square_onchip(const at::Tensor& a, const char* op) {
   check_full_precision(a, "a");
   check_square(a, "a");
@@ -64,18 +37,6 @@ void check_square_onchip(const at::Tensor& a, const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(a.size(-1) <= kMostOnChipRows, op,
                               ": the CUDA C++ kernels take matrices with a side of at most ",
                               kMostOnChipRows, ", got shape ", a.sizes());
-}
-
-std::tuple<at::Tensor, at::Tensor> eigenbasis(const at::Tensor& a) {
-  constexpr const char* kOp = "eigenbasis";
-  count_call(kOp, "cuda");
-  check_square_onchip(a, kOp);
-  const c10::DeviceGuard guard(a.device());
-  if (a.numel() == 0)
-    return {at::empty(a.sizes().slice(0, size_t(a.dim() - 1)), a.options()), at::empty_like(a)};
-  const Eigen found = eigen_of(a, kOp);
-  return {found.values.to(at::kFloat).view(a.sizes().slice(0, size_t(a.dim() - 1))),
-          found.vectors.to(at::kFloat).view(a.sizes())};
 }
 
 constexpr int64_t kMostVectorBytes = 64 << 20;
@@ -172,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
 void register_operators(torch::Library& m) {
   register_kron_factor(m);
   register_newton_schulz(m);
-  m.impl("eigenbasis", &eigenbasis);
+  register_eigenbasis(m);
   m.impl("inverse_root", &inverse_root);
 }
 

@@ -23,13 +23,14 @@ MOST_ROWS = 128
 # Products keep 22 bits of an fp32 number. From 8 rows on the error is that of fp32 or below; with
 # fewer, where errors do not average out, up to 1.9 times the allowed one (12 for a single number).
 LEAST_ROWS_FP32 = 8
-_SQUARE = ("inverse_root", "eigenbasis")
 _PRODUCTS = ("gram", "kron_factors_update_", "kron_precondition")
+# Beyond one chip these are products, and eigendecompositions by torch.
+_ANY_SIZE = ("eigenbasis", "refresh_eigenbasis", "soap_step_")
 _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
 OPERATORS = (
     *("gram", "newton_schulz", "muon_step_", "kron_factors_update_", "kron_precondition"),
-    *("inverse_root", "eigenbasis"),
+    *("inverse_root", "eigenbasis", "refresh_eigenbasis", "soap_step_"),
 )
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -144,10 +145,10 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         if matrix.dtype == torch.float32 and min(matrix.shape[-2:]) < LEAST_ROWS_FP32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         return None
-    for tensor in tensors:
+    for tensor in () if op in _ANY_SIZE else tensors:
         side = min(tensor.shape[-2:])
         if side > MOST_ROWS:
-            if op in _SQUARE:
+            if op == "inverse_root":
                 return f"{side} rows do not fit on chip (at most {MOST_ROWS})"
             if options.get("norm") == "schatten8":
                 return f"norm 'schatten8' is served up to {MOST_ROWS} rows, not {side}"
@@ -156,9 +157,9 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         limit = module.cuda_shared_memory(tensor.device.index or 0)
         needed = shared_memory(side)
-        if op in _SQUARE:  # both may end in an eigendecomposition
+        if op == "inverse_root":  # may end in an eigendecomposition
             needed = max(jacobi_shared_memory(side), root_shared_memory(side))
-        alone = op in _SQUARE or options.get("norm") == "schatten8"
+        alone = op == "inverse_root" or options.get("norm") == "schatten8"
         if needed > limit and alone:  # else products serve it
             return f"{side} rows take {needed} bytes of shared memory, of {limit}"
     if "rows" in options:

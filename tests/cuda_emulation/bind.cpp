@@ -3,8 +3,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/register.h"
+#include "../../csrc/cuda/rotated.h"
 #include "../../csrc/cuda/two_sided.h"
 #include "emulation.h"
 // What kernels include needs the emulation before it.
@@ -36,6 +39,12 @@ extern "C" int64_t stream_k_pieces(int64_t tiles, int64_t steps, int multiproces
 }
 
 extern "C" void limit_workspace(int64_t bytes) { spectral_kernels::cuda::limit_workspace(bytes); }
+
+extern "C" long count_launches() { return std::exchange(emulation::launches, 0); }
+
+extern "C" int64_t set_slice_elements(int64_t elements) {
+  return std::exchange(spectral_kernels::cuda::slice_elements, elements);
+}
 
 TORCH_LIBRARY(spectral_kernels_emulated, m) {
   for (const char* op : SPECTRAL_KERNELS_EMULATED_OPERATORS)

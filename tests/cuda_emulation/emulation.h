@@ -270,8 +270,11 @@ inline void run_block() {
   }
 }
 
+inline long launches = 0;
+
 template <class F>
 void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
+  launches++;
   grid_size = grid;
   block_size = block_;
   threads = int(block_.x * block_.y * block_.z);

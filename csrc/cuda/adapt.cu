@@ -1,0 +1,231 @@
+// Adam's moments in a rotated basis, step sizes on the device, and the end of a step.
+#include "adapt.h"
+#include "launch.h"
+#include "reduce.h"
+#include "table.h"
+
+namespace spectral_kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kBlockElements = 4096;
+
+HOST_DEVICE int64_t parts_of(int64_t rows, int64_t columns) {
+  return (rows * columns + kBlockElements - 1) / kBlockElements;
+}
+HOST_DEVICE int64_t adapt_parts(const Adapted& e) { return parts_of(e.rows, e.columns); }
+HOST_DEVICE int64_t copy_parts(const Entry& e) { return parts_of(e.rows, e.columns); }
+
+// go(row, column) for this thread's elements of a block's share, in the order of a memory whose
+// rows, or columns, are contiguous.
+template <class Go>
+DEVICE void each_element(int64_t rows, int64_t columns, bool by_columns, int64_t part, Go go) {
+  const int64_t length = by_columns ? rows : columns, all = rows * columns;
+  const int64_t end = (part + 1) * kBlockElements < all ? (part + 1) * kBlockElements : all;
+  int64_t i = part * kBlockElements + threadIdx.x;
+  int64_t slow = i / length, fast = i % length;
+  const int64_t slow_step = kThreads / length, fast_step = kThreads % length;
+  for (; i < end; i += kThreads) {
+    go(by_columns ? fast : slow, by_columns ? slow : fast);
+    slow += slow_step;
+    fast += fast_step;
+    if (fast >= length) {
+      fast -= length;
+      slow++;
+    }
+  }
+}
+
+DEVICE bool by_columns(const Matrices& m) { return m.row < m.column; }
+
+DEVICE int64_t index(const Matrices& m, int64_t matrix, int64_t row, int64_t column) {
+  return matrix * m.batch + row * m.row + column * m.column;
+}
+
+// The new moments of one element.
+struct Moments {
+  float m, v;
+};
+
+DEVICE Moments moments_of(const Adapted& e, const Adam& adam, int64_t matrix, int64_t row,
+                          int64_t column) {
+  const float raw = read(e.gradient, index(e.gradient, matrix, row, column));
+  const float g = adam.maximize ? -raw : raw;
+  const float m = read(e.moment, index(e.moment, matrix, row, column));
+  const float v = read(e.squares, index(e.squares, matrix, row, column));
+  return {adam.beta1 * m + (1 - adam.beta1) * g, adam.beta2 * v + (1 - adam.beta2) * (g * g)};
+}
+
+DEVICE void write_at(const Matrices& m, int64_t matrix, int64_t row, int64_t column, float value) {
+  if (m.data != nullptr) write(m, index(m, matrix, row, column), value);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    adam_kernel(const __grid_constant__ TableOf<Adapted> table, const Adam adam,
+                uint32_t* largest) {
+  DYNAMIC_SHARED(uint32_t, warps);
+  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
+  const Adapted& e = *at.entry;
+  uint32_t most = 0;
+  each_element(e.rows, e.columns, by_columns(e.moment), at.part, [&](int64_t row, int64_t column) {
+    const Moments now = moments_of(e, adam, at.matrix, row, column);
+    const float divisor = sqrtf(now.v) + adam.eps;
+    write_at(e.direction, at.matrix, row, column, divisor == 0 ? 0.f : now.m / divisor);
+    write_at(e.new_moment, at.matrix, row, column, now.m);
+    write_at(e.new_squares, at.matrix, row, column, now.v);
+    most = larger(most, larger(size_bits(now.m), size_bits(now.v)));
+  });
+  most = largest_of_block<kThreads>(most, warps);
+  if (threadIdx.x == 0) atomicMax(largest + e.first + at.matrix, most);
+}
+
+// numbers
+
+constexpr int kTableCounters = 64;
+
+struct CounterTable {
+  Counter counters[kTableCounters];
+};
+
+DEVICE double steps_of(const Counter& c, int64_t i) {
+  const int64_t at = c.each ? i : 0;
+  if (c.integer) return double(static_cast<const int64_t*>(c.steps)[at]);
+  if (c.type == Type::kF64) return static_cast<const double*>(c.steps)[at];
+  return double(static_cast<const float*>(c.steps)[at]);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    numbers_kernel(const __grid_constant__ CounterTable table, const Schedule schedule,
+                   Numbers* numbers) {
+  const Counter& c = table.counters[blockIdx.x];
+  const double lr = schedule.device_lr == nullptr ? schedule.lr
+                    : schedule.lr_type == Type::kF64
+                        ? *static_cast<const double*>(schedule.device_lr)
+                        : double(*static_cast<const float*>(schedule.device_lr));
+  const double decay = 1 - lr * schedule.weight_decay;
+  for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
+    const double t = steps_of(c, i) + 1;
+    double rate = schedule.decay_first ? decay * lr : lr;
+    if (schedule.correct_bias)
+      rate *= sqrt(1 - pow(schedule.beta2, t)) / (1 - pow(schedule.beta1, t));
+    numbers[c.first + i] = {float(decay), float(rate)};
+  }
+}
+
+// commit
+
+__global__ void __launch_bounds__(kThreads)
+    inverse_rms_kernel(const __grid_constant__ TableOf<Adapted> table, double* sums,
+                       uint32_t* arrived, float* inverse) {
+  DYNAMIC_SHARED(double, warps);
+  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
+  const Adapted& e = *at.entry;
+  double share = 0;
+  each_element(e.rows, e.columns, by_columns(e.update), at.part, [&](int64_t row, int64_t column) {
+    const double u = double(read(e.update, index(e.update, at.matrix, row, column)));
+    share += u * u;
+  });
+  share = sum_of_block<kThreads>(share, warps);
+  const int64_t parts = adapt_parts(e), matrix = e.first + at.matrix;
+  double total;
+  if (!last_total<kThreads>(share, sums + e.part + at.matrix * parts, at.part, parts,
+                            arrived + matrix, warps, total))
+    return;
+  if (threadIdx.x == 0)
+    inverse[matrix] = float(1 / (sqrt(total / double(e.rows * e.columns)) + 1e-30));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    commit_kernel(const __grid_constant__ TableOf<Adapted> table, const Adam adam,
+                  const Numbers* numbers, const float* inverse, NonFinite nonfinite,
+                  const uint32_t* largest) {
+  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
+  const Adapted& e = *at.entry;
+  const int64_t matrix = e.first + at.matrix;
+  if (kept(largest[matrix], nonfinite)) return;
+  const float decay = numbers[matrix].decay;
+  const float rate = numbers[matrix].rate * (inverse != nullptr ? inverse[matrix] : 1.f);
+  each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
+    if (e.moment.data != nullptr) {
+      const Moments now = moments_of(e, adam, at.matrix, row, column);
+      write_at(e.moment, at.matrix, row, column, now.m);
+      write_at(e.squares, at.matrix, row, column, now.v);
+    }
+    const int64_t to = index(e.param, at.matrix, row, column);
+    const float u = read(e.update, index(e.update, at.matrix, row, column));
+    write(e.param, to, decay * read(e.param, to) - rate * u);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(const __grid_constant__ Table table, NonFinite nonfinite, const uint32_t* largest) {
+  const Place at = place(table, blockIdx.x, [](const Entry& e) { return copy_parts(e); });
+  const Entry& e = *at.entry;
+  if (kept(largest[e.first + at.matrix], nonfinite)) return;
+  each_element(e.rows, e.columns, by_columns(e.target), at.part, [&](int64_t row, int64_t column) {
+    write_at(e.target, at.matrix, row, column,
+             read(e.source, index(e.source, at.matrix, row, column)));
+  });
+}
+
+}  // namespace
+
+int launch_adam(const std::vector<Adapted>& entries, const Adam& adam, uint32_t* largest,
+                void* stream) {
+  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
+    LAUNCH(adam_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t), stream,
+           table, adam, largest);
+    return launched();
+  });
+}
+
+int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedule, Numbers* numbers,
+                   void* stream) {
+  for (size_t begin = 0; begin < counters.size(); begin += kTableCounters) {
+    CounterTable table;
+    unsigned count = 0;
+    for (size_t i = begin; i < counters.size() && count < kTableCounters; i++)
+      table.counters[count++] = counters[i];
+    LAUNCH(numbers_kernel, dim3(count), dim3(kThreads), 0, stream, table, schedule, numbers);
+    if (const int error = launched(); error != 0) return error;
+  }
+  return 0;
+}
+
+int64_t place_sums(std::vector<Adapted>& entries) {
+  int64_t parts = 0;
+  for (Adapted& e : entries) {
+    e.part = parts;
+    parts += e.count * adapt_parts(e);
+  }
+  return parts;
+}
+
+int launch_inverse_rms(const std::vector<Adapted>& entries, double* sums, uint32_t* arrived,
+                       float* inverse, void* stream) {
+  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
+    LAUNCH(inverse_rms_kernel, dim3(blocks), dim3(kThreads), kReduceBytes<kThreads>, stream, table,
+           sums, arrived, inverse);
+    return launched();
+  });
+}
+
+int launch_commit(const std::vector<Adapted>& entries, const Adam& adam, const Numbers* numbers,
+                  const float* inverse, NonFinite nonfinite, const uint32_t* largest,
+                  void* stream) {
+  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
+    LAUNCH(commit_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, adam, numbers, inverse,
+           nonfinite, largest);
+    return launched();
+  });
+}
+
+int launch_copy(const std::vector<Entry>& entries, NonFinite nonfinite, const uint32_t* largest,
+                void* stream) {
+  return for_each_table(entries, copy_parts, [&](const Table& table, unsigned blocks) {
+    LAUNCH(copy_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, nonfinite, largest);
+    return launched();
+  });
+}
+
+}  // namespace spectral_kernels::cuda
