@@ -325,7 +325,7 @@ def test_what_is_not_finite_is_kept(where):
     if where == "overflow":
         case["grads"][0][1] *= 2.0**80  # its squares leave fp32
     else:
-        case[where][0][1, 2, 3] = math.nan
+        case[where][0][1, 3, 2] = math.nan
     before = case.clone()
     case.run("cuda")
     clean.run("cuda")
@@ -409,7 +409,7 @@ def test_launches_do_not_grow_with_the_list():
             case.run("cuda")
         return launches()
 
-    assert launched(1) == launched(12) < 40
+    assert launched(1) == launched(8) < 30
 
 
 def test_learning_rate_on_the_device():

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../check_deva.h"
 #include "../counters.h"
 #include "eigenbasis/rotated.h"
 #include "list_step.h"
@@ -18,8 +19,6 @@
 
 namespace spectral_kernels::cpu {
 namespace {
-
-enum class Variance { kMomentum, kGradient, kInstant, kLowMemory, kNone };
 
 struct DevaStep {
   double lr, beta1, beta2, shampoo_beta, eps, weight_decay;
@@ -293,31 +292,6 @@ Matrix squares_of(const at::Tensor& state, const Item& item, Variance variance) 
   return MatrixBatch(rows)[item.index];
 }
 
-void check_squares(at::TensorList squares, at::TensorList params, Variance variance) {
-  if (variance == Variance::kNone) return check_list(squares, "exp_avg_sqs", params.size());
-  if (variance != Variance::kLowMemory) return check_state(squares, "exp_avg_sqs", params, false);
-  check_list(squares, "exp_avg_sqs", params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    auto expected = params[i].sizes().vec();
-    expected.pop_back();
-    expected.back() = params[i].size(-2) + params[i].size(-1);
-    TORCH_CHECK_VALUE(squares[i].sizes() == expected, "exp_avg_sqs[", i, "] must have shape ",
-                      at::IntArrayRef(expected), " for low_memory, got ", squares[i].sizes());
-    TORCH_CHECK_TYPE(
-        squares[i].scalar_type() == at::kFloat || squares[i].scalar_type() == at::kDouble,
-        "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
-    check_writable(squares[i], "exp_avg_sqs");
-  }
-}
-
-Variance variance_of(const std::string& name) {
-  check_one_of(name, "variance", {"momentum", "gradient", "instant", "low_memory", "none"});
-  if (name == "momentum") return Variance::kMomentum;
-  if (name == "gradient") return Variance::kGradient;
-  if (name == "instant") return Variance::kInstant;
-  return name == "low_memory" ? Variance::kLowMemory : Variance::kNone;
-}
-
 void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                 at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
                 at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
@@ -331,24 +305,12 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
   check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
-  check_one_of(std::string(eps_mode), "eps_mode", {"relative", "outside", "inside"});
-  check_one_of(std::string(norm), "norm", {"schatten", "linf"});
-  const Variance kind = variance_of(std::string(variance));
-  check_squares(exp_avg_sqs, params, kind);
+  const Variance kind = check_deva(params, exp_avg_sqs, scales, std::string(eps_mode),
+                                   std::string(norm), std::string(variance), reference);
   if (kind != Variance::kNone)
     check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
   else
     check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases}, grads);
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
-                    " entries, params has ", params.size());
-  TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
-                    "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
-  TORCH_CHECK_VALUE(!reference || eps_mode == "inside",
-                    "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
-  TORCH_CHECK_VALUE(!reference || kind == Variance::kMomentum ||
-                        (kind == Variance::kInstant && norm == "schatten"),
-                    "reference=True with norm='", norm, "' does not have variance='", variance,
-                    "'");
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const DevaStep step{scalar(lr),
                       beta1,

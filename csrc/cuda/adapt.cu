@@ -1,63 +1,20 @@
 // Adam's moments in a rotated basis, step sizes on the device, and the end of a step.
 #include "adapt.h"
+#include "elements.h"
 #include "launch.h"
 #include "reduce.h"
-#include "table.h"
 
 namespace spectral_kernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kBlockElements = 4096;
+constexpr int kThreads = kElementThreads;
 
-HOST_DEVICE int64_t parts_of(int64_t rows, int64_t columns) {
-  return (rows * columns + kBlockElements - 1) / kBlockElements;
-}
-HOST_DEVICE int64_t adapt_parts(const Adapted& e) { return parts_of(e.rows, e.columns); }
 HOST_DEVICE int64_t copy_parts(const Entry& e) { return parts_of(e.rows, e.columns); }
 
-// go(row, column) for this thread's elements of a block's share, in the order of a memory whose
-// rows, or columns, are contiguous.
-template <class Go>
-DEVICE void each_element(int64_t rows, int64_t columns, bool by_columns, int64_t part, Go go) {
-  const int64_t length = by_columns ? rows : columns, all = rows * columns;
-  const int64_t end = (part + 1) * kBlockElements < all ? (part + 1) * kBlockElements : all;
-  int64_t i = part * kBlockElements + threadIdx.x;
-  int64_t slow = i / length, fast = i % length;
-  const int64_t slow_step = kThreads / length, fast_step = kThreads % length;
-  for (; i < end; i += kThreads) {
-    go(by_columns ? fast : slow, by_columns ? slow : fast);
-    slow += slow_step;
-    fast += fast_step;
-    if (fast >= length) {
-      fast -= length;
-      slow++;
-    }
-  }
-}
-
-DEVICE bool by_columns(const Matrices& m) { return m.row < m.column; }
-
-DEVICE int64_t index(const Matrices& m, int64_t matrix, int64_t row, int64_t column) {
-  return matrix * m.batch + row * m.row + column * m.column;
-}
-
-// The new moments of one element.
-struct Moments {
-  float m, v;
-};
-
-DEVICE Moments moments_of(const Adapted& e, const Adam& adam, int64_t matrix, int64_t row,
-                          int64_t column) {
-  const float raw = read(e.gradient, index(e.gradient, matrix, row, column));
-  const float g = adam.maximize ? -raw : raw;
-  const float m = read(e.moment, index(e.moment, matrix, row, column));
+DEVICE float new_square(const Adapted& e, const Adam& adam, float g, int64_t matrix, int64_t row,
+                        int64_t column) {
   const float v = read(e.squares, index(e.squares, matrix, row, column));
-  return {adam.beta1 * m + (1 - adam.beta1) * g, adam.beta2 * v + (1 - adam.beta2) * (g * g)};
-}
-
-DEVICE void write_at(const Matrices& m, int64_t matrix, int64_t row, int64_t column, float value) {
-  if (m.data != nullptr) write(m, index(m, matrix, row, column), value);
+  return adam.beta2 * v + (1 - adam.beta2) * (g * g);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -68,12 +25,14 @@ __global__ void __launch_bounds__(kThreads)
   const Adapted& e = *at.entry;
   uint32_t most = 0;
   each_element(e.rows, e.columns, by_columns(e.moment), at.part, [&](int64_t row, int64_t column) {
-    const Moments now = moments_of(e, adam, at.matrix, row, column);
-    const float divisor = sqrtf(now.v) + adam.eps;
-    write_at(e.direction, at.matrix, row, column, divisor == 0 ? 0.f : now.m / divisor);
-    write_at(e.new_moment, at.matrix, row, column, now.m);
-    write_at(e.new_squares, at.matrix, row, column, now.v);
-    most = larger(most, larger(size_bits(now.m), size_bits(now.v)));
+    const float g = gradient_of(e, adam, at.matrix, row, column);
+    const float m = new_moment(e, adam, g, at.matrix, row, column);
+    const float v = new_square(e, adam, g, at.matrix, row, column);
+    const float divisor = sqrtf(v) + adam.eps;
+    write_at(e.direction, at.matrix, row, column, divisor == 0 ? 0.f : m / divisor);
+    write_at(e.new_moment, at.matrix, row, column, m);
+    write_at(e.new_squares, at.matrix, row, column, v);
+    most = larger(most, larger(size_bits(m), size_bits(v)));
   });
   most = largest_of_block<kThreads>(most, warps);
   if (threadIdx.x == 0) atomicMax(largest + e.first + at.matrix, most);
@@ -96,7 +55,7 @@ DEVICE double steps_of(const Counter& c, int64_t i) {
 
 __global__ void __launch_bounds__(kThreads)
     numbers_kernel(const __grid_constant__ CounterTable table, const Schedule schedule,
-                   Numbers* numbers) {
+                   Numbers* numbers, uint32_t* largest) {
   const Counter& c = table.counters[blockIdx.x];
   const double lr = schedule.device_lr == nullptr ? schedule.lr
                     : schedule.lr_type == Type::kF64
@@ -104,11 +63,17 @@ __global__ void __launch_bounds__(kThreads)
                         : double(*static_cast<const float*>(schedule.device_lr));
   const double decay = 1 - lr * schedule.weight_decay;
   for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
-    const double t = steps_of(c, i) + 1;
+    const double t = c.steps == nullptr ? 1 : steps_of(c, i) + 1;
     double rate = schedule.decay_first ? decay * lr : lr;
     if (schedule.correct_bias)
       rate *= sqrt(1 - pow(schedule.beta2, t)) / (1 - pow(schedule.beta1, t));
-    numbers[c.first + i] = {float(decay), float(rate)};
+    const bool debias = schedule.debias;
+    numbers[c.first + i] = {float(decay), float(rate), debias ? 1 - pow(schedule.beta1, t) : 1,
+                            debias ? 1 - pow(schedule.beta2, t) : 1};
+    const uint32_t bits = largest[c.first + i];
+    const bool usual =
+        bits == 0 || !finite(bits) || (bits >= bits_of(0x1p-50f) && bits <= bits_of(0x1p50f));
+    if (c.bounded && !usual) largest[c.first + i] = kRefused;
   }
 }
 
@@ -147,9 +112,10 @@ __global__ void __launch_bounds__(kThreads)
   const float rate = numbers[matrix].rate * (inverse != nullptr ? inverse[matrix] : 1.f);
   each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
     if (e.moment.data != nullptr) {
-      const Moments now = moments_of(e, adam, at.matrix, row, column);
-      write_at(e.moment, at.matrix, row, column, now.m);
-      write_at(e.squares, at.matrix, row, column, now.v);
+      const float g = gradient_of(e, adam, at.matrix, row, column);
+      write_at(e.moment, at.matrix, row, column, new_moment(e, adam, g, at.matrix, row, column));
+      if (e.squares.data != nullptr)
+        write_at(e.squares, at.matrix, row, column, new_square(e, adam, g, at.matrix, row, column));
     }
     const int64_t to = index(e.param, at.matrix, row, column);
     const float u = read(e.update, index(e.update, at.matrix, row, column));
@@ -180,13 +146,14 @@ int launch_adam(const std::vector<Adapted>& entries, const Adam& adam, uint32_t*
 }
 
 int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedule, Numbers* numbers,
-                   void* stream) {
+                   uint32_t* largest, void* stream) {
   for (size_t begin = 0; begin < counters.size(); begin += kTableCounters) {
     CounterTable table;
     unsigned count = 0;
     for (size_t i = begin; i < counters.size() && count < kTableCounters; i++)
       table.counters[count++] = counters[i];
-    LAUNCH(numbers_kernel, dim3(count), dim3(kThreads), 0, stream, table, schedule, numbers);
+    LAUNCH(numbers_kernel, dim3(count), dim3(kThreads), 0, stream, table, schedule, numbers,
+           largest);
     if (const int error = launched(); error != 0) return error;
   }
   return 0;

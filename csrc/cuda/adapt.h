@@ -20,6 +20,7 @@ struct Adapted {
   int64_t rows = 0, columns = 0, count = 0;
   int64_t first = 0;  // number of its first matrix in the whole list
   int64_t part = 0;   // and of its first partial sum
+  float scale = 1;    // of the direction
 };
 
 struct Adam {
@@ -39,15 +40,18 @@ struct Schedule {
   Type lr_type = Type::kF32;
   double beta1 = 0, beta2 = 0, weight_decay = 0;
   bool correct_bias = false;
+  bool debias = false;       // the moments
   bool decay_first = false;  // W <- decay (W - rate U) in place of decay W - rate U
 };
 
-// What the number t of a matrix's step says.
+// What the number t of a matrix's step says: M̂ = M / m_bias and V̂ = V / v_bias.
 struct Numbers {
   float decay, rate;
+  double m_bias, v_bias;
 };
+// `largest` becomes kRefused where a counter is bounded and it is outside 2^±50, but not 0.
 int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedule, Numbers* numbers,
-                   void* stream);
+                   uint32_t* largest, void* stream);
 
 // Partial sums of squares of a list; also fills in where each entry's begin.
 int64_t place_sums(std::vector<Adapted>& entries);
@@ -57,7 +61,7 @@ int launch_inverse_rms(const std::vector<Adapted>& entries, double* sums, uint32
                        float* inverse, void* stream);
 
 // M <- M' and V <- V' as launch_adam has them, and W <- decay W - rate U, rounded once, of the
-// matrices that are not kept; `inverse` may be null. An absent moment stays as it is.
+// matrices that are not kept; `inverse` may be null. Absent moments and squares stay.
 int launch_commit(const std::vector<Adapted>& entries, const Adam& adam, const Numbers* numbers,
                   const float* inverse, NonFinite nonfinite, const uint32_t* largest, void* stream);
 

@@ -54,11 +54,11 @@ struct Update {
 // The matrices of one parameter, and its step count: one, one a matrix, or none.
 struct Counter {
   int64_t first = 0, count = 0;
-  void* steps = nullptr;
+  void* steps = nullptr;  // null: only skips are counted
   Type type = Type::kF32;
   bool integer = false;  // int64 instead of `type`
   bool each = false;
-  bool idle = false;  // skips count, steps do not
+  bool bounded = false;  // gradients outside 2^±50 are refused
 };
 
 // Adds 1 to the step counts of what was updated (to a single one if any matrix was), and to

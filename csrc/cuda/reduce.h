@@ -34,24 +34,35 @@ DEVICE double sum_of_block(double value, double* warps) {
   return value;
 }
 
-// Leaves this block's share of a matrix's sum. True in whichever block arrives last, which adds all
-// shares in their order; `arrived` is zero before and after.
-template <int kThreads>
-DEVICE bool last_total(double share, double* shares, int64_t part, int64_t parts, uint32_t* arrived,
-                       double* warps, double& total) {
-  int* turn = reinterpret_cast<int*>(warps + kThreads / 32);
+// True in whichever block of a matrix arrives last, which sees what the others have written;
+// `arrived` is zero before and after.
+DEVICE bool last_to_arrive(uint32_t* arrived, int64_t parts, int* turn) {
   if (threadIdx.x == 0) {
-    shares[part] = share;
     __threadfence();
     *turn = int(atomicAdd(arrived, 1u));
   }
   __syncthreads();
   if (*turn + 1 != int(parts)) return false;
   __threadfence();
-  total = 0;
-  for (int64_t i = threadIdx.x; i < parts; i += kThreads) total += fresh(shares + i);
-  total = sum_of_block<kThreads>(total, warps);
   if (threadIdx.x == 0) *arrived = 0;
+  return true;
+}
+
+// The sum of what blocks left, in their order; `warps` as for sum_of_block.
+template <int kThreads>
+DEVICE double total_of(const double* shares, int64_t parts, double* warps) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < parts; i += kThreads) total += fresh(shares + i);
+  return sum_of_block<kThreads>(total, warps);
+}
+
+// Leaves this block's share of a matrix's sum, and has the whole in the last block to arrive.
+template <int kThreads>
+DEVICE bool last_total(double share, double* shares, int64_t part, int64_t parts,
+                       uint32_t* arrived, double* warps, double& total) {
+  if (threadIdx.x == 0) shares[part] = share;
+  if (!last_to_arrive(arrived, parts, reinterpret_cast<int*>(warps + kThreads / 32))) return false;
+  total = total_of<kThreads>(shares, parts, warps);
   return true;
 }
 

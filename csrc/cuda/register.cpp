@@ -134,6 +134,7 @@ void register_operators(torch::Library& m) {
   register_kron_factor(m);
   register_newton_schulz(m);
   register_eigenbasis(m);
+  register_deva(m);
   m.impl("inverse_root", &inverse_root);
 }
 

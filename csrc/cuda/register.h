@@ -13,5 +13,6 @@ void register_operators(torch::Library& library);
 void register_kron_factor(torch::Library& library);
 void register_newton_schulz(torch::Library& library);
 void register_eigenbasis(torch::Library& library);
+void register_deva(torch::Library& library);
 
 }  // namespace spectral_kernels::cuda

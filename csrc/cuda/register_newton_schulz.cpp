@@ -23,7 +23,9 @@
 #include "list_step.h"
 #include "newton_schulz.h"
 #include "newton_schulz_products.h"
+#include "orthogonalise.h"
 #include "register.h"
+#include "schatten8.h"
 #include "step_lists.h"
 #include "tensors.h"
 
@@ -98,9 +100,6 @@ struct Plan {
   // How a matrix is served: on chip, where square_planes is 0, if it fits there.
   Route route(const Entry& e, at::IntArrayRef restarts, int64_t shared_memory) const {
     if (onchip_bytes(e.rows) <= shared_memory) return {cuts(restarts), 0};
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !schatten8, op, ": the CUDA C++ kernels take norm 'schatten8' with a side of at most ",
-        kMostOnChipRows, ", got one of ", e.rows);
     TORCH_CHECK_NOT_IMPLEMENTED(product_shared_bytes(planes, 128) <= shared_memory, op,
                                 ": products need ", product_shared_bytes(planes, 128),
                                 " bytes of shared memory, and this device has ", shared_memory);
@@ -171,6 +170,7 @@ class Scratch {
     norms.squares = reinterpret_cast<double*>(at);
     norms.factor = reinterpret_cast<float*>(at + partial);
     norms.arrived = zeros(matrices);
+    if (plan.schatten8) return;  // follows from the plain norm
     norms.norm_factor = float(plan.norm_factor);
     norms.eps = float(plan.eps);
   }
@@ -259,10 +259,29 @@ class Lists {
       check_launch(launch_newton_schulz(list.second, segments_[list.first], plan_.f16, plan_.planes,
                                         scratch->largest(), scratch->buffers, update, stream),
                    plan_.op);
-    for (size_t i = 0; i < products_.size(); i++)
+    for (size_t i = 0; i < products_.size(); i++) {
+      if (plan_.schatten8)
+        check_launch(launch_schatten8(products_[i], workspaces_, scratch->norms,
+                                      float(plan_.norm_factor), float(plan_.eps), stream),
+                     plan_.op);
       check_launch(
           launch_products(products_[i], segments_[product_routes_[i]], workspaces_, update, stream),
           plan_.op);
+    }
+  }
+
+  // From sources to targets.
+  void run(void* stream) {
+    place();
+    Prologue prologue;
+    prologue.f16 = plan_.f16;
+    prologue.planes = plan_.planes;
+    const std::vector<Entry> list = packed();
+    check_launch(launch_largest(list, Of::kSource, scratch->largest(), stream), plan_.op);
+    check_launch(launch_prologue(list, prologue, scratch->largest(), scratch->buffers.packed,
+                                 scratch->norms, stream),
+                 plan_.op);
+    iterate(Update(), stream);
   }
 
   // Those that the prologue packs.
@@ -309,18 +328,7 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   check_not_double(x, kOp);
   Lists lists(plan, x);
   lists.add(x, {}, out, 1, restarts);
-  lists.place();
-  Scratch& scratch = *lists.scratch;
-  void* stream = stream_of(x);
-  Prologue prologue;
-  prologue.f16 = plan.f16;
-  prologue.planes = plan.planes;
-  const std::vector<Entry> packed = lists.packed();
-  check_launch(launch_largest(packed, Of::kSource, scratch.largest(), stream), kOp);
-  check_launch(launch_prologue(packed, prologue, scratch.largest(), scratch.buffers.packed,
-                               scratch.norms, stream),
-               kOp);
-  lists.iterate(Update(), stream);
+  lists.run(stream_of(x));
   return out;
 }
 
@@ -456,6 +464,15 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
 }
 
 }  // namespace
+
+void orthogonalise(const std::vector<at::Tensor>& list, at::ArrayRef<double> rows,
+                   at::ScalarType compute_dtype, const char* op) {
+  if (list.empty()) return;
+  const Plan plan(rows, "auto", compute_dtype, 0, "schatten8", 1, op);
+  Lists lists(plan, list[0]);
+  for (const at::Tensor& x : list) lists.add(x, {}, x, 1, {});
+  lists.run(stream_of(list[0]));
+}
 
 void register_newton_schulz(torch::Library& m) {
   m.impl("gram", &gram);

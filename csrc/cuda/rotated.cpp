@@ -28,7 +28,8 @@ int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
 
 int64_t elements_of(const Rotated& item) {
   int64_t each = item.param.size(-2) * item.param.size(-1);
-  each *= 1 + 2 * item.has_sides() + 2 * item.refresh;
+  each *= 1 + 2 * item.has_sides() + item.refresh;
+  if (item.squares.defined()) each += item.squares.size(-2) * item.squares.size(-1);
   for (const at::Tensor& factor : {item.left, item.right})
     if (factor.defined()) each += factor.size(-1) * factor.size(-1);
   return item.count * each + 7 * padded(1);
@@ -93,17 +94,15 @@ RotatedStep::RotatedStep(const RotatedLists& lists, const RotatedOptions& option
     item.param = lists.params[e];
     item.grad = lists.grads[e];
     item.moment = lists.exp_avgs[e];
-    if (lists.exp_avg_sqs[e].sizes() == item.param.sizes()) item.squares = lists.exp_avg_sqs[e];
+    if (options.squares == Squares::kMatrix) item.squares = lists.exp_avg_sqs[e];
+    if (options.squares == Squares::kLine) item.squares = lists.exp_avg_sqs[e].unsqueeze(-2);
     item.left = present(lists.lefts[e]);
     item.right = present(lists.rights[e]);
     item.left_basis = present(lists.left_bases[e]);
     item.right_basis = present(lists.right_bases[e]);
     item.refresh = lists.refresh[e] != 0 && item.has_sides();
-    bool together = true;
-    for (const at::Tensor& t : {item.param, item.grad, item.moment, item.squares, item.left,
-                                item.right, item.left_basis, item.right_basis})
-      together = together && has_common_stride(t);
-    if (together) {
+    if (common_strides({item.param, item.grad, item.moment, item.squares, item.left, item.right,
+                        item.left_basis, item.right_basis})) {
       items_.push_back(std::move(item));
     } else {
       for (Rotated& one : single_matrices(item)) items_.push_back(std::move(one));
@@ -177,6 +176,8 @@ void RotatedStep::number() {
     size_t end = i;
     while (end < items_.size() && items_[end].entry == entry) end++;
     const at::Tensor& steps = lists_.step_counts[entry];
+    const bool bounded =
+        options_.bounded && (items_[i].has_sides() || options_.squares != Squares::kNone);
     for (const bool idle : {false, true}) {
       const int64_t begin = matrices;
       for (size_t k = i; k < end; k++) {
@@ -188,11 +189,13 @@ void RotatedStep::number() {
         const bool whole = item.count == steps.numel();
         counters_.push_back(
             counter_of(whole ? steps : steps.view(-1)[item.index], item.number, item.count));
-        counters_.back().idle = idle;
+        if (idle) counters_.back().steps = nullptr;
+        counters_.back().bounded = bounded;
       }
       if (steps.numel() > 1 || matrices == begin) continue;
       counters_.push_back(counter_of(steps, begin, matrices - begin));
-      counters_.back().idle = idle;
+      if (idle) counters_.back().steps = nullptr;
+      counters_.back().bounded = bounded;
     }
     i = end;
   }
@@ -219,16 +222,16 @@ void RotatedStep::begin() {
     append(entries, item.grad, item.moment, item.param, 1, false);
     entries.back().first = item.number;
   }
-  check_launch(launch_largest(entries, Of::kBoth, largest(), stream_), op_);
+  const bool bounded = options_.bounded;
+  check_launch(launch_largest(entries, bounded ? Of::kSource : Of::kBoth, largest(), stream_), op_);
   Schedule schedule = options_.schedule;
   schedule.lr_type = type_of(lists_.lr.scalar_type());
   if (!lists_.lr.is_cpu())
     schedule.device_lr = lists_.lr.const_data_ptr();
   else
     schedule.lr = lists_.lr.item<double>();
-  check_launch(
-      launch_numbers(counters_, schedule, static_cast<Numbers*>(numbers_.data_ptr()), stream_),
-      op_);
+  check_launch(launch_numbers(counters_, schedule, numbers(), largest(), stream_), op_);
+  if (bounded) check_launch(launch_largest(entries, Of::kMomentum, largest(), stream_), op_);
   initialise();
 }
 
@@ -278,10 +281,9 @@ void RotatedStep::place(Rotated& item, const at::Tensor& slab, int64_t& offset) 
   item.direction = take(slab, offset, item.param);
   item.rotated = item.has_sides() ? take(slab, offset, item.param) : item.grad;
   item.update = item.has_sides() ? take(slab, offset, item.param) : item.direction;
-  if (item.refresh) {
-    item.new_moment = take(slab, offset, item.moment);
-    if (item.squares.defined()) item.new_squares = take(slab, offset, item.squares);
-  }
+  if (item.refresh) item.new_moment = take(slab, offset, item.moment);
+  if (item.squares.defined() && (item.refresh || options_.new_squares))
+    item.new_squares = take(slab, offset, item.squares);
   if (item.first) return;
   if (item.left.defined()) item.new_left = take(slab, offset, item.left);
   if (item.right.defined()) item.new_right = take(slab, offset, item.right);
@@ -307,14 +309,15 @@ bool RotatedStep::next_slice() {
     if (item.idle) continue;
     place(item, slab_, offset);
     Adapted a;
-    a.gradient = matrices_of(item.rotated);
-    a.moment = matrices_of(item.moment);
-    a.squares = matrices_of(item.squares);
-    a.new_moment = matrices_of(item.new_moment);
-    a.new_squares = matrices_of(item.new_squares);
-    a.direction = matrices_of(item.direction);
-    a.update = matrices_of(item.update);
-    a.param = matrices_of(item.param);
+    a.gradient = matrices_from(item.rotated, 0);
+    a.moment = matrices_from(item.moment, 0);
+    a.squares = matrices_from(item.squares, 0);
+    a.new_moment = matrices_from(item.new_moment, 0);
+    a.new_squares = matrices_from(item.new_squares, 0);
+    a.direction = matrices_from(item.direction, 0);
+    a.update = matrices_from(item.update, 0);
+    a.param = matrices_from(item.param, 0);
+    a.scale = options_.scales.empty() ? 1 : float(options_.scales[item.entry]);
     a.rows = item.param.size(-2);
     a.columns = item.param.size(-1);
     a.count = item.count;
@@ -322,6 +325,13 @@ bool RotatedStep::next_slice() {
     adapted_.push_back(a);
   }
   return true;
+}
+
+std::vector<at::Tensor> RotatedStep::directions() const {
+  std::vector<at::Tensor> list;
+  for (size_t i = begin_; i < end_; i++)
+    if (!items_[i].idle) list.push_back(items_[i].direction);
+  return list;
 }
 
 void RotatedStep::rotate() {
@@ -372,6 +382,11 @@ void RotatedStep::finish() {
   accumulate(factors, op_);
   check_kept(0);
   refresh();
+  for (size_t i = begin_; i < end_; i++)
+    if (options_.new_squares && !items_[i].refresh)
+      keep(items_[i].new_squares, items_[i].squares, items_[i]);
+  if (options_.new_squares)
+    for (Adapted& a : adapted_) a.squares = {};
 
   if (!adapted_.empty()) {
     const auto options = slab_.options();
@@ -387,10 +402,9 @@ void RotatedStep::finish() {
                              reinterpret_cast<uint32_t*>(arrived.data_ptr()), normalized, stream_),
           op_);
     }
-    check_launch(
-        launch_commit(adapted_, options_.adam, static_cast<const Numbers*>(numbers_.data_ptr()),
-                      normalized, nonfinite_, largest(), stream_),
-        op_);
+    check_launch(launch_commit(adapted_, options_.adam, numbers(), normalized, nonfinite_,
+                               largest(), stream_),
+                 op_);
   }
   check_launch(launch_copy(copies_, nonfinite_, largest(), stream_), op_);
 }

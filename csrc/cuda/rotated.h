@@ -25,7 +25,19 @@ struct RotatedLists {
   void check(const char* op) const;
 };
 
+// What exp_avg_sqs holds for every matrix.
+enum class Squares : int {
+  kNone,
+  kMatrix,
+  kLine,  // v_r and v_c
+};
+
 struct RotatedOptions {
+  Squares squares = Squares::kMatrix;
+  bool new_squares = false;  // the step's own passes leave V' in a workspace, checked
+  bool bounded =
+      false;  // gradients outside 2^±50 are refused where there is state of their squares
+  at::ArrayRef<double> scales;  // of the direction, one an entry; none: 1
   double shampoo_beta = 0;
   bool idle_first = false;       // a first call only sets factors and bases
   bool permute_squares = false;  // a refresh sorts columns, and the squares with them
@@ -61,10 +73,14 @@ class RotatedStep {
   void rotate();
   // The matrices of the slice that are updated, for the step's own passes from G' to the direction.
   const std::vector<Adapted>& adapted() const { return adapted_; }
+  std::vector<at::Tensor> directions() const;
+  int64_t matrices() const { return largest_.numel(); }
+  at::TensorOptions options() const { return items_[begin_].param.options(); }
   // Back out of the bases, factors, their refresh; state and parameters of what is not kept.
   void finish();
   void count();
 
+  Numbers* numbers() const { return static_cast<Numbers*>(numbers_.data_ptr()); }
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
   void* stream() const { return stream_; }
 

@@ -30,7 +30,7 @@ _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
 OPERATORS = (
     *("gram", "newton_schulz", "muon_step_", "kron_factors_update_", "kron_precondition"),
-    *("inverse_root", "eigenbasis", "refresh_eigenbasis", "soap_step_"),
+    *("inverse_root", "eigenbasis", "refresh_eigenbasis", "soap_step_", "deva_step_"),
 )
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -145,13 +145,13 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         if matrix.dtype == torch.float32 and min(matrix.shape[-2:]) < LEAST_ROWS_FP32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
         return None
-    for tensor in () if op in _ANY_SIZE else tensors:
+    if op in _ANY_SIZE or options.get("norm") == "linf":
+        return None
+    for tensor in tensors:
         side = min(tensor.shape[-2:])
         if side > MOST_ROWS:
             if op == "inverse_root":
                 return f"{side} rows do not fit on chip (at most {MOST_ROWS})"
-            if options.get("norm") == "schatten8":
-                return f"norm 'schatten8' is served up to {MOST_ROWS} rows, not {side}"
             continue
         if side < LEAST_ROWS_FP32 and options.get("compute_dtype") == torch.float32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
@@ -159,12 +159,11 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         needed = shared_memory(side)
         if op == "inverse_root":  # may end in an eigendecomposition
             needed = max(jacobi_shared_memory(side), root_shared_memory(side))
-        alone = op == "inverse_root" or options.get("norm") == "schatten8"
-        if needed > limit and alone:  # else products serve it
+        if needed > limit and op == "inverse_root":  # else products serve it
             return f"{side} rows take {needed} bytes of shared memory, of {limit}"
-    if "rows" in options:
+    if "rows" in options and options["norm"] != "linf":
         rows = tuple(tuple(row) for row in options["rows"])
-        if not _rows_fit(rows, float(options["norm_factor"])):
+        if not _rows_fit(rows, float(options.get("norm_factor", 1.0))):
             return "with these coefficients the numbers outgrow fp16"
     return None
 
