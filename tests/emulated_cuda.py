@@ -79,7 +79,8 @@ def library() -> ctypes.CDLL:
     headers.append(Path(__file__))
     bindings = [*CUDA.glob("*.cpp"), EMULATION / "bind.cpp"]
     bindings += [
-        ROOT / "csrc" / name for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
+        ROOT / "csrc" / name
+        for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
     ]
     sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
     built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources])}.so"

@@ -58,8 +58,8 @@ DEVICE double total_of(const double* shares, int64_t parts, double* warps) {
 
 // Leaves this block's share of a matrix's sum, and has the whole in the last block to arrive.
 template <int kThreads>
-DEVICE bool last_total(double share, double* shares, int64_t part, int64_t parts,
-                       uint32_t* arrived, double* warps, double& total) {
+DEVICE bool last_total(double share, double* shares, int64_t part, int64_t parts, uint32_t* arrived,
+                       double* warps, double& total) {
   if (threadIdx.x == 0) shares[part] = share;
   if (!last_to_arrive(arrived, parts, reinterpret_cast<int*>(warps + kThreads / 32))) return false;
   total = total_of<kThreads>(shares, parts, warps);
