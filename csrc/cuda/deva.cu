@@ -60,7 +60,7 @@ DEVICE void see(uint32_t most, uint32_t* warps, uint32_t* largest) {
 
 constexpr size_t kTileBytes = kWarps * kAcross * 2 * sizeof(double);
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     moments_kernel(const __grid_constant__ TableOf<Varied> table, const Deva deva,
                    const DevaBuffers buffers) {
   DYNAMIC_SHARED(double, columns);
@@ -134,7 +134,7 @@ DEVICE void add_tiles(const Tiles& t, const double* sums, bool is_slow, int64_t 
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     energies_kernel(const __grid_constant__ TableOf<Varied> table, const Deva deva,
                     const DevaBuffers buffers) {
   DYNAMIC_SHARED(double, warps);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
   eps[0] = eps[1] = float(deva.adam.eps * mean / numbers.v_bias);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     adaptation_kernel(const __grid_constant__ TableOf<Varied> table, const Deva deva,
                       const DevaBuffers buffers) {
   DYNAMIC_SHARED(uint32_t, warps);
@@ -252,7 +252,7 @@ DEVICE Elementwise elementwise(const Adapted& e, const Deva& deva, const Numbers
   return x;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     mean_kernel(const __grid_constant__ TableOf<Varied> table, const Deva deva,
                 const DevaBuffers buffers) {
   DYNAMIC_SHARED(double, warps);
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
         float(deva.adam.eps * total / (double(e.rows) * double(e.columns)) / numbers.v_bias);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     signs_kernel(const __grid_constant__ TableOf<Varied> table, const Deva deva,
                  const DevaBuffers buffers) {
   DYNAMIC_SHARED(uint32_t, warps);
@@ -297,11 +297,11 @@ __global__ void __launch_bounds__(kThreads)
   see(most, warps, buffers.largest + matrix);
 }
 
-template <class Kernel, class Parts>
-int launch(Kernel kernel, size_t bytes, const std::vector<Varied>& entries, Parts parts,
-           const Deva& deva, const DevaBuffers& buffers, void* stream) {
+template <auto kKernel, class Parts>
+int launch(size_t bytes, const std::vector<Varied>& entries, Parts parts, const Deva& deva,
+           const DevaBuffers& buffers, void* stream) {
   return for_each_table(entries, parts, [&](const TableOf<Varied>& table, unsigned blocks) {
-    LAUNCH(kernel, dim3(blocks), dim3(kThreads), bytes, stream, table, deva, buffers);
+    LAUNCH(kKernel, dim3(blocks), dim3(kThreads), bytes, stream, table, deva, buffers);
     return launched();
   });
 }
@@ -324,31 +324,31 @@ DevaSizes place_varied(std::vector<Varied>& entries) {
 
 int launch_moments(const std::vector<Varied>& entries, const Deva& deva, const DevaBuffers& buffers,
                    void* stream) {
-  return launch(moments_kernel, kTileBytes + 2 * kWarps * sizeof(double), entries, tile_parts, deva,
-                buffers, stream);
+  return launch<moments_kernel>(kTileBytes + 2 * kWarps * sizeof(double), entries, tile_parts, deva,
+                                buffers, stream);
 }
 
 int launch_energies(const std::vector<Varied>& entries, const Deva& deva,
                     const DevaBuffers& buffers, void* stream) {
-  return launch(energies_kernel, 5 * kWarps * sizeof(double), entries, line_parts, deva, buffers,
-                stream);
+  return launch<energies_kernel>(5 * kWarps * sizeof(double), entries, line_parts, deva, buffers,
+                                 stream);
 }
 
 int launch_adaptation(const std::vector<Varied>& entries, const Deva& deva,
                       const DevaBuffers& buffers, void* stream) {
-  return launch(adaptation_kernel, kWarps * sizeof(uint32_t), entries, element_parts, deva, buffers,
-                stream);
+  return launch<adaptation_kernel>(kWarps * sizeof(uint32_t), entries, element_parts, deva, buffers,
+                                   stream);
 }
 
 int launch_mean(const std::vector<Varied>& entries, const Deva& deva, const DevaBuffers& buffers,
                 void* stream) {
-  return launch(mean_kernel, kReduceBytes<kThreads>, entries, element_parts, deva, buffers, stream);
+  return launch<mean_kernel>(kReduceBytes<kThreads>, entries, element_parts, deva, buffers, stream);
 }
 
 int launch_signs(const std::vector<Varied>& entries, const Deva& deva, const DevaBuffers& buffers,
                  void* stream) {
-  return launch(signs_kernel, kWarps * sizeof(uint32_t), entries, element_parts, deva, buffers,
-                stream);
+  return launch<signs_kernel>(kWarps * sizeof(uint32_t), entries, element_parts, deva, buffers,
+                              stream);
 }
 
 }  // namespace spectral_kernels::cuda
