@@ -14,7 +14,7 @@ HOST_DEVICE int64_t copy_parts(const Entry& e) { return parts_of(e.rows, e.colum
 DEVICE float new_square(const Adapted& e, const Adam& adam, float g, int64_t matrix, int64_t row,
                         int64_t column) {
   const float v = read(e.squares, index(e.squares, matrix, row, column));
-  return adam.beta2 * v + (1 - adam.beta2) * (g * g);
+  return averaged(adam.second, v, g * g);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -24,7 +24,8 @@ struct Adapted {
 };
 
 struct Adam {
-  float beta1 = 0, beta2 = 0, eps = 0;
+  Average first, second;  // moments
+  float eps = 0;
   bool maximize = false;
 };
 

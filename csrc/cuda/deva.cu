@@ -44,7 +44,7 @@ HOST_DEVICE int64_t element_parts(const Varied& e) { return adapt_parts(e); }
 DEVICE float sign_of(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; }
 
 DEVICE float mixed(const Deva& deva, float m, float g) {
-  return deva.nesterov ? deva.adam.beta1 * m + (1 - deva.adam.beta1) * g : m;
+  return deva.nesterov ? averaged(deva.adam.first, m, g) : m;
 }
 
 // sqrt(e / v) with its eps from sqrt(e).
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float seen;
     if (low) {
       const float old = read(e.squares, index(e.squares, at.matrix, 0, line));
-      const float v = deva.adam.beta2 * old + (1 - deva.adam.beta2) * float(energy[1]);
+      const float v = averaged(deva.adam.second, old, float(energy[1]));
       write_at(e.new_squares, at.matrix, 0, line, v);
       most = size_bits(v);
       seen = float(double(v) / numbers.v_bias);
@@ -194,9 +194,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const double old = total_of<kThreads>(sums + t.of_fast() + t.of_slow(), t.down * t.across, warps);
   if (threadIdx.x != 0) return;
-  const double beta2 = double(deva.adam.beta2);
-  const double mean =
-      (beta2 * old + (1 - beta2) * all_rows * all_columns) / (double(e.rows) * double(e.columns));
+  const Average& second = deva.adam.second;
+  const double mean = (double(second.old) * old + double(second.fresh) * all_rows * all_columns) /
+                      (double(e.rows) * double(e.columns));
   eps[0] = eps[1] = float(deva.adam.eps * mean / numbers.v_bias);
 }
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (deva.variance != Variance::kNone) {
       const float old = read(e.squares, index(e.squares, at.matrix, i, j));
       const float seen = lines[i].seen * of_columns[j].seen;
-      const float v = deva.adam.beta2 * old + (1 - deva.adam.beta2) * seen;
+      const float v = averaged(deva.adam.second, old, seen);
       write_at(e.new_squares, at.matrix, i, j, v);
       most = larger(most, size_bits(v));
       // One root of the product: two would not scale exactly with an odd power of two.
@@ -248,7 +248,7 @@ DEVICE Elementwise elementwise(const Adapted& e, const Deva& deva, const Numbers
   const float seen = deva.variance == Variance::kMomentum ? unbiased : x.g;
   x.top = fabsf(deva.variance == Variance::kInstant ? x.g : unbiased);
   const float old = read(e.squares, index(e.squares, matrix, row, column));
-  x.v = deva.adam.beta2 * old + (1 - deva.adam.beta2) * (seen * seen);
+  x.v = averaged(deva.adam.second, old, seen * seen);
   return x;
 }
 

@@ -9,7 +9,7 @@
 namespace spectral_kernels::cuda {
 
 struct Deva {
-  Adam adam;  // beta1, beta2, eps, maximize
+  Adam adam;
   Variance variance = Variance::kMomentum;
   bool nesterov = false, sign = false;
   bool relative = false, outside = false;  // places of eps; neither: inside the root

@@ -54,7 +54,7 @@ DEVICE float gradient_of(const Adapted& e, const Adam& adam, int64_t matrix, int
 DEVICE float new_moment(const Adapted& e, const Adam& adam, float g, int64_t matrix, int64_t row,
                         int64_t column) {
   const float m = read(e.moment, index(e.moment, matrix, row, column));
-  return adam.beta1 * m + (1 - adam.beta1) * g;
+  return averaged(adam.first, m, g);
 }
 
 }  // namespace spectral_kernels::cuda

@@ -39,6 +39,14 @@ struct Entry {
   bool direct = false;  // products read the 16-bit source in place: nothing is packed
 };
 
+// Weights of y <- beta y + (1 - beta) x. 1 - beta is taken before beta is rounded: in fp32 it would
+// be wrong by the rounding of beta, which is some ten times that of its own.
+struct Average {
+  float old = 0, fresh = 1;
+  Average() = default;
+  explicit Average(double beta) : old(float(beta)), fresh(float(1 - beta)) {}
+};
+
 // The largest |element| of a matrix, as the bits of a float, which order as the numbers do.
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 // In its place: a matrix that is skipped whatever becomes of non-finite ones.

@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool usable = finite(most);
   const bool keep = !usable && options.nonfinite == NonFinite::kSkip;
   const PowerOfTwo scaled(pack_shift(most, options.f16));
-  const float beta = options.momentum, rest = 1 - beta;
   const Matrices &source = e.source, &momentum = e.momentum;
   const int64_t from = at.matrix * source.batch + row * source.row;
   const int64_t into = at.matrix * momentum.batch + row * momentum.row;
@@ -151,9 +150,9 @@ __global__ void __launch_bounds__(kThreads)
       float value = g;
       if (momentum.data != nullptr) {
         const int64_t place_of_m = into + j * momentum.column;
-        const float m = beta * read(momentum, place_of_m) + rest * g;
+        const float m = averaged(options.momentum, read(momentum, place_of_m), g);
         write(momentum, place_of_m, m);
-        value = options.nesterov ? rest * g + beta * m : m;
+        value = options.nesterov ? averaged(options.momentum, m, g) : m;
       }
       x[i] = usable ? scaled(value) : 0.f;
       squares += x[i] * x[i];

@@ -17,7 +17,7 @@ int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, 
 
 struct Prologue {
   bool nesterov = false, maximize = false;
-  float momentum = 0;
+  Average momentum;
   NonFinite nonfinite = NonFinite::kPropagate;
   bool f16 = false;  // packed as fp16, otherwise bf16
   int planes = 1;    // 2: high and low fp16 halves of fp32

@@ -82,7 +82,7 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
     check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases}, grads);
   else
     check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
-  deva.adam = {float(beta1), float(beta2), float(eps), maximize};
+  deva.adam = {Average(beta1), Average(beta2), float(eps), maximize};
   deva.nesterov = nesterov;
   deva.sign = sign;
   deva.relative = eps_mode == "relative";

@@ -78,7 +78,7 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   options.idle_first = skip_first;
   options.permute_squares = permute_squares;
   options.normalize = normalize_grads;
-  options.adam = {float(beta1), float(beta2), float(eps), maximize};
+  options.adam = {Average(beta1), Average(beta2), float(eps), maximize};
   options.schedule.beta1 = beta1;
   options.schedule.beta2 = beta2;
   options.schedule.weight_decay = weight_decay;

@@ -432,7 +432,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
   Prologue prologue;
   prologue.nesterov = nesterov;
   prologue.maximize = maximize;
-  prologue.momentum = float(momentum);
+  prologue.momentum = Average(momentum);
   prologue.nonfinite = policy == "skip" ? NonFinite::kSkip : NonFinite::kPropagate;
   prologue.f16 = plan.f16;
   prologue.planes = plan.planes;

@@ -107,6 +107,8 @@ DEVICE void write(const Matrices& m, int64_t at, float value) {
   }
 }
 
+DEVICE float averaged(const Average& by, float y, float x) { return by.old * y + by.fresh * x; }
+
 DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 DEVICE bool finite(uint32_t largest) { return largest < kInfinityBits; }
 
