@@ -62,7 +62,7 @@ def test_error_rule_of_factors(shape, dtype):
         assert same_bits(new, new.mT)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (7, 3), (66, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (7, 3), (66, 100)], ids=str)
 def test_integers_give_the_exact_factors(shape):
     m, n = shape
     grad = integers(2, m, n)
@@ -271,15 +271,15 @@ def test_batch_mates_do_not_change_a_bit():
 
 
 def test_slices_and_orders_do_not_change_a_bit():
-    expected = results(5)
+    expected = results(3)
     for order in (1, 3):
         with arranged(order):
-            assert same_bits(results(5), expected)
+            assert same_bits(results(3), expected)
     limit = emulated_cuda.library().limit_workspace
     try:
-        for most in (1, 200_000):  # one matrix at a time, or two
+        for most in (1, 120_000):  # one matrix at a time, or two
             limit(ctypes.c_int64(most))
-            assert same_bits(results(5), expected)
+            assert same_bits(results(3), expected)
     finally:
         limit(ctypes.c_int64(1 << 28))
 
