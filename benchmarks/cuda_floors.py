@@ -179,6 +179,8 @@ BLOCKS = {
     "product_kernel<64, 2, 1, 0>": (4, 65552),
     "product_kernel<128, 1, 0, 0>": (8, 65552),
     "product_kernel<128, 2, 1, 0>": (8, 98320),
+    "exact_kernel<64>": (4, 32784),
+    "exact_kernel<128>": (8, 65552),
     "product_kernel<64, 2, 1, 1>": (4, 65552),
     "product_kernel<128, 2, 1, 1>": (8, 98320),
 }

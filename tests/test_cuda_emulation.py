@@ -95,6 +95,7 @@ def factors():
     library = torch.ops.spectral_kernels_emulated
     options = {"beta": 0.5, "weight": 0.5, "left_root": absent, "right_root": absent}
     library.kron_factors_update_(left, right, grad, skipped, **options)
+    library.kron_factors_update_(left, absent, grad.bfloat16(), skipped, **options)
     return [left, right, skipped, library.kron_precondition(grad, left, right)]
 
 

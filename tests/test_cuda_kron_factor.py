@@ -62,10 +62,19 @@ def test_error_rule_of_factors(shape, dtype):
         assert same_bits(new, new.mT)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_long_sums_keep_the_accuracy_of_fp32(dtype):
+    grad, left = gaussian(16, 8000, dtype=dtype), torch.zeros(16, 16)
+    with arranged(truncation=True):
+        new, _, _ = updated(left, None, grad, 0.0, weight=1.0)
+    assert_rule(new, plain(left, grad, 0.0, 1.0), oracle(left, grad, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (7, 3), (66, 100)], ids=str)
-def test_integers_give_the_exact_factors(shape):
+def test_integers_give_the_exact_factors(shape, dtype):
     m, n = shape
-    grad = integers(2, m, n)
+    grad = integers(2, m, n, dtype=dtype)
     left, right = torch.eye(m).repeat(2, 1, 1), torch.eye(n).repeat(2, 1, 1)
     wide = grad.double()
     for beta, weight in ((1.0, 1.0), (0.5, 0.25), (0.0, 2.0), (0.75, 0.0)):

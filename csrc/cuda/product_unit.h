@@ -21,8 +21,8 @@ struct Stages {
 };
 
 // D, or a part of its sum, of one unit by the kTile * 2 threads of a block. `shared` has room for
-// the stages and a word behind them.
-template <int kTile, int kPlanes, bool kF16, bool kWideB>
+// the stages and a word behind them. kFull: the sums have fp32 accuracy.
+template <int kTile, int kPlanes, bool kF16, bool kWideB, bool kFull = kPlanes == 2>
 DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffers& buffers,
                           char* shared) {
   using Memory = Stages<kTile, kPlanes>;
@@ -95,7 +95,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
   };
 
   const int warp_row = warp / kAcross * (kTile / 2), warp_column = warp % kAcross * 32;
-  float acc[kI][kJ][4] = {}, total[kPlanes == 2 ? kI : 1][kJ][4] = {};
+  float acc[kI][kJ][4] = {}, total[kFull ? kI : 1][kJ][4] = {};
   for (int i = 0; i < Memory::kCount - 1; i++) fetch(i);
   for (int step = 0; step < count; step++) {
     copy_async_wait<Memory::kCount - 2>();
@@ -139,20 +139,20 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
       }
     }
     // Tensor cores truncate; their sums stay short where fp32 accuracy is promised.
-    if (kPlanes == 2 && (step % kPromoted == kPromoted - 1 || step + 1 == count))
+    if (kFull && (step % kPromoted == kPromoted - 1 || step + 1 == count))
 #pragma unroll
       for (int i = 0; i < kI; i++)
 #pragma unroll
         for (int j = 0; j < kJ; j++)
 #pragma unroll
           for (int k = 0; k < 4; k++) {
-            total[kPlanes == 2 ? i : 0][j][k] += acc[i][j][k];
+            total[kFull ? i : 0][j][k] += acc[i][j][k];
             acc[i][j][k] = 0;
           }
   }
   copy_async_wait<0>();
   __syncthreads();
-  auto& sum = kPlanes == 2 ? reinterpret_cast<float (&)[kI][kJ][4]>(total) : acc;
+  auto& sum = kFull ? reinterpret_cast<float (&)[kI][kJ][4]>(total) : acc;
 
 #pragma unroll
   for (int i = 0; i < kI; i++)

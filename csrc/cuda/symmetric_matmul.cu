@@ -21,6 +21,16 @@ __global__ void __launch_bounds__(kTile * 2, kPlanes == 1 ? 2 : 1)
                                               buffers, shared);
 }
 
+// X Xᵀ of one plane of fp16, in fp32 accuracy.
+template <int kTile>
+__global__ void __launch_bounds__(kTile * 2, 1)
+    exact_kernel(const __grid_constant__ Table table, const Product p,
+                 const ProductBuffers buffers) {
+  DYNAMIC_SHARED(char, shared);
+  multiply_unit<kTile, 1, true, false, true>(unit_of(table, blockIdx.x, p.shape, kTile), p, buffers,
+                                             shared);
+}
+
 constexpr int kGuardThreads = 256;
 
 // One block a matrix. A diagonal may also have overflowed, so X has the last word.
@@ -103,11 +113,10 @@ double list_clocks(const std::vector<Entry>& entries, int planes, int square_pla
   return sum;
 }
 
-template <int kTile, int kPlanes, bool kF16, bool kWideB>
+template <auto kernel, int kTile>
 int launch(const std::vector<Entry>& entries, const Product& product, const ProductBuffers& buffers,
            void* stream) {
-  constexpr auto kernel = product_kernel<kTile, kPlanes, kF16, kWideB>;
-  const size_t bytes = size_t(product_shared_bytes(kPlanes, kTile));
+  const size_t bytes = size_t(product_shared_bytes(product.format.planes, kTile));
   if (const int error = allow_shared(kernel, bytes); error != 0) return error;
   return for_each_table(
       entries,
@@ -124,9 +133,11 @@ template <int kTile, bool kWideB>
 int launch_format(const std::vector<Entry>& entries, const Product& product,
                   const ProductBuffers& buffers, void* stream) {
   if (product.format.planes == 2)
-    return launch<kTile, 2, true, kWideB>(entries, product, buffers, stream);
-  if (product.format.f16) return launch<kTile, 1, true, kWideB>(entries, product, buffers, stream);
-  return launch<kTile, 1, false, kWideB>(entries, product, buffers, stream);
+    return launch<product_kernel<kTile, 2, true, kWideB>, kTile>(entries, product, buffers, stream);
+  if (product.exact) return launch<exact_kernel<kTile>, kTile>(entries, product, buffers, stream);
+  if (product.format.f16)
+    return launch<product_kernel<kTile, 1, true, kWideB>, kTile>(entries, product, buffers, stream);
+  return launch<product_kernel<kTile, 1, false, kWideB>, kTile>(entries, product, buffers, stream);
 }
 
 // Places for square matrices, and for parts of tiles where `divided(entry)`.

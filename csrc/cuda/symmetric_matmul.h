@@ -32,6 +32,7 @@ struct Product {
   float alpha = 1, beta = 0, gamma = 0;
   const float* factor = nullptr;  // one a matrix; null: 1
   int power = 1;
+  bool exact = false;     // X Xᵀ of one plane of fp16 has the accuracy of fp32, as two planes have
   bool lower_ab = false;  // of A and B only the tiles of the lower triangle are stored
   bool lower_d = false;   // and of D
   int unshift = 0;     // how often a target is freed from the power of two that X was packed with

@@ -76,21 +76,21 @@ void in_slices(const std::vector<Item>& items, Bytes bytes, Go go) {
   if (!slice.empty()) go(slice);
 }
 
-// Places X row by row in two planes; returns the elements of the workspace.
-int64_t place_packed(std::vector<Entry>& entries) {
+// Places X row by row; returns the elements of the workspace.
+int64_t place_packed(std::vector<Entry>& entries, int planes) {
   int64_t packed = 0;
   for (Entry& e : entries) {
     e.line = padded(e.columns);
     e.plane = packed;
-    packed += e.count * e.rows * e.line * 2;
+    packed += e.count * e.rows * e.line * planes;
   }
   return packed;
 }
 
-Prologue two_planes() {
+Prologue packing(int planes) {
   Prologue prologue;
   prologue.f16 = true;
-  prologue.planes = 2;
+  prologue.planes = planes;
   return prologue;
 }
 
@@ -111,7 +111,7 @@ struct Stage {
   std::vector<Entry> products, sides;
 
   void run(Product product, uint32_t* largest, const at::Tensor& like, const char* op) {
-    const int64_t packed = place_packed(products);
+    const int64_t packed = place_packed(products, 2);
     const Tiling tiling =
         place_products(products, 2, 2, multiprocessors_of_kind(device_number(like)));
     std::vector<Entry> operands = products;
@@ -124,7 +124,7 @@ struct Stage {
         at::empty({packed + tiling.squares}, like.options().dtype(at::kShort));
     uint16_t* const x = reinterpret_cast<uint16_t*>(workspace.data_ptr());
     void* stream = stream_of(like);
-    check_launch(launch_prologue(operands, two_planes(), largest, x, {}, stream), op);
+    check_launch(launch_prologue(operands, packing(2), largest, x, {}, stream), op);
     product.shape = Shape::kWide;
     product.format = {2, true};
     product.a = x + packed;
@@ -248,14 +248,21 @@ Accumulation::Accumulation(const std::vector<Accumulate>& list, const char* op) 
 }
 
 void Accumulation::run(NonFinite nonfinite) const {
+  std::vector<Entry> halves, full;  // a number of 16 bits is one of fp16, but for its exponent
+  for (const Entry& e : entries) (e.source.type == Type::kF32 ? full : halves).push_back(e);
+  run(halves, 1, nonfinite);
+  run(full, 2, nonfinite);
+}
+
+void Accumulation::run(const std::vector<Entry>& list, int planes, NonFinite nonfinite) const {
   // Beside the packed matrix at most 4 parts of every tile.
   const auto bytes = [](const Entry& e) {
     return e.rows * (padded(e.columns) * 4 + padded(e.rows) * 8);
   };
-  in_slices(entries, bytes, [&](std::vector<Entry> slice) {
-    const int64_t packed = place_packed(slice);
+  in_slices(list, bytes, [&](std::vector<Entry> slice) {
+    const int64_t packed = place_packed(slice, planes);
     const Tiling tiling =
-        place_products(slice, 2, 2, multiprocessors_of_kind(device_number(largest)));
+        place_products(slice, planes, planes, multiprocessors_of_kind(device_number(largest)));
     const at::Tensor workspace = at::empty({packed}, largest.options().dtype(at::kShort));
     const at::Tensor parts = at::empty({tiling.parts}, largest.options().dtype(at::kFloat));
     const at::Tensor arrived = at::zeros({tiling.tiles}, largest.options());
@@ -263,17 +270,20 @@ void Accumulation::run(NonFinite nonfinite) const {
     for (Entry& e : sources) e.momentum = {};
     uint16_t* const x = reinterpret_cast<uint16_t*>(workspace.data_ptr());
     void* stream = stream_of(largest);
-    check_launch(launch_prologue(sources, two_planes(), largest_bits(), x, {}, stream), op_);
+    check_launch(launch_prologue(sources, packing(planes), largest_bits(), x, {}, stream), op_);
     Product product;
     product.shape = Shape::kGram;
-    product.format = {2, true};
+    product.format = {planes, true};
+    product.exact = true;
     product.a = product.b = x;
     product.unshift = 2;
     product.x_f16 = true;
     product.update.add = true;
     product.update.nonfinite = nonfinite;
-    const ProductBuffers buffers{parts.data_ptr<float>(),
-                                 reinterpret_cast<uint32_t*>(arrived.data_ptr()), largest_bits()};
+    ProductBuffers buffers;
+    buffers.parts = parts.data_ptr<float>();
+    buffers.arrived = reinterpret_cast<uint32_t*>(arrived.data_ptr());
+    buffers.largest = largest_bits();
     check_launch(launch_product(slice, product, tiling.tile, buffers, stream), op_);
   });
 }

@@ -1,5 +1,6 @@
 // Products in full precision of lists of matrices of any shape and strides: what rotations,
-// preconditioning and Kronecker factors are made of. Operands are held as two planes of fp16.
+// preconditioning and Kronecker factors are made of. Operands are held in fp16, those in fp32 as
+// two planes: what is 2^-37 of a matrix's largest element and less is lost.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,6 +42,8 @@ class Accumulation {
   at::Tensor largest;          // bits of max |x|, one a matrix
 
  private:
+  void run(const std::vector<Entry>& list, int planes, NonFinite nonfinite) const;
+
   const char* op_;
 };
 
