@@ -154,6 +154,25 @@ def symmetric_product(rows: int, columns: int) -> list[Floor]:
     ]
 
 
+# From one product of a chain to the next: to drain and fill the device, or a fence and a counter.
+LAUNCH_SECONDS, QUEUE_SECONDS = 3e-6, 1e-6
+
+
+def products_in_turn(count: int, rows: int, columns: int, gram: bool) -> list[float]:
+    """Clocks of the products of five steps on a bf16 batch, in the Gram or the standard form."""
+    x, square = count * rows * rows * columns, count * rows**3 / 2
+    first, last = dense_clocks(x / 2), dense_clocks(x)
+    if gram:  # square matrices in two fp16 planes
+        return [first, *[3 * dense_clocks(square)] * 17, last]
+    return [first, dense_clocks(square), last] * 5
+
+
+CHAINS = {
+    "24 x (256 x 1536) bf16, Gram form": products_in_turn(24, 256, 1536, True),
+    "12 x (768 x 768) bf16": products_in_turn(12, 768, 768, False),
+    "768 x 768 bf16": products_in_turn(1, 768, 768, False),
+}
+
 GPT_124M = ((12, 768, 2304), (12, 768, 768), (24, 768, 3072))
 WORKLOADS = {
     "newton_schulz, 64 x (128 x 7168) bf16, 5 steps": newton_schulz_onchip(64, 128, 7168, 5),
@@ -175,6 +194,10 @@ BLOCKS = {
     "steps_kernel<1>": (1, _cuda.shared_memory(16)),
     "root_kernel<8>": (8, _cuda.root_shared_memory(128)),
     "eigenbasis_kernel<128>": (16, _cuda.jacobi_shared_memory(128)),
+    "queue_kernel<64, 1, 0, 1>": (4, 32784),
+    "queue_kernel<64, 1, 0, 2>": (4, 65552),
+    "queue_kernel<128, 1, 0, 1>": (8, 65552),
+    "queue_kernel<128, 1, 0, 2>": (8, 98320),
     "product_kernel<64, 1, 0, 0>": (4, 32784),
     "product_kernel<64, 2, 1, 0>": (4, 65552),
     "product_kernel<128, 1, 0, 0>": (8, 65552),
@@ -208,6 +231,19 @@ def markdown(kernels: Sequence[dict[str, object]]) -> str:
             lines.append(f"| {name} | {floor.kernel} | {cells} |")
         total = sum(floor.microseconds for floor in floors if not floor.kernel.startswith("("))
         lines.append(f"| {name} | **all** | | | **{total:.0f}** |")
+    lines += [
+        "",
+        "Products that follow one another: mma.sync clocks alone, with 3 µs for every launch",
+        "after another, and with 1 µs for every product in the launch of queue_kernel.",
+        "",
+        "| newton_schulz, 5 steps | products | clocks, µs | launches, µs | one launch, µs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, clocks in CHAINS.items():
+        work, count = sum(clocks) / CLOCK, len(clocks)
+        times = (work, work + count * LAUNCH_SECONDS, work + count * QUEUE_SECONDS)
+        cells = " | ".join(f"{1e6 * seconds:.0f}" for seconds in times)
+        lines.append(f"| {name} | {count} | {cells} |")
     lines += ["", "| kernel | registers | bytes shared | blocks at a time |", "|---|---|---|---|"]
     of_sm90 = {row["kernel"]: row for row in kernels if row["architecture"] == "sm_90a"}
     for name, (warps, shared) in BLOCKS.items():

@@ -416,6 +416,18 @@ def _other_products(x: Tensor, run: Callable[[], Any]) -> dict[str, Callable[[],
     return {"cuda, wgmma": _switched(lambda on: module.cuda_prefer_wgmma(bool(on)), run)}
 
 
+def _paths(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """All CUDA C++ products of an iteration in one launch, and in one each: with the same bits."""
+    module = _extension.MODULE
+    if _cuda.unavailable() is not None:
+        return {}
+    one = _switched(module.cuda_prefer_queue, run)
+    each = _switched(lambda on: module.cuda_prefer_queue(None if on is None else False), run)
+    if not torch.equal(one(), each()):
+        raise RuntimeError("one launch for all products has not the bits of one launch each")
+    return {"cuda, one launch": one, "cuda, a launch a product": each}
+
+
 def newton_schulz(session: Session) -> list[dict[str, Any]]:
     """Against both forms in torch, eager and compiled, torch.optim.Muon's function and peers."""
     from torch.optim._muon import _zeropower_via_newtonschulz
@@ -431,7 +443,7 @@ def newton_schulz(session: Session) -> list[dict[str, Any]]:
             for name in _backends("newton_schulz", x)
         }
         if min(shape[-2:]) > _cuda.MOST_ROWS and "cuda" in calls:
-            calls |= _other_products(x, calls["cuda"])
+            calls |= _other_products(x, calls["cuda"]) | _paths(calls["cuda"])
         calls["torch"] = _bound(standard, x, _MUON)
         if not session.rehearsing:
             calls["torch.compile"] = _bound(compiled, x, _MUON)

@@ -120,14 +120,21 @@ def arrange(
     shared: int = 227 * 1024,
     residents: int = 1,
     queue: bool | None = None,
+    multiprocessors: int = 132,
 ) -> None:
     """The order of blocks, warps and lanes of later launches, the rounding of mma, a barrier, as
     "file:line", that does nothing, the bytes of shared memory that a block may have, how many
-    blocks are at work at a time, and whether products of a list are one launch, or as the model
-    says."""
+    blocks are at work at a time, whether products of a list are one launch, or as the model says,
+    and for how many multiprocessors."""
     wish = -1 if queue is None else int(queue)
     library().set_emulation(
-        order, int(truncation), left_out.encode(), ctypes.c_int64(shared), residents, wish
+        order,
+        int(truncation),
+        left_out.encode(),
+        ctypes.c_int64(shared),
+        residents,
+        wish,
+        multiprocessors,
     )
 
 

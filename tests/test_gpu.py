@@ -94,6 +94,29 @@ def test_large_products_of_cuda_obey_the_error_rule(shape, dtype, products):
     assert error(ours.cpu(), expected) <= 2.0 * theirs + 4.0 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=named)
+@pytest.mark.parametrize("shape", [(200, 300), (150, 900), (24, 256, 1536), (12, 768, 768)])
+def test_one_launch_for_all_products_has_the_bits_of_many(shape, dtype):
+    x = gaussian(*shape, dtype=dtype).cuda()
+    needs("cuda", "newton_schulz", x)
+    prefer = _extension.MODULE.cuda_prefer_queue
+    try:
+        prefer(False)
+        expected = sk.newton_schulz(x, backend="cuda")
+        prefer(True)
+        for _ in range(20):
+            assert same_bits(sk.newton_schulz(x, backend="cuda"), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = sk.newton_schulz(x, backend="cuda")
+        for _ in range(3):
+            result.zero_()
+            graph.replay()
+            assert same_bits(result, expected)
+    finally:
+        prefer(None)
+
+
 @pytest.mark.parametrize("dtype", FLOATS[2:], ids=named)
 @pytest.mark.parametrize("shape", [(200, 320), (2048, 2048), (3, 257, 1000), (768, 4096)])
 def test_large_gram_of_cuda_obeys_the_error_rule(shape, dtype, products):

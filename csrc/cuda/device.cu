@@ -35,7 +35,7 @@ bool queue_preferred(bool by_model) { return queue_wish.load().value_or(by_model
 #ifdef CUDA_EMULATION
 const char* error_text(int) { return "emulated launch failed"; }
 int64_t shared_memory_limit(int) { return emulation::shared_limit; }
-int multiprocessors_of_kind(int) { return 132; }
+int multiprocessors_of_kind(int) { return emulation::multiprocessors; }
 int wgmma_multiprocessors(int) { return 0; }
 #else
 const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }

@@ -4,7 +4,10 @@ A matrix whose short side is at most 128 stays on chip for the whole iteration, 
 nothing else can: three launches a list against some 15 dependent ones. The limit is that of one
 block's shared memory (3 matrices of 41 KB each); processors with less than 123 KB (sm_86, 89, 120)
 take up to 96 rows. Everything larger is a sequence of grouped products by mma.sync, which is
-preferred only where `THRESHOLDS` says so.
+preferred only where `THRESHOLDS` says so; where one of them takes less than some 20 µs by the cost
+model, they are one launch, a queue of tiles. Matrices of 160 rows would take 180 KB on chip, which
+only sm_90 and sm_100 have, and by the model (6.5 clocks an mma) some 80 µs for 17 products: one
+matrix takes 55 in the queue, 64 of them some 150, a gain for large batches of rare sizes alone.
 """
 
 from __future__ import annotations

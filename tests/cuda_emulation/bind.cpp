@@ -14,9 +14,10 @@
 #include "../../csrc/cuda/stream_k.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
-                              int residents, int queue) {
+                              int residents, int queue, int multiprocessors) {
   emulation::shared_limit = limit;
   emulation::residents = residents;
+  emulation::multiprocessors = multiprocessors;
   spectral_kernels::cuda::prefer_queue(queue < 0 ? std::nullopt : std::optional<bool>(queue > 0));
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);

@@ -435,6 +435,7 @@ inline void set_truncation(bool on) { truncation = on; }
 
 // What one block may have.
 inline int64_t shared_limit = 227 * 1024;
+inline int multiprocessors = 132;  // that a cost model is told
 
 }  // namespace emulation
 
