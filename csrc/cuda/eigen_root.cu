@@ -117,7 +117,7 @@ int launch_eigen_root(const std::vector<Entry>& entries, const RootSchedules& sc
   if (entries.empty()) return 0;
   const size_t n = size_t(entries[0].rows), probes = 4 * kProbes;
   const size_t bytes = (2 * n + n * (n > probes ? n : probes)) * sizeof(double);
-  if (const int error = allow_shared(eigen_root_kernel, bytes); error != 0) return error;
+  if (const int error = allow_shared<eigen_root_kernel>(bytes); error != 0) return error;
   return for_each_table(
       entries, [](const Entry&) { return int64_t(1); },
       [&](const Table& table, unsigned blocks) {

@@ -241,7 +241,7 @@ int launch_eigenbasis(const std::vector<Entry>& entries, const uint32_t* largest
     constexpr int kN = decltype(n)::value;
     constexpr auto kernel = eigenbasis_kernel<kN>;
     constexpr int kBytes = Jacobi<kN>::kBytes;
-    if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
+    if (const int error = allow_shared<kernel>(kBytes); error != 0) return error;
     return for_each_table(
         entries, [](const Entry&) { return int64_t(1); },
         [&](const Table& list, unsigned blocks) {

@@ -292,7 +292,7 @@ int launch(const std::vector<Entry>& entries, const RootSchedules& schedules, co
            const uint32_t* largest, const RootResults& results, void* stream) {
   constexpr auto kernel = root_kernel<kNB>;
   constexpr int kBytes = Layout<kNB>::kBytes;
-  if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
+  if (const int error = allow_shared<kernel>(kBytes); error != 0) return error;
   return for_each_table(
       entries, [](const Entry&) { return int64_t(1); },
       [&](const Table& table, unsigned blocks) {

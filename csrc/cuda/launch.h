@@ -1,6 +1,9 @@
 // What launches share. A launch_* function returns 0 or a cudaError_t.
 #pragma once
 
+#include <atomic>
+#include <mutex>
+
 #include "ptx.h"
 
 #ifndef CUDA_EMULATION
@@ -14,35 +17,49 @@
 namespace spectral_kernels::cuda {
 
 #ifdef CUDA_EMULATION
-template <class Kernel>
-int allow_shared(Kernel, size_t bytes) {
+template <auto kKernel>
+int allow_shared(size_t bytes) {
   return int64_t(bytes) <= emulation::shared_limit ? 0 : 1;
 }
 inline int launched() { return 0; }
-template <class Kernel>
-int fitting_blocks(Kernel, int, size_t, int& blocks) {
+template <auto kKernel>
+int fitting_blocks(int, size_t, int& blocks) {
   blocks = emulation::residents + 1;
   return 0;
 }
 #else
-// Shared memory above 48 KB has to be asked for.
-template <class Kernel>
-int allow_shared(Kernel kernel, size_t bytes) {
-  return bytes <= 48 * 1024 ? 0
-                            : int(cudaFuncSetAttribute(
-                                  kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+constexpr int kMostDevices = 64;  // whose answers are kept: asking takes a microsecond or two
+
+// Shared memory above 48 KB has to be asked for; what was allowed once stays so.
+template <auto kKernel>
+int allow_shared(size_t bytes) {
+  static std::mutex mutex;
+  static size_t allowed[kMostDevices];
+  if (bytes <= 48 * 1024) return 0;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const bool keeps = error == cudaSuccess && device < kMostDevices;
+  if (error != cudaSuccess || (keeps && bytes <= allowed[device])) return int(error);
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (keeps && error == cudaSuccess) allowed[device] = bytes;
+  return int(error);
 }
 inline int launched() { return int(cudaGetLastError()); }
-// How many blocks the current device holds at a time.
-template <class Kernel>
-int fitting_blocks(Kernel kernel, int threads, size_t bytes, int& blocks) {
+// How many blocks the current device holds at a time, of always the same size.
+template <auto kKernel>
+int fitting_blocks(int threads, size_t bytes, int& blocks) {
+  static std::atomic<int> kept[kMostDevices];
   int device = 0, each = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
+  const bool keeps = error == cudaSuccess && device < kMostDevices;
+  if (keeps && (blocks = kept[device]) > 0) return 0;
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, bytes);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, bytes);
   blocks = each * multiprocessors;
+  if (keeps && error == cudaSuccess) kept[device] = blocks;
   return int(error);
 }
 #endif

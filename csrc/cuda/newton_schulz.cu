@@ -492,9 +492,9 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
   constexpr int kGramBytes = kStages * kPlanes * 16 * kNB * kLineBytes;
   constexpr int kStepsBytes = 3 * Chip::kMatrix + kNB * int(sizeof(double));
   constexpr int kApplyBytes = 2 * kPlanes * 16 * kNB * kTileColumns * 2;
-  int error = allow_shared(gram, kGramBytes);
-  if (error == 0) error = allow_shared(steps, kStepsBytes);
-  if (error == 0) error = allow_shared(apply, kApplyBytes);
+  int error = allow_shared<gram>(kGramBytes);
+  if (error == 0) error = allow_shared<steps>(kStepsBytes);
+  if (error == 0) error = allow_shared<apply>(kApplyBytes);
   const dim3 block(Chip::kThreads);
   const bool may_scale =
       !kF16 && std::any_of(entries.begin(), entries.end(), [](const Entry& e) { return e.direct; });

@@ -136,9 +136,9 @@ int launch(const std::vector<Entry>& entries, const std::vector<Product>& produc
            const ProductBuffers& buffers, void* stream) {
   constexpr auto kernel = queue_kernel<kTile, kPlanes, kF16, kSquarePlanes>;
   const size_t bytes = size_t(product_shared_bytes(kSquarePlanes, kTile));
-  if (const int error = allow_shared(kernel, bytes); error != 0) return error;
+  if (const int error = allow_shared<kernel>(bytes); error != 0) return error;
   int fitting = 0;
-  if (const int error = fitting_blocks(kernel, kTile * 2, bytes, fitting); error != 0) return error;
+  if (const int error = fitting_blocks<kernel>(kTile * 2, bytes, fitting); error != 0) return error;
   return for_each_table(
       entries,
       [](const Entry& e) {

@@ -117,7 +117,7 @@ template <auto kernel, int kTile>
 int launch(const std::vector<Entry>& entries, const Product& product, const ProductBuffers& buffers,
            void* stream) {
   const size_t bytes = size_t(product_shared_bytes(product.format.planes, kTile));
-  if (const int error = allow_shared(kernel, bytes); error != 0) return error;
+  if (const int error = allow_shared<kernel>(bytes); error != 0) return error;
   return for_each_table(
       entries,
       [&](const Entry& e) {

@@ -215,7 +215,7 @@ template <bool kF16, bool kWide>
 int launch(const std::vector<Entry>& entries, const Product& p, const ProductBuffers& buffers,
            int multiprocessors, void* stream) {
   constexpr auto kernel = product_wgmma_kernel<kF16, kWide>;
-  if (const int error = allow_shared(kernel, kBytes); error != 0) return error;
+  if (const int error = allow_shared<kernel>(kBytes); error != 0) return error;
   static const Encode function = encoder();
   if (function == nullptr) return int(cudaErrorNotSupported);
   return for_each_table(
