@@ -111,6 +111,35 @@ def kron_factors(count: int, m: int, n: int) -> list[Floor]:
     ]
 
 
+def soap_step(count: int, m: int, n: int) -> list[Floor]:
+    """fp32, both sides, no refresh: passes over G', M, V, N, U and W around four products."""
+    x, factors = 4.0 * count * m * n, 4.0 * count * (m * m + n * n)
+    return [
+        Floor("largest_kernel", 2 * x + factors),
+        *two_sided(count, m, n),
+        Floor("adam_kernel", 4 * x),
+        *two_sided(count, m, n),
+        *kron_factors(count, m, n),
+        Floor("commit_kernel", 8 * x),
+        Floor("copy_kernel", 2 * factors),
+    ]
+
+
+def deva_step(count: int, m: int, n: int, steps: int) -> list[Floor]:
+    """As soap_step, with energies, a bf16 Newton-Schulz and V' in a workspace."""
+    x = 4.0 * count * m * n
+    sums = 16.0 * count * m * n * (1 / 32 + 1 / 128)
+    rotated = [floor for floor in soap_step(count, m, n) if floor.kernel != "adam_kernel"]
+    return [
+        *rotated,
+        Floor("moments_kernel", 4 * x + sums),
+        Floor("energies_kernel", sums),
+        *muon_step([(count, m, n)], steps)[2:],
+        Floor("adaptation_kernel", 4 * x),
+        Floor("copy_kernel, V", 2 * x),
+    ]
+
+
 def inverse_roots(count: int, n: int, products: int) -> list[Floor]:
     """All steps of the fourth root at a relative ridge of 1e-6."""
     moved = 8.0 * count * n * n
@@ -183,6 +212,8 @@ WORKLOADS = {
     "gram, 4096 x 4096 bf16": symmetric_product(4096, 4096),
     "kron_precondition, 24 x (768 x 3072) fp32": two_sided(24, 768, 3072),
     "kron_factors_update_, 24 x (768 x 3072) fp32": kron_factors(24, 768, 3072),
+    "soap_step_, 24 x (768 x 3072) fp32": soap_step(24, 768, 3072),
+    "deva_step_, 24 x (768 x 3072) fp32, 5 steps": deva_step(24, 768, 3072, 5),
     "inverse_root, 64 x 128², p = 4, 37 products": inverse_roots(64, 128, 37),
     "eigenbasis, 64 x 128², 9 sweeps": eigenbases(64, 128, 9),
 }

@@ -593,9 +593,14 @@ def steps(session: Session) -> list[dict[str, Any]]:
         if session.left < 30:
             break
         name, shapes = list(lists.items())[-1]
-        ours = _optimizer(session, optimizer, shapes)
-        plain = _optimizer(session, optimizer, shapes)
-        calls = {"ours": ours.step, "torch, the specification": _bound(_on_reference, plain.step)}
+        op = f"{optimizer.__name__.lower()}_step_"
+        backends = [*_backends(op, _gaussian(session, shapes[0])), "reference"]
+        calls = {
+            "torch, the specification" if name == "reference" else name: _bound(
+                _on, name, _optimizer(session, optimizer, shapes).step
+            )
+            for name in backends
+        }
         # Two rotations of gradient and update, and both factors by half.
         work = sum(6.0 * m * n * (m + n) for m, n in shapes)
         traffic = sum(24.0 * m * n + 16.0 * (m * m + n * n) for m, n in shapes)
@@ -613,8 +618,8 @@ def _optimizer(
     return make(params, **options)
 
 
-def _on_reference(step: Callable[[], Any]) -> None:
-    with sk.use_backend("reference"):
+def _on(backend: str, step: Callable[[], Any]) -> None:
+    with sk.use_backend(backend):
         step()
 
 

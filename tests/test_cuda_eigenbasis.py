@@ -353,8 +353,8 @@ def test_propagate_and_raise():
 
 
 def test_a_list_is_its_entries():
-    shapes = [(0, 3), *((1 + 7 * i % 12, 1 + 5 * i % 9) for i in range(60)), (4, 0), (2, 5, 3)]
-    refresh = [i % 5 == 0 for i in range(len(shapes))]
+    shapes = [(0, 3), *((1 + 7 * i % 12, 1 + 5 * i % 9) for i in range(50)), (4, 0), (2, 5, 3)]
+    refresh = [i % 25 == 1 for i in range(len(shapes))]
     case = later_step("soap_step_", shapes, taken=2, refresh=refresh)
     together, sliced, backwards = case.clone(), case.clone(), case.clone()
     together.run("cuda")
@@ -367,7 +367,7 @@ def test_a_list_is_its_entries():
     backwards.run("cuda")
     for name in LISTS:
         assert same_bits(backwards[name][::-1], together[name]), name
-    for i in (1, 50, 59, 62):
+    for i in (1, 50, 52):
         one = entry(case.clone(), i)
         one.run("cuda")
         for name in LISTS:

@@ -62,9 +62,11 @@ def workload():
     ]
     case = new_step("muon_step_", [(2, 33, 70), (70, 20), (50, 1, 4)])
     case["grads"][2][40:] = torch.nan
-    apart = later_step("soap_step_", [(70, 61), (2, 3, 4)], normalize_grads=True, refresh=[0, 0])
+    soap = later_step("soap_step_", [(70, 61), (2, 3, 4)], normalize_grads=True, refresh=[0, 0])
+    deva = later_step("deva_step_", [(40, 140)], sides=(), refresh=[0])
+    signs = later_step("deva_step_", [(5, 6)], norm="linf", sides=(), refresh=[0])
     with emulated():
-        for step in (case, apart):
+        for step in (case, soap, deva, signs):
             step.run("cuda")
             results += step.written()
     a = torch.stack([semidefinite(40, 1e2, seed).float() for seed in range(2)])
@@ -77,7 +79,8 @@ def workload():
     broken = gaussian(2, 300, 64).bfloat16()
     broken[0, 290, 60] = torch.nan
     results.append(torch.ops.spectral_kernels_emulated.gram(broken))
-    results.append(iterated(gaussian(129, 130).bfloat16(), [(2.0, -1.5, 0.5)]))
+    for norm in ("frobenius", "schatten8"):
+        results.append(iterated(gaussian(129, 130).bfloat16(), [(2.0, -1.5, 0.5)], norm=norm))
     return results + factors()
 
 

@@ -26,10 +26,11 @@ at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.mT() : t; }
 
 int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
 
-int64_t elements_of(const Rotated& item) {
+int64_t elements_of(const Rotated& item, bool new_squares) {
   int64_t each = item.param.size(-2) * item.param.size(-1);
   each *= 1 + 2 * item.has_sides() + item.refresh;
-  if (item.squares.defined()) each += item.squares.size(-2) * item.squares.size(-1);
+  if (item.squares.defined() && (item.refresh || new_squares))
+    each += item.squares.size(-2) * item.squares.size(-1);
   for (const at::Tensor& factor : {item.left, item.right})
     if (factor.defined()) each += factor.size(-1) * factor.size(-1);
   return item.count * each + 7 * padded(1);
@@ -176,26 +177,26 @@ void RotatedStep::number() {
     size_t end = i;
     while (end < items_.size() && items_[end].entry == entry) end++;
     const at::Tensor& steps = lists_.step_counts[entry];
-    const bool bounded =
-        options_.bounded && (items_[i].has_sides() || options_.squares != Squares::kNone);
     for (const bool idle : {false, true}) {
+      const auto add = [&](const at::Tensor& own, int64_t first, int64_t count) {
+        if (count == 0) return;
+        Counter c = counter_of(own, first, count);
+        if (idle) c.steps = nullptr;
+        c.bounded =
+            options_.bounded && (items_[i].has_sides() || options_.squares != Squares::kNone);
+        counters_.push_back(c);
+      };
       const int64_t begin = matrices;
       for (size_t k = i; k < end; k++) {
         Rotated& item = items_[k];
         if (item.idle != idle) continue;
         item.number = matrices;
         matrices += item.count;
-        if (steps.numel() == 1) continue;
         const bool whole = item.count == steps.numel();
-        counters_.push_back(
-            counter_of(whole ? steps : steps.view(-1)[item.index], item.number, item.count));
-        if (idle) counters_.back().steps = nullptr;
-        counters_.back().bounded = bounded;
+        if (steps.numel() > 1)
+          add(whole ? steps : steps.view(-1)[item.index], item.number, item.count);
       }
-      if (steps.numel() > 1 || matrices == begin) continue;
-      counters_.push_back(counter_of(steps, begin, matrices - begin));
-      if (idle) counters_.back().steps = nullptr;
-      counters_.back().bounded = bounded;
+      if (steps.numel() == 1) add(steps, begin, matrices - begin);
     }
     i = end;
   }
@@ -298,7 +299,7 @@ bool RotatedStep::next_slice() {
     const Rotated& item = items_[end_];
     if (end_ > begin_ && size + item.param.numel() > slice_elements) break;
     size += item.param.numel();
-    elements += elements_of(item);
+    elements += elements_of(item, options_.new_squares);
   }
   slab_ = at::empty({elements}, items_[begin_].param.options().dtype(at::kFloat));
   adapted_.clear();

@@ -91,6 +91,23 @@ THRESHOLDS = (
         "mma.sync reaches some 60 % of the rate of wgmma and tcgen05, which Triton uses; up to 512 "
         "rows (4 us for a factor of 2048) the launches decide",
     ),
+    # Triton's steps make some 140 passes of torch for every shape, 0.5 ms.
+    Threshold(
+        ("soap_step_",),
+        (torch.float32, *_HALF),
+        (10,),
+        1024,
+        "rotations and factors of a square matrix take 30 us more than Triton's at 1024 rows, so "
+        "that two dozen of a shape make up for its passes; " + _THREE_PRODUCTS,
+    ),
+    Threshold(
+        ("deva_step_",),
+        (torch.float32, *_HALF),
+        (9, 10),
+        1024,
+        "a Newton-Schulz of a square matrix in 16 bits takes 25 us more by mma.sync than by wgmma "
+        "or tcgen05 at 1024 rows, so that two dozen of a shape make up for Triton's passes",
+    ),
 )
 
 
@@ -141,6 +158,7 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         if not runs_on(major, minor):
             built = ", ".join(architectures())
             return f"the CUDA C++ kernels were built for {built}, and a card is sm_{major}{minor}"
+    tensors = [tensor for tensor in tensors if tensor.ndim >= 2]  # no counters, no learning rate
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"
     if op in _PRODUCTS:
@@ -152,19 +170,18 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         return None
     for tensor in tensors:
         side = min(tensor.shape[-2:])
-        if side > MOST_ROWS:
-            if op == "inverse_root":
-                return f"{side} rows do not fit on chip (at most {MOST_ROWS})"
-            continue
         if side < LEAST_ROWS_FP32 and options.get("compute_dtype") == torch.float32:
             return f"fp32 with fewer than {LEAST_ROWS_FP32} rows is more accurate elsewhere"
+        if op != "inverse_root":
+            continue  # what does not fit on chip goes to products
+        if side > MOST_ROWS:
+            return f"{side} rows do not fit on chip (at most {MOST_ROWS})"
+        # It may end in an eigendecomposition.
+        needed = max(jacobi_shared_memory(side), root_shared_memory(side))
         limit = module.cuda_shared_memory(tensor.device.index or 0)
-        needed = shared_memory(side)
-        if op == "inverse_root":  # may end in an eigendecomposition
-            needed = max(jacobi_shared_memory(side), root_shared_memory(side))
-        if needed > limit and op == "inverse_root":  # else products serve it
+        if needed > limit:
             return f"{side} rows take {needed} bytes of shared memory, of {limit}"
-    if "rows" in options and options["norm"] != "linf":
+    if "rows" in options:
         rows = tuple(tuple(row) for row in options["rows"])
         if not _rows_fit(rows, float(options.get("norm_factor", 1.0))):
             return "with these coefficients the numbers outgrow fp16"
@@ -179,7 +196,8 @@ def _rows_fit(rows: tuple[tuple[float, ...], ...], norm_factor: float) -> bool:
 
 def elsewhere(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why an automatic choice leaves what these kernels can run to Triton, or None."""
-    for tensor in [_decisive(tensors)] if op in _PRODUCTS else tensors:
+    matrices = [tensor for tensor in tensors if tensor.ndim >= 2]
+    for tensor in [_decisive(tensors)] if op in _PRODUCTS else matrices:
         for threshold in THRESHOLDS:
             if (
                 op not in threshold.operators
