@@ -11,7 +11,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*)
 
-.PHONY: demo test test-triton test-long lint format bench gpu papers parity docs clean setup
+.PHONY: demo test test-rest test-triton test-cuda test-long lint format bench gpu papers parity docs clean setup
 
 setup: $(VENV)/.built
 
@@ -36,8 +36,17 @@ $(VENV)/.triton: $(VENV)/.built
 demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
-test: $(VENV)/.built test-triton
-	$(RUN) pytest -m 'not long'
+# Three runs, two at a time; each prints when it has ended.
+EMULATED := $(wildcard tests/test_cuda_*.py)
+test: $(VENV)/.triton
+	$(MAKE) --jobs=2 --output-sync=target test-rest test-triton test-cuda
+
+test-rest: $(VENV)/.built
+	$(RUN) pytest -m 'not long' $(addprefix --ignore=,$(EMULATED))
+
+# The CUDA C++ kernels in their emulation on the CPU.
+test-cuda: $(VENV)/.built
+	$(RUN) pytest -m 'not long' $(EMULATED)
 
 # The Triton kernels in its interpreter.
 test-triton: $(VENV)/.triton
