@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from emulated_cuda import Guarded, arranged, emulated, launches, slices
-from spectral_kernels import explain
+from spectral_kernels import _cuda
 from support import (
     LAYOUTS,
     Placed,
@@ -319,4 +319,22 @@ def test_bad_input_is_named_before_anything_is_written(change, error_type, sente
 def test_float64_is_refused():
     with pytest.raises(NotImplementedError, match="not in fp64"):
         later_step("deva_step_", ((5, 6),), torch.float64).run("cuda")
-    assert explain("deva_step_", torch.zeros(4, 4)).backend == "cuda"
+
+
+def test_what_is_served_and_what_triton_is_preferred_for(monkeypatch):
+    x, lr = torch.empty(7, 1100), torch.tensor(0.1, dtype=torch.float64)
+    schatten = {"norm": "schatten", "compute_dtype": torch.float32}
+    assert _cuda.rejection("soap_step_", [x, lr], {}) is None
+    assert "not in fp64" in _cuda.rejection("deva_step_", [x.double()], schatten)
+    assert "more accurate elsewhere" in _cuda.rejection("deva_step_", [x], schatten)
+    assert _cuda.rejection("deva_step_", [x], {**schatten, "norm": "linf"}) is None
+    square = torch.empty(1, 1).expand(1025, 1025)
+    for capability, op, expected in (
+        (8, "deva_step_", False),
+        (9, "deva_step_", True),
+        (9, "soap_step_", False),
+        (10, "soap_step_", True),
+    ):
+        monkeypatch.setattr(_cuda, "_capability", lambda _, found=capability: found)
+        assert _cuda.elsewhere(op, [x, lr]) is None
+        assert (_cuda.elsewhere(op, [x, square, lr]) is not None) == expected

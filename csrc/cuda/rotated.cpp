@@ -114,14 +114,15 @@ RotatedStep::RotatedStep(const RotatedLists& lists, const RotatedOptions& option
 
 // Bases of zeros, which no basis is, mark a matrix that has not been seen yet.
 void RotatedStep::find_first() {
-  const auto known = [](const at::Tensor& t) { return !t.defined() || seen_nonzero(t); };
-  std::vector<size_t> unknown;
+  const auto known = [](const at::Tensor& t) { return t.numel() == 0 || seen_nonzero(t); };
+  std::vector<size_t> unknown, entries;
   std::vector<Entry> bases;
   int64_t matrices = 0;
   for (size_t i = 0; i < items_.size(); i++) {
     const Rotated& item = items_[i];
-    if (known(item.left_basis) && known(item.right_basis)) continue;
+    if (known(lists_.left_bases[item.entry]) && known(lists_.right_bases[item.entry])) continue;
     unknown.push_back(i);
+    entries.push_back(item.entry);
     for (const at::Tensor& basis : {item.left_basis, item.right_basis})
       if (basis.defined()) {
         append(bases, basis, {}, basis, 1, false);
@@ -137,6 +138,7 @@ void RotatedStep::find_first() {
   const at::Tensor found = largest.cpu();
   const int32_t* bits = found.const_data_ptr<int32_t>();
   std::vector<Rotated> all;
+  std::vector<bool> waiting(lists_.params.size());
   size_t next = 0;
   for (size_t i = 0; i < items_.size(); i++) {
     Rotated& item = items_[i];
@@ -149,10 +151,9 @@ void RotatedStep::find_first() {
     bool any = false;
     for (int64_t k = 0; k < count; k++) any = any || bits[k] == 0;
     if (!any) {
-      for (const at::Tensor& basis : {item.left_basis, item.right_basis})
-        if (basis.defined()) remember_nonzero(basis);
       all.push_back(std::move(item));
     } else {
+      waiting[item.entry] = true;
       std::vector<Rotated> singles =
           count == 1 ? std::vector<Rotated>{item} : single_matrices(item);
       for (int64_t k = 0; k < count; k++) {
@@ -166,6 +167,9 @@ void RotatedStep::find_first() {
     bits += count;
   }
   items_ = std::move(all);
+  for (const size_t e : entries)
+    for (const at::Tensor& basis : {lists_.left_bases[e], lists_.right_bases[e]})
+      if (!waiting[e] && basis.numel() > 0) remember_nonzero(basis);
 }
 
 // Matrices of an entry that are not updated have the last of its numbers, so that one counter holds
