@@ -8,13 +8,16 @@ Needs nvcc and cuobjdump, no GPU. Writes cuda_kernels.json and cuda_kernels.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +59,20 @@ def inspect(source: Path, architecture: str) -> Iterator[dict[str, Any]]:
 
 def readable(mangled: str) -> str:
     """`steps_kernel<8>` of the compiler's name for it."""
-    name = re.search(r"\d([a-z_]+_kernel)(?!s)", mangled)
-    assert name is not None, mangled
-    arguments = re.match(r"I((?:L[ib]\d+E)+)E", mangled[name.end() :])
+    # Names stand behind their lengths; the last one that ends so is not that of a file.
+    found = [
+        (start.end(), start.end() + int(start[0][at:]))
+        for start in re.finditer(r"\d+", mangled)
+        for at in range(len(start[0]))
+    ]
+    name, end = next(
+        (mangled[first:last], last)
+        for first, last in reversed(found)
+        if re.fullmatch(r"[a-z][a-z0-9_]*_kernel", mangled[first:last])
+    )
+    arguments = re.match(r"I((?:L[ib]\d+E)+)E", mangled[end:])
     values = re.findall(r"L[ib](\d+)E", arguments[1]) if arguments else []
-    return name[1] + (f"<{', '.join(values)}>" if values else "")
+    return name + (f"<{', '.join(values)}>" if values else "")
 
 
 def _instructions(sass: str) -> Iterator[tuple[str, Counter[str]]]:
@@ -118,12 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tool in ("nvcc", "cuobjdump"):
         if shutil.which(tool) is None:
             parser.error(f"{tool} is not on the PATH")
-    kernels = [
-        row
-        for source in sorted(options.source.glob("*.cu"))
-        for architecture in options.architectures
-        for row in inspect(source, architecture)
-    ]
+    sources = sorted(options.source.glob("*.cu"))
+    jobs = list(itertools.product(sources, options.architectures))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [row for rows in pool.map(lambda job: list(inspect(*job)), jobs) for row in rows]
     release = re.search(r"release [\d.]+, V([\d.]+)", _run(["nvcc", "--version"]).stdout)
     report = {
         "compiler": f"nvcc {release[1] if release else 'of unknown version'}",
