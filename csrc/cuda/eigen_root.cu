@@ -11,7 +11,7 @@ constexpr int kThreads = 256, kProbes = 8;
 constexpr double kUnitRoundoff = 0x1p-24, kUnitRoundoff64 = 0x1p-53;
 constexpr double kMostResidual = 0.25;
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     eigen_root_kernel(const __grid_constant__ Table table,
                       const __grid_constant__ RootSchedules schedules, const EigenResults eigen,
                       const RootResults results) {
