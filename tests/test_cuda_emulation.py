@@ -14,7 +14,15 @@ from emulated_cuda import arrange, arranged, barriers, emulated
 from spectral_kernels import _cuda
 from support import MUON, error, gaussian, later_step, new_step, same_bits, semidefinite
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "loaded")
+
+
+@pytest.fixture
+def loaded():
+    """The operators, and one thread: a forked process has no others."""
+    torch.set_num_threads(1)
+    emulated_cuda.library()
+
 
 # Barriers whose absence cannot be seen here, by what follows them.
 UNSEEN = {
