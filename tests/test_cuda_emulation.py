@@ -32,11 +32,6 @@ UNSEEN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-
-
 def build(source, to, *flags):
     emulated_cuda.run([emulated_cuda.compiler(), "-std=c++17", *flags, str(source), "-o", str(to)])
 
