@@ -11,7 +11,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*)
 
-.PHONY: demo test test-rest test-triton test-cuda test-long lint format bench gpu papers parity docs clean setup
+.PHONY: demo test test-rest test-triton test-cuda test-ranks test-long sanitize mutations lint format bench gpu cuda-torch papers parity docs clean setup
 
 setup: $(VENV)/.built
 
@@ -36,25 +36,40 @@ $(VENV)/.triton: $(VENV)/.built
 demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
-# Three runs, two at a time; each prints when it has ended.
+# Four runs, two at a time; each prints when it has ended.
 EMULATED := $(wildcard tests/test_cuda_*.py)
+RANKS := tests/test_distributed.py
 test: $(VENV)/.triton
-	$(MAKE) --jobs=2 --output-sync=target test-rest test-triton test-cuda
+	$(MAKE) --jobs=2 --output-sync=target test-rest test-cuda test-triton test-ranks
 
 test-rest: $(VENV)/.built
-	$(RUN) pytest -m 'not long' $(addprefix --ignore=,$(EMULATED))
+	$(RUN) pytest -m 'not long' $(addprefix --ignore=,$(EMULATED) $(RANKS))
 
 # The CUDA C++ kernels in their emulation on the CPU.
 test-cuda: $(VENV)/.built
 	$(RUN) pytest -m 'not long' $(EMULATED)
 
+# Optimizers over ranks, which are processes of their own.
+test-ranks: $(VENV)/.built
+	$(RUN) pytest -m 'not long' $(RANKS)
+
 # The Triton kernels in its interpreter.
 test-triton: $(VENV)/.triton
 	$(RUN) TRITON_INTERPRET=1 pytest -m 'triton and not long'
 
+# Without an -m the long tests are left out.
 test-long: $(VENV)/.triton
-	$(RUN) pytest
+	$(RUN) pytest -m 'long or not long'
 	$(RUN) TRITON_INTERPRET=1 pytest -m triton
+
+# Memory, arithmetic and threads of all C++, checked by the compiler's sanitizers; a part of
+# test-long.
+sanitize: $(VENV)/.built
+	$(RUN) pytest -m long tests/test_sanitizers.py
+
+# Seeded bugs, and which tests notice. MUTATIONS='--only SOAP' tries some, see tests/mutations.
+mutations: $(VENV)/.built
+	$(RUN) python tests/mutations/run.py $(MUTATIONS)
 
 lint: $(VENV)/.built
 	$(RUN) ruff check . && ruff format --check . && mypy
@@ -84,6 +99,10 @@ docs: $(VENV)/.built
 # Needs a card and no network; installs nothing. PYTHON is one that has torch and Triton.
 gpu:
 	PYTHON=$(PYTHON) .ci/gpu
+
+# Builds for the CUDA torch of PYTHON and tries it, without a card. Needs nvcc; installs nothing.
+cuda-torch:
+	PYTHON=$(PYTHON) .ci/cuda-torch
 
 clean:
 	rm -rf build dist results site python/*.egg-info python/spectral_kernels/_C*.so

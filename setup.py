@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def cuda_options(home: Path) -> dict:
     cpp_extension.CUDA_HOME = str(home)
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace("+PTX", "")
     architectures = tuple(re.split(r"[ ;]+", names.strip())) if names else ARCHITECTURES
+    if "90" in architectures:
+        sys.exit(
+            "TORCH_CUDA_ARCH_LIST asks for 9.0, which lacks the instructions that the kernels for "
+            "Hopper are made of: write 9.0a"
+        )
+    # Remarks of ptxas that have to stop the build. The compiler may have been chosen by the user.
+    checked = [sys.executable, str(ROOT / "csrc" / "cuda" / "checked_nvcc.py")]
+    compiler = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(home / "bin" / "nvcc"))
+    if checked[1] not in compiler:
+        os.environ["PYTORCH_NVCC"] = f"{shlex.join(checked)} {compiler}"
     nvcc = ["-O3", "--threads=0", "-Xcompiler", "-fvisibility=hidden"]
     for name in architectures:
         nvcc.append(f"-gencode=arch=compute_{name},code=sm_{name}")

@@ -6,7 +6,10 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace spectral_kernels {
 
@@ -37,12 +40,28 @@ inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::
                     " has shape ", b.sizes());
 }
 
+// Whether two elements may have one place. They have not if every dimension steps beyond all that
+// the shorter steps reach together, which is so of everything that torch makes by slicing and
+// permuting; a few layouts by as_strided are without overlap and yet not of this kind.
+inline bool may_overlap(const at::Tensor& t) {
+  if (t.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t d = 0; d < t.dim(); d++)
+    if (t.size(d) > 1) steps.emplace_back(t.stride(d), t.size(d));
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [step, size] : steps) {
+    if (step <= reach) return true;
+    reach += step * (size - 1);
+  }
+  return false;
+}
+
 // A tensor that will be written: every element must have a place of its own.
 inline void check_writable(const at::Tensor& t, const char* name) {
-  for (int64_t d = 0; d < t.dim(); d++)
-    TORCH_CHECK_VALUE(t.size(d) <= 1 || t.stride(d) != 0, name,
-                      " is written in place but has a stride of 0 in dimension ", d, " (shape ",
-                      t.sizes(), ", strides ", t.strides(), ")");
+  TORCH_CHECK_VALUE(!may_overlap(t), name,
+                    " is written in place but its elements overlap in memory: shape ", t.sizes(),
+                    ", strides ", t.strides());
 }
 
 inline void check_list(at::TensorList list, const char* name, size_t count) {

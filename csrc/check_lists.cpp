@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace spectral_kernels {
@@ -17,6 +18,17 @@ int64_t batch_of(const at::Tensor& t) {
 void check_device(const at::Tensor& t, const char* name, size_t i, at::TensorList params) {
   TORCH_CHECK_VALUE(t.device() == params[0].device(), name, "[", i, "] is on ", t.device(),
                     ", the other tensors are on ", params[0].device());
+}
+
+// The value of a rate on a device is not waited for.
+void check_rate(const at::Tensor& lr) {
+  TORCH_CHECK_VALUE(lr.numel() == 1, "lr must be one number, got shape ", lr.sizes());
+  TORCH_CHECK_TYPE(lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble,
+                   "lr must be float32 or float64, got ", lr.scalar_type());
+  if (!lr.is_cpu()) return;
+  const double value = lr.scalar_type() == at::kFloat ? double(*lr.const_data_ptr<float>())
+                                                      : *lr.const_data_ptr<double>();
+  TORCH_CHECK_VALUE(value >= 0 && std::isfinite(value), "lr must be in [0, inf), got ", value);
 }
 
 }  // namespace
@@ -45,7 +57,12 @@ void check_step(at::TensorList params, at::TensorList grads, at::TensorList step
   TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
                    "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
                    skipped.sizes());
-  TORCH_CHECK_VALUE(lr.numel() == 1, "lr must be one number, got shape ", lr.sizes());
+  check_rate(lr);
+  if (params.empty()) return;
+  TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
+                    ", the other tensors are on ", params[0].device());
+  TORCH_CHECK_VALUE(lr.is_cpu() || lr.device() == params[0].device(), "lr is on ", lr.device(),
+                    ", the other tensors are on ", params[0].device());
 }
 
 void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional) {
@@ -55,6 +72,27 @@ void check_state(at::TensorList state, const char* name, at::TensorList params, 
     check_device(state[i], name, i, params);
     check_full_precision(state[i], name);
     check_same_shape(params[i], "params", state[i], name);
+    check_writable(state[i], name);
+  }
+}
+
+void check_rows_state(at::TensorList state, const char* name, at::TensorList params, bool present) {
+  check_list(state, name, params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    if (params[i].numel() == 0) continue;
+    auto expected = params[i].sizes().vec();
+    expected.back() = 1;
+    TORCH_CHECK_VALUE(present ? state[i].sizes() == expected : state[i].numel() == 0, name, "[", i,
+                      "] must have ", present ? "shape " : "no element: ",
+                      present ? c10::str(at::IntArrayRef(expected)) : "there is no beta2", ", got ",
+                      state[i].sizes());
+    if (!present) continue;
+    check_device(state[i], name, i, params);
+    check_full_precision(state[i], name);
+    TORCH_CHECK_TYPE(
+        (state[i].scalar_type() == at::kDouble) == (params[i].scalar_type() == at::kDouble), name,
+        "[", i, "] is ", state[i].scalar_type(), " of a parameter that is ",
+        params[i].scalar_type());
     check_writable(state[i], name);
   }
 }

@@ -11,6 +11,7 @@
 
 #include "counters.h"
 #include "cpu/isa/select.h"
+#include "cpu/lapack.h"
 #include "cpu/tiles.h"
 #include "cpu/workspace.h"
 #include "root_rows.h"
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &cpu::supported_isas);
   m.def("refused_isas", &cpu::refused_isas, "(name, reason) of the compiled sets that do not run.");
   m.def("current_isa", [] { return std::string(cpu::kernels().name); });
+  m.def("fp32_products", [] { return std::string(cpu::kernels().fp32); });
   m.def("set_isa_cap", &cpu::set_isa_cap, pybind11::arg("name"),
         "Use the best instruction set up to `name`; '' goes back to the environment's choice.");
   m.def("fma_peak", &fma_peak, pybind11::arg("kind"), pybind11::arg("milliseconds"),
@@ -94,12 +96,24 @@ PYBIND11_MODULE(_C, m) {
       "root_products",
       [](double low, int p, double unit_roundoff) {
         using namespace spectral_kernels;
-        return root_products(short_root_schedule(low, p, root_tolerance(low, unit_roundoff)), p);
+        return root_products(root_schedule(low, p, root_tolerance(unit_roundoff)), p);
       },
       pybind11::arg("low"), pybind11::arg("p"), pybind11::arg("unit_roundoff"),
       "Products of matrices in the CPU kernels' inverse root of a spectrum that ends at `low`.");
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
+  m.def("fault_counts", &fault_counts,
+        "Results of LAPACK that were wrong and computed again: routine -> how many; "
+        "\"routine/again\" where the second was wrong too.");
+  m.def("faults", &faults, "The sum of fault_counts().");
+  m.def("mkl_thread_limit", &cpu::mkl_thread_limit);
+  m.def("corrupt_lapack", &cpu::corrupt_lapack, pybind11::arg("results"),
+        "For tests: the next so many results of LAPACK are wrong.");
+  m.def("hide_mkl_switch", &cpu::hide_mkl_switch, pybind11::arg("on"),
+        "For tests: as if MKL did not show the switch of a thread's number of threads.");
+  m.def("mkl_threads_of_workers", &cpu::mkl_threads_of_workers,
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "For tests: the number of threads that MKL would take on each worker of LAPACK's jobs.");
   m.def("set_workspace_limit", &cpu::set_workspace_limit, pybind11::arg("bytes"));
   m.def("workspace_limit", &cpu::workspace_limit);
   m.def("workspace_kept", &cpu::workspace_kept);
@@ -107,4 +121,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_workspace_peak", &cpu::reset_workspace_peak);
   m.def("release_workspace", &cpu::release_workspace);
   m.def("poison_workspace", &cpu::poison_workspace, pybind11::arg("on"));
+  m.def("fail_workspace", &cpu::fail_workspace, pybind11::arg("count"),
+        "For tests: `count` requests for scratch memory are granted and the next one fails, once.");
 }

@@ -1,7 +1,6 @@
 #include "root_rows.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -11,7 +10,7 @@ namespace {
 
 // x N(x)^p
 double coupled(const RootRow& row, double x, int p) {
-  return x * std::pow(row.a + x * (row.b + x * (row.c + x * (row.d + x * row.e))), p);
+  return x * std::pow(row.a + x * (row.b + x * row.c), p);
 }
 
 // Equal values at both ends of [low, 1] and the interior maximum 1. `low` becomes the next lower
@@ -92,158 +91,55 @@ RootRow quadratic_row(double& low, int p) {
                            ", p=" + std::to_string(p));
 }
 
-constexpr int kLong = 4;  // degree of a long row
-using Quartic = std::array<double, kLong + 1>;
-
-double value(const double* c, int degree, double x) {
-  double sum = c[degree];
-  for (int k = degree - 1; k >= 0; k--) sum = sum * x + c[k];
-  return sum;
+// The best row for no longer a spectrum than rounding allows: it is positive, below 1 and rising
+// from 0 to where that spectrum begins.
+template <class Best>
+RootRow shortened(Best best, double& low, int p) {
+  const double shortest = 0.12 / std::sqrt(double(p));
+  if (low >= shortest) return best(low, p);
+  double bound = shortest;
+  const RootRow row = best(bound, p);
+  low = coupled(row, low, p);
+  return row;
 }
 
-// The zeros in (low, 1) of a polynomial that has as many there as its degree: each between two of
-// its derivative's, by Newton's method inside a shrinking bracket.
-void real_zeros(const double* c, int degree, double low, double* zeros) {
-  if (degree == 1) {
-    zeros[0] = -c[0] / c[1];
-    return;
-  }
-  double derivative[kLong] = {}, bounds[kLong + 1];
-  for (int k = 1; k <= degree; k++) derivative[k - 1] = k * c[k];
-  bounds[0] = low;
-  real_zeros(derivative, degree - 1, low, bounds + 1);
-  bounds[degree] = 1;
-  for (int i = 0; i < degree; i++) {
-    double left = bounds[i], right = bounds[i + 1], x = 0.5 * (left + right);
-    const bool rising = value(c, degree, right) > value(c, degree, left);
-    for (int step = 0; step < 60; step++) {
-      const double y = value(c, degree, x);
-      ((y > 0) == rising ? right : left) = x;
-      double next = x - y / value(derivative, degree - 1, x);
-      if (!(next > left && next < right)) next = 0.5 * (left + right);
-      const bool still = std::abs(next - x) <= 1e-12 * x;
-      x = next;
-      if (still) break;
-    }
-    zeros[i] = x;
-  }
-}
-
-// As quadratic_row, on six points.
-RootRow quartic_row(double& low, int p) {
-  const double q = 1.0 / p;
-  if (low > 0.97) {  // rounding hides the extrema: the Taylor row of (1 - e)^(-1/p)
-    RootRow row{0, 0, 0};
-    double power[kLong + 1] = {1, 0, 0, 0, 0}, coefficient = 1;  // of e^k = (1 - x)^k
-    double* const sum[] = {&row.a, &row.b, &row.c, &row.d, &row.e};
-    for (int k = 0; k <= kLong; k++) {
-      for (int i = 0; i <= k; i++) *sum[i] += coefficient * power[i];
-      for (int i = kLong; i > 0; i--) power[i] -= power[i - 1];
-      coefficient *= (q + k) / (k + 1);
-    }
-    low = 1 - 2 * p * coefficient * std::pow(1 - low, kLong + 1);
-    return row;
-  }
-  constexpr int kPoints = kLong + 2;
-  const double tau = std::pow(low, q), pi = std::acos(-1.0);
-  double x[kPoints];
-  for (int i = 0; i < kPoints; i++)
-    x[i] = std::pow(tau + (1 - tau) * 0.5 * (1 - std::cos(pi * i / (kPoints - 1))), p);
-  x[0] = low;
-  x[kPoints - 1] = 1;
-  constexpr int kMostExchanges = 50;
-  for (int exchange = 0; exchange < kMostExchanges; exchange++) {
-    double h[kPoints];
-    const double error = alternating_error(x, kPoints, q, h);
-    // Newton's form on all points but the first, from 1 downwards, and its expansion.
-    double difference[kLong + 1];
-    for (int i = 0; i <= kLong; i++) {
-      const int at = kPoints - 1 - i;
-      difference[i] = (1 + (at % 2 == 0 ? -error : error)) * h[at];
-    }
-    for (int order = 1; order <= kLong; order++)
-      for (int i = kLong; i >= order; i--)
-        difference[i] =
-            (difference[i] - difference[i - 1]) / (x[kPoints - 1 - i] - x[kPoints - 1 - i + order]);
-    Quartic n{};
-    for (int i = kLong; i >= 0; i--) {
-      const double point = x[kPoints - 1 - i];
-      for (int k = kLong; k > 0; k--) n[size_t(k)] = n[size_t(k - 1)] - point * n[size_t(k)];
-      n[0] = difference[i] - point * n[0];
-    }
-    double slope[kLong + 1], extrema[kLong], moved = 0;
-    for (int k = 0; k <= kLong; k++) slope[k] = (q + k) * n[size_t(k)];
-    real_zeros(slope, kLong, low, extrema);
-    for (int i = 0; i < kLong; i++) moved = std::max(moved, std::abs(extrema[i] - x[i + 1]));
-    if (moved < 1e-4 * std::min(x[1], 1 - low)) {
-      const double scale = 1 / (1 + std::abs(error));
-      const RootRow row{scale * n[0], scale * n[1], scale * n[2], scale * n[3], scale * n[4]};
-      low = coupled(row, low, p);
-      return row;
-    }
-    std::copy_n(extrema, kLong, x + 1);
-  }
-  throw std::runtime_error("no quartic root row for low=" + std::to_string(low) +
-                           ", p=" + std::to_string(p));
-}
-
-// Two linear rows, `quadratic` quadratic ones, then quartic ones; the last of the lowest degree
-// that reaches the tolerance.
-std::vector<RootRow> mixed_schedule(double low, int p, double tolerance, size_t quadratic) {
-  constexpr size_t kLinear = 2;
+// `linear` linear rows, then quadratic ones, the last of them linear if that is enough.
+std::vector<RootRow> mixed_schedule(double low, int p, double tolerance, size_t linear) {
   std::vector<RootRow> rows;
   while (1 - low > tolerance) {
-    double next = low;
-    RootRow row = linear_row(next, p);
-    if (rows.size() >= kLinear && 1 - next > tolerance) {
-      next = low;
-      row = quadratic_row(next, p);
-      if (rows.size() >= kLinear + quadratic && 1 - next > tolerance) {
-        next = low;
-        row = quartic_row(next, p);
-      }
+    double after = low;
+    RootRow row = shortened(linear_row, after, p);
+    if (rows.size() >= linear && 1 - after > tolerance) {
+      after = low;
+      row = shortened(quadratic_row, after, p);
     }
     rows.push_back(row);
-    low = next;
+    low = after;
   }
   return rows;
 }
 
 }  // namespace
 
-double root_tolerance(double low, double unit_roundoff) {
-  return std::min(4e-4, std::max(4 * unit_roundoff, unit_roundoff / (20 * low)));
-}
+double root_tolerance(double unit_roundoff) { return 4 * unit_roundoff; }
 
 std::vector<RootRow> root_schedule(double low, int p, double tolerance) {
-  constexpr size_t kLinearRows = 2;
-  std::vector<RootRow> rows;
-  while (1 - low > tolerance)
-    rows.push_back(rows.size() < kLinearRows ? linear_row(low, p) : quadratic_row(low, p));
-  return rows;
+  constexpr size_t kMostLinear = 4;
+  std::vector<RootRow> best = mixed_schedule(low, p, tolerance, 0);
+  for (size_t linear = 1; linear <= kMostLinear; linear++) {
+    std::vector<RootRow> rows = mixed_schedule(low, p, tolerance, linear);
+    if (root_products(rows, p) <= root_products(best, p)) best = std::move(rows);
+  }
+  return best;
 }
 
 int root_products(const std::vector<RootRow>& rows, int p) {
   int power = -1;  // of N^p M: squarings, and a product for every other bit
   for (int rest = p; rest > 0; rest /= 2) power += 1 + rest % 2;
   int products = 0;
-  for (size_t step = 0; step < rows.size(); step++) {
-    const RootRow& row = rows[step];
-    products += row.c == 0 ? 0 : row.e == 0 ? 1 : 2;
-    products += (step > 0) + (step + 1 < rows.size() ? power : 0);
-  }
+  for (size_t step = 0; step < rows.size(); step++)
+    products += (rows[step].c != 0) + (step > 0) + (step + 1 < rows.size() ? power : 0);
   return products;
-}
-
-std::vector<RootRow> short_root_schedule(double low, int p, double tolerance) {
-  constexpr size_t kMost = 64;
-  std::vector<RootRow> best = mixed_schedule(low, p, tolerance, kMost);
-  if (p == 1) return best;
-  for (const size_t quadratic : {0, 1}) {
-    std::vector<RootRow> rows = mixed_schedule(low, p, tolerance, quadratic);
-    if (root_products(rows, p) < root_products(best, p)) best = std::move(rows);
-  }
-  return best;
 }
 
 }  // namespace spectral_kernels

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pydoc_data import topics
 
@@ -132,12 +132,14 @@ class History:
         seconds: since the start, at the end of every step.
         optimizer_seconds: of every step, the optimizer alone.
         held_back_loss: at the end, on text never trained on.
+        failures: what an optimizer has skipped or failed at; "" where it did all its work.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     held_back_loss: float = float("nan")
+    failures: str = ""
 
 
 def train(
@@ -177,7 +179,19 @@ def train(
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(1234)
         history.held_back_loss = model.loss(text.batch(text.held_back, fixed, 256)).item()
+    history.failures = failures(optimizers)
     return history
+
+
+def failures(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """Counters of failures that have risen: training goes on without those steps, only worse."""
+    counts = [
+        f"{type(optimizer).__name__}: {counter} is {getattr(optimizer, counter)}"
+        for optimizer in optimizers
+        for counter in ("skipped", "failed_roots")
+        if getattr(optimizer, counter, 0)
+    ]
+    return ", ".join(counts)
 
 
 def now() -> float:
@@ -209,6 +223,8 @@ def main() -> None:
     share = sum(history.optimizer_seconds) / history.seconds[-1]
     print(f"held back: loss {history.held_back_loss:.3f}")
     print(f"optimizer: {milliseconds:.2f} ms a step, {share:.0%} of the time")
+    if history.failures:
+        raise SystemExit(f"failed: {history.failures}")
 
 
 if __name__ == "__main__":

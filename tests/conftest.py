@@ -17,7 +17,8 @@ from spectral_kernels import _dispatch, _extension
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")
 
-from support import refusal  # noqa: E402 (found by the path above)
+from optim_support import CONFIGS, FEW, Factory  # noqa: E402 (found by the path above)
+from support import refusal  # noqa: E402
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 # Sets that this processor lacks are no parameters: a skip of every test in every such set would
@@ -39,9 +40,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("default")
-
-
-_ILL_POSED = ("cans", torch.float16)
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, _, isa = request.param.partition("-")
     if name == "triton" and torch.float64 in request.node.callspec.params.values():
         pytest.skip("the Triton kernels compute in float32 at most")
-    params = request.node.callspec.params
-    if name == "triton" and (params.get("coefficients"), params.get("dtype")) == _ILL_POSED:
-        pytest.skip("CANS diverges just above 1, where a 1 x 7 matrix in fp16 rounds to")
     if name == "cpu" and _extension.MODULE is None:
         pytest.skip(_extension.REASON)
     if isa:
@@ -91,6 +86,37 @@ def native() -> None:
     """Needs the compiled part."""
     if _extension.MODULE is None:
         pytest.skip(_extension.REASON)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What is small gains nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CONFIGS)
+def make(request: pytest.FixtureRequest) -> Factory:
+    """Every optimizer, in every setting."""
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(params=FEW)
+def make_few(request: pytest.FixtureRequest) -> Factory:
+    """Every optimizer, in one."""
+    return CONFIGS[request.param]
+
+
+@pytest.fixture
+def backend_emulated(native: None) -> Iterator[None]:
+    """The CUDA C++ kernels, run on the CPU. Built by the first test that asks for it."""
+    import emulated_cuda
+
+    torch.set_num_threads(1)
+    with emulated_cuda.emulated():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -137,6 +163,8 @@ _INTERPRETED_CASES = {
     "test_inverse_root.py": 1,
     "test_eigenbasis.py": 1,
     "test_deva.py": 1,
+    "test_defaults.py": 6,
+    "test_nonfinite.py": 3,
 }
 _SLOW_IN_THE_INTERPRETER = (
     *("awkward", "convergent", "deepseek", "polar_express_8", "127", "130", "trajectory"),

@@ -65,8 +65,8 @@ def run(command: Sequence[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256(" ".join((torch.__version__, *FLAGS)).encode())
+def fingerprint(files: Iterable[Path], flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(" ".join((torch.__version__, *flags)).encode())
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -83,12 +83,13 @@ def library() -> ctypes.CDLL:
         for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
     ]
     sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
-    built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources])}.so"
+    built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources], FLAGS)}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         objects = {
-            path: built.parent / f"{path.stem}-{fingerprint([*headers, path])}.o"
-            for path in sources
+            path: built.parent / f"{path.stem}-{fingerprint([*headers, path], flags)}.o"
+            for paths, flags in ((kernels(), FLAGS), (bindings, ()))
+            for path in paths
         }
         with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 Factory = Callable[..., torch.optim.Optimizer]
+
+GOLDEN = Path(__file__).parent / "golden"
 
 CONFIGS: dict[str, Factory] = {
     "muon": partial(sk.optim.Muon, lr=0.02),
@@ -88,9 +94,25 @@ def with_grads(params: Iterable[nn.Parameter], seed: int = 0, scale: float = 1.0
         param.grad = (scale * grad).to(param.dtype)
 
 
+def stepped(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], count: int) -> None:
+    """Takes some steps with Gaussian gradients."""
+    for seed in range(count):
+        with_grads(params, seed)
+        optimizer.step()
+
+
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     generator = torch.Generator().manual_seed(seed)
     return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
+
+
+def golden(name: str) -> ModuleType:
+    """The program in tests/golden that writes files of that name."""
+    spec = importlib.util.spec_from_file_location(name, GOLDEN / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -111,6 +133,20 @@ def snapshot(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Any]:
     return [param.detach().clone() for param in params], copy.deepcopy(optimizer.state_dict())
 
 
+def torch_scales(monkeypatch: pytest.MonkeyPatch, adjust: str) -> None:
+    """torch.optim.Muon takes `adjust` in its groups, also where only a later version does."""
+    module = importlib.import_module("torch.optim._muon")
+    own = module._adjust_lr
+
+    def adjust_lr(lr: float, adjust_lr_fn: str | None, param_shape: torch.Size) -> float:
+        if adjust_lr_fn != "spectral_unclamped":
+            return own(lr, adjust_lr_fn, param_shape)
+        return lr * (param_shape[0] / param_shape[1]) ** 0.5
+
+    if adjust == "spectral_unclamped":
+        monkeypatch.setattr(module, "_adjust_lr", adjust_lr)
+
+
 def needs_kernels() -> None:
     """For comparisons of layouts, on which the bits of torch's products depend."""
     if sk.explain("muon_step_", torch.zeros(2, 2)).backend == "reference":
@@ -121,6 +157,7 @@ def assert_same(one: Any, other: Any) -> None:
     """The same structure, bit for bit."""
     assert type(one) is type(other)
     if isinstance(one, Tensor):
+        one, other = one.detach(), other.detach()
         assert one.dtype == other.dtype
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
         assert torch.equal(one.isnan(), other.isnan())

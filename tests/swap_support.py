@@ -75,15 +75,6 @@ def doubles() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Matrices of order 20 gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def gradient(shape: Sequence[int], seed: int) -> Tensor:
     """A matrix with singular values from 1 to 2 (float64), so that factors are well-conditioned."""

@@ -9,6 +9,8 @@ import random
 import sys
 import time
 import types
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ import torch
 pytest.importorskip("rich", reason="the extra 'cli' is not installed")
 pytest.importorskip("matplotlib", reason="the extra 'cli' is not installed")
 
+import spectral_kernels as sk  # noqa: E402
 from rich.console import Console  # noqa: E402
 from spectral_kernels import _extension, cli, coefficients  # noqa: E402
 from spectral_kernels.benchmarks import (  # noqa: E402
     demo,
+    distributed,
+    distributed_costs,
+    distributed_ranks,
     growth,
     inputs,
     inverse_root,
@@ -39,13 +45,14 @@ from spectral_kernels.benchmarks.case import (  # noqa: E402
     Case,
     Contender,
     Problem,
-    list_error,
+    list_errors,
     parse_shape,
     relative_error,
     square_shape,
     within_rule,
 )
 
+_PAGES = ("benchmarks", "distributed", "doctor")
 BUDGET = 0.01  # little more than the least number of rounds
 
 
@@ -191,7 +198,36 @@ def test_relative_error_is_of_the_worst_matrix():
     off = exact.clone()
     off[0] *= 1.1
     assert relative_error(off, exact) == pytest.approx(0.1)
-    assert list_error(list(off), list(exact)) == pytest.approx(0.1 / math.sqrt(10001))
+    assert list_errors(list(off), list(exact)) == pytest.approx([0.1, 0.0])
+
+
+def test_a_list_is_judged_entry_by_entry():
+    """As one, the small second entry's error of 1e-3 would be lost beside the large first."""
+    exact = [1000.0 * torch.eye(8).double(), torch.eye(8).double()]
+
+    def moved(*errors: float) -> list[torch.Tensor]:
+        return [x * (1.0 + error) for x, error in zip(exact, errors, strict=True)]
+
+    def row_of(*errors: float) -> dict:
+        problem = Problem(
+            [
+                Contender(OURS, lambda: moved(*errors)),
+                Contender("torch", lambda: moved(1e-4, 1e-5)),
+            ],
+            error=lambda out: list_errors(out, exact),
+            baseline="torch",
+        )
+        case = dataclasses.replace(broken_case(0.0), build=lambda: problem)
+        return run.run_case(case, threads=1, budget=BUDGET)
+
+    bad = row_of(1e-4, 1e-3)
+    assert bad["failure"] == "entry 1: error 1.0e-03 is more than twice plain torch's 1.0e-05"
+    good = row_of(1e-5, 1.5e-5)
+    assert good["failure"] is None and good["worst_entry"] == 1
+    assert good["contenders"][0]["error"] == pytest.approx(1.5e-5)
+    assert good["contenders"][1]["error"] == good["baseline_error"] == pytest.approx(1e-5)
+    assert "errors of entry 1" in rendered(report.table("gram", [good]))
+    json.dumps(good)
 
 
 def test_shapes():
@@ -264,7 +300,7 @@ def test_the_fma_peak_is_a_rate(threads):
     assert peak is None or 0.5 < peak < 1e4
 
 
-@pytest.mark.parametrize(("p", "most"), [(1, 24), (2, 25), (3, 28), (4, 27), (8, 27)])
+@pytest.mark.parametrize(("p", "most"), [(1, 26), (2, 30), (3, 35), (4, 34), (8, 37)])
 def test_work_of_a_root_is_that_of_its_products(p, most):
     a = inputs.factor((10, 10), torch.float32, 1e-6)
     ((rate, flops),) = inverse_root.work(a, p)[0].items()
@@ -274,11 +310,17 @@ def test_work_of_a_root_is_that_of_its_products(p, most):
 
 
 def test_work_of_newton_schulz_is_that_of_the_cost_table():
-    (standard, gram) = newton_schulz.work((3, 20, 40), torch.float64, newton_schulz._MUON)
+    rows = coefficients.resolve("quintic").rows
+    (standard, gram) = newton_schulz.work((3, 20, 40), torch.float64, rows)
     assert standard["fp64"] == 3 * (15 * 20**2 * 40 + 5 * 20**3)
-    # 3 s^2 l a pass over X, 17 s^3 less 3 s^3 for every restart.
-    restarts = len(coefficients.gram_restarts("muon", 20, 40))
-    assert gram["fp64"] == 3 * (3 * (1 + restarts) * 20**2 * 40 + (17 - 3 * restarts) * 20**3)
+    # Three steps of the standard form, then two on R: 3 s^2 l and 5 s^3.
+    assert gram["fp64"] == 3 * (12 * 20**2 * 40 + 8 * 20**3)
+    # In bf16 all five on R, with two products of Q and X where the operands are 16-bit numbers.
+    (_, gram) = newton_schulz.work((3, 20, 40), torch.bfloat16, rows)
+    expected = {"bf16": 3 * 5 * 20**2 * 40, "fp32": 3 * 17 * 20**3}
+    if "bf16" not in gram:
+        expected = {"fp32": 3 * (3 * 20**2 * 40 + 17 * 20**3)}
+    assert gram == expected
 
 
 def test_inputs_have_their_spectra():
@@ -292,6 +334,13 @@ def test_inputs_have_their_spectra():
     q, drifted = inputs.drifted_factor(24, 1e-4)
     diagonal = (q.mT @ drifted @ q).diagonal()
     assert (diagonal.diff() <= 1e-15).all()
+
+
+def test_slow_trainings_take_fewer_steps():
+    assert demo.affordable_steps(300, 0.1) == 300
+    assert demo.affordable_steps(300, 1.0) == 60
+    assert demo.affordable_steps(300, 1e3) == 20
+    assert demo.affordable_steps(5, 1e3) == 5
 
 
 def test_trainings_start_alike_and_move():
@@ -424,7 +473,7 @@ def test_readme_tables(tmp_path):
     assert markdown.read_text() == text
     assert readme_tables.main([str(markdown)]) == 0
     written = markdown.read_text()
-    assert written.count("| gram 2x24x24 float32 | 1 |") == 1
+    assert written.count("| gram 2x24x24 float32 | 1 |") == 2  # torch.bmm and a loop
     assert "newton_schulz" not in written and "old" not in written
     assert written.startswith("# Head\n<!-- table r.json op=gram threads=1 -->\n| operation |")
     assert written.endswith("<!-- end table -->\ntail\n")
@@ -432,6 +481,162 @@ def test_readme_tables(tmp_path):
     markdown.write_text(text.replace("op=gram", "op=none"))
     with pytest.raises(ValueError, match="has no rows"):
         readme_tables.main([str(markdown)])
+
+
+def test_the_ceiling_that_binds():
+    peaks = {"fp32": 100.0, "bf16": 1000.0, "memory": 10.0}
+    large = 1e9  # bytes: 0.05 s of two threads
+    assert run._bound([{"fp32": 2e9}], peaks, 2) == ("fp32", 0.01)
+    assert run._bound([{"fp32": 2e9, "memory": large}], peaks, 2) == ("memory", 0.05)
+    assert run._bound([{"fp32": 2e10, "memory": large}], peaks, 2) == ("fp32", 0.1)
+    # What the caches hold does not bind, and needs no rate; the cheaper form counts.
+    assert run._bound([{"fp32": 2e9, "memory": 1e6}], {"fp32": 100.0}, 2) == ("fp32", 0.01)
+    assert run._bound([{"fp32": 4e9}, {"bf16": 2e9, "fp32": 2e9}], peaks, 2) == ("fp32", 0.011)
+    assert run._bound([{"fp64": 2e9}], peaks, 2) == (None, None)
+    assert run._bound([], peaks, 2) == (None, None)
+
+
+def test_contenders_have_a_share_of_their_own():
+    row = run.run_case(small_case("gram"), 1, BUDGET)
+    ours, *others = row["contenders"]
+    assert row["bound"] == "fp32" and ours["share_of_peak"] == row["share_of_peak"] > 0.0
+    assert [entry["name"] for entry in others] == ["torch.bmm", "torch loop"]
+    for entry in others:
+        # Whole products: twice the work of one triangle.
+        ratio = entry["share_of_peak"] / ours["share_of_peak"]
+        assert ratio == pytest.approx(2.0 * ours["median_s"] / entry["median_s"])
+        assert entry["torch"]
+    assert report.summary([row])[1].endswith(
+        "of 1 cases are not slower than the best of torch's own ways"
+    )
+
+
+def test_tables_choose_what_ours_is_compared_with(tmp_path):
+    row = run.run_case(small_case("gram"), 1, BUDGET)
+    others = [entry["name"] for entry in row["contenders"] if "speedup" in entry]
+    facts = {"cpu": "EPYC", "cores": 2, "isa": "avx2", "torch": "2.13", "date": "2026-11-22T01:02"}
+    run.write(tmp_path / "r.json", "bench", facts, [row])
+    for names, lines in ((others[:1], 1), (others, len(others))):
+        chosen = f"key={row['key']}".replace(" ", "+")
+        against = f"against={','.join(names)}".replace(" ", "+")
+        text = f"<!-- table r.json {chosen} {against} -->\n<!-- end table -->"
+        table = readme_tables.rewritten(text, tmp_path)
+        assert table.count(f"| {row['key']} | 1 |") == lines
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/doctor.md"]
+)
+def test_tables_of_the_docs_are_those_of_their_files(page):
+    assert readme_tables.main(["--check", str(Path(__file__).parent.parent / page)]) == 0
+
+
+def test_costs_over_ranks_are_those_of_the_committed_page():
+    path = Path(distributed_costs.__file__).parent / "results" / "distributed_costs.md"
+    assert distributed_costs.page() == path.read_text()
+
+
+def test_what_a_step_over_two_ranks_is_predicted_to_take():
+    shapes = ((8, 6), (5, 4), (5, 4))
+    layout = distributed_costs.Layout(1, 2)
+    (bucket,) = distributed_costs.planned("muon", shapes, layout)
+    # The largest to one rank, the others to the second; of 5 rows the first rank holds 3.
+    assert [dict(own) for own in bucket.owned] == [{(8, 6): 1}, {(5, 4): 2}]
+    held = 24 + 2 * 12, 24 + 2 * 8
+    assert bucket.held.tolist() == list(held)
+    assert [each.tolist() for each in bucket.sent] == [[24, 24], [24, 24]]
+    assert [each.tolist() for each in bucket.received] == [[24, 24], [24, 24]]
+    assert distributed_costs.moved([bucket]).tolist() == [24 * 12, 24 * 12]
+
+    def exchange(most: float, ranks: int) -> float:
+        return 1.0 + most
+
+    costs = distributed_costs.Costs(
+        step=lambda shape: {(8, 6): 100.0, (5, 4): 70.0}[shape],
+        pieces=exchange,
+        everyone=exchange,
+        copied=0.5,
+        begin=7.0,
+    )
+    found = distributed_costs.predicted([bucket], layout, costs)
+    assert (found.computing, found.mean) == (140.0, 120.0)
+    assert found.exchanging == (1.0 + 24 * 8) + (1.0 + 24 * 4)
+    # Rank 0 copies 48 elements of 8 bytes and 48 of 4, rank 1 40 of 8 and 40 of 4.
+    busy = max(100.0 + 0.5 * (48 * 8 + 48 * 4), 140.0 + 0.5 * (40 * 8 + 40 * 4))
+    assert found.total == 7.0 + busy + found.exchanging
+    narrow = dataclasses.replace(costs, cores=1)
+    both = 240.0 + 0.5 * 88 * 12
+    assert distributed_costs.predicted([bucket], layout, narrow).total == (
+        7.0 + both + found.exchanging
+    )
+    hidden = dataclasses.replace(costs, hidden=0.5)
+    assert distributed_costs.predicted([bucket], layout, hidden).total == (
+        7.0 + busy + found.exchanging - 0.5 * min(busy, found.exchanging)
+    )
+    # Where all hold all, each sends what it owns and gets as much as the fullest has.
+    (bucket,) = distributed_costs.planned("muon", shapes, distributed_costs.Layout(2, 1))
+    assert [each.tolist() for each in bucket.received] == [[0, 0], [48, 48]]
+    assert distributed_costs.replicated(shapes, 2, narrow).total == 7.0 + 2 * 240.0
+
+
+def test_replicas_send_on_what_they_were_given():
+    layout = distributed_costs.Layout(2, 2)
+    (bucket,) = distributed_costs.planned("muon", ((4, 6),) * 4, layout)
+    # Half of every matrix comes from the other rank of the owner's replica, and goes to all.
+    assert bucket.sent[0].tolist() == [12] * 4 and bucket.received[0].tolist() == [12] * 4
+    assert bucket.sent[1].tolist() == [36] * 4 and bucket.received[1].tolist() == [36] * 4
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--ranks", "0"], "--ranks must be like 1,2,4"),
+        (["--ranks", "2,x"], "--ranks must be like 1,2,4"),
+        (["--ranks", "16"], "at most 8 processes"),
+        (["--ranks", "2", "--op", "gram"], "--ranks takes --op of muon_step_"),
+    ],
+)
+def test_ranks_that_make_no_sense(arguments, words, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def found_alone(ranks, campaign):
+    """What one rank might have measured."""
+    assert ranks == 1 and campaign.shapes == ((24, 16), (16, 24))
+    found = distributed_ranks.Found(copied=(1e-9, 1e-9))
+    for name, took in (("replicated", 4.0), ("ddp", 6.0)):
+        found.steps["muon", name] = [(took, took / 2)] * 3
+        found.begin["muon", name] = [(1.0, 0.5)] * 3
+    cost = distributed_costs.matrix("muon", (24, 16))[0]
+    found.loads["muon", "ddp"] = [2 * cost], 0
+    found.matrices = {("muon", shape): 2.0 for shape in campaign.shapes}
+    found.pieces = found.everyone = [(0, (0.5, 0.25)), (0, (0.75, 0.5))]
+    return [found]
+
+
+@pytest.mark.parametrize(
+    "processes", [found_alone, pytest.param(distributed_ranks.run, marks=pytest.mark.long)]
+)
+def test_steps_of_one_process_are_predicted_and_measured(tmp_path, monkeypatch, capsys, processes):
+    monkeypatch.setattr(run, "BUDGET", 0.01)
+    monkeypatch.setattr(distributed, "run_ranks", processes)
+    path = tmp_path / "ranks.json"
+    shapes = ["--op", "muon_step_", "--shape", "24x16+16x24"]
+    assert cli.main(["bench", "--ranks", "1", *shapes, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "errors of 2 predictions" in printed and "On paper" in printed
+    rows = run.read(path)["rows"]
+    assert [row["key"] for row in rows] == ["muon replicated 1", "muon ddp 1"]
+    for row in rows:
+        assert row["failure"] is None and row["predicted_s"] > 0.0
+        assert row["error"] == row["predicted_s"] / row["median_s"] - 1.0
+    if processes is found_alone:
+        assert [row["predicted_s"] for row in rows] == [5.0, pytest.approx(5.0, abs=1e-4)]
+        assert [row["of_replicated"] for row in rows] == [1.0, 1.5]
+        assert [row["cpu_s"] for row in rows] == [2.0, 3.0]
+        assert rows[0]["cpu_predicted_s"] == 4.5 and rows[0]["cpu_error"] == 1.25
+    assert distributed.summary([{**rows[1], "error": 0.4}])[0].endswith("NOT within 15% and 30%")
 
 
 def test_peers_are_found_where_they_are_pointed_at(tmp_path):
@@ -503,6 +708,24 @@ def test_the_example_trains_with_every_optimizer(char_gpt):
     assert len(set(first.values())) == 1  # one seed, one start
     with pytest.raises(ValueError, match="must be one of adamw"):
         char_gpt.make_optimizers("sgd", char_gpt.CharGPT(8))
+
+
+def test_counters_of_failures_fail_the_example_and_the_benchmark(char_gpt):
+    """A step that was left out costs nothing and trains nothing."""
+    param = torch.nn.Parameter(torch.ones(3, 4))
+    optimizers = [torch.optim.SGD([param], lr=0.1), sk.optim.Shampoo([param])]
+    param.grad = torch.ones(3, 4)
+    optimizers[1].step()
+    assert char_gpt.failures(optimizers) == ""
+    param.grad = torch.full((3, 4), torch.nan)
+    optimizers[1].step()
+    assert char_gpt.failures(optimizers) == "Shampoo: skipped is 1"
+    eye = torch.eye(3, dtype=torch.float64)
+    for value, fails in ((1.0, False), (torch.nan, True)):
+        begin = steps.Start([eye], [[value * eye]], [(eye, eye)], [(eye, eye)], [eye])
+        training = steps.Training(begin, torch.float32, lambda p: sk.optim.Muon(p, lr=0.1))
+        with pytest.raises(RuntimeError, match="Muon: skipped is 1") if fails else nullcontext():
+            training.moved(1)
 
 
 def test_the_example_learns(char_gpt):

@@ -1,4 +1,4 @@
-"""The command line: info, the options of bench, and run, which must not be noticed by a script."""
+"""The command line: info and the options of bench. `run` is in test_run.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
-from spectral_kernels import _extension, cli, info
+import torch
+from spectral_kernels import _cuda, _extension, cli, info
 
 SECTIONS = ["versions", "cpu", "backends", "gpu", "cuda_kernels", "environment", "workspace"]
 
@@ -25,12 +24,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         env=os.environ | environment,
         timeout=120,
     )
-
-
-def script(folder: Path, text: str) -> str:
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(text))
-    return str(path)
 
 
 def test_info_prints_every_section(capsys):
@@ -64,6 +57,25 @@ def test_info_without_the_compiled_part(monkeypatch):
     assert facts["backends"]["cpu"] == "no compiler here"
     assert facts["versions"]["compiler"] == "no compiler here"
     assert "no compiler here" in info.text(facts)
+
+
+@pytest.mark.parametrize(
+    ("built", "torch_cuda", "cards", "said"),
+    [
+        ("", "13.0", [], "not built: that takes a torch for CUDA and nvcc"),
+        ("90a", None, [], "torch was built without CUDA"),
+        ("90a", "13.0", [], "torch sees no card"),
+        ("90a", "13.0", [(8, 0), (8, 6)], "built for sm_90a, cards: sm_80, sm_86"),
+        ("90a", "13.0", [(8, 0), (9, 0)], "available"),
+    ],
+)
+def test_info_says_what_a_card_lacks(built, torch_cuda, cards, said, native, monkeypatch):
+    monkeypatch.setattr(_cuda, "architectures", lambda: [f"sm_{built}"] if built else [])
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(_cuda, "_capability_of", lambda device: cards[device])
+    assert said in info._backend("cuda")
 
 
 def test_info_turns_an_error_into_a_sentence(monkeypatch):
@@ -134,85 +146,3 @@ def test_isa_starts_again_with_torch_capped_the_same_way(monkeypatch):
     assert environment["SPECTRAL_KERNELS_CPU_ISA"] == "baseline"
     assert environment["ATEN_CPU_CAPABILITY"] == "default"
     assert environment["ONEDNN_MAX_CPU_ISA"] == "SSE41"
-
-
-def test_run_keeps_argv_main_and_exit_code(tmp_path):
-    path = script(
-        tmp_path,
-        """
-        import json, sys
-        import beside
-        class Local: pass
-        print(json.dumps([sys.argv, __name__, Local.__module__, sys.path[0], beside.NAME]))
-        sys.exit(7)
-        """,
-    )
-    (tmp_path / "beside.py").write_text("NAME = 'neighbour'\n")
-    said = command("run", path, "--report", "-m", "--op=x", "")
-    assert said.returncode == 7, said.stderr
-    argv, name, module, first, neighbour = json.loads(said.stdout)
-    assert argv == [path, "--report", "-m", "--op=x", ""]
-    assert (name, module, neighbour) == ("__main__", "__main__", "neighbour")
-    assert first == str(tmp_path)
-
-
-def test_run_swaps_before_the_script_begins(tmp_path):
-    path = script(
-        tmp_path,
-        """
-        import torch
-        from spectral_kernels import call_counts
-        weight = torch.nn.Parameter(torch.randn(8, 4))
-        weight.grad = torch.randn(8, 4)
-        torch.optim.Muon([weight]).step()
-        assert call_counts(), "torch's own code ran"
-        """,
-    )
-    said = command("run", path)
-    assert said.returncode == 0, said.stderr
-
-
-def test_run_shows_the_traceback_that_python_shows(tmp_path):
-    path = script(
-        tmp_path,
-        """
-        def inner():
-            raise KeyError("lost")
-        try:
-            inner()
-        except KeyError as error:
-            raise RuntimeError("outer") from error
-        """,
-    )
-    plain = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
-    said = command("run", path)
-    assert said.returncode == plain.returncode == 1
-    assert said.stderr == plain.stderr
-
-
-def test_run_shows_a_syntax_error_as_python_does(tmp_path):
-    path = script(tmp_path, "x = (\n")
-    plain = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
-    said = command("run", path)
-    assert said.returncode == plain.returncode == 1
-    assert said.stderr == plain.stderr
-
-
-def test_run_runs_a_module(tmp_path):
-    (tmp_path / "train.py").write_text("import sys; print(__name__, sys.argv[1:])\n")
-    said = subprocess.run(
-        [sys.executable, "-m", "spectral_kernels.cli", "run", "-m", "train", "--steps", "3"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-    )
-    assert said.stdout == "__main__ ['--steps', '3']\n", said.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"), [([], "which script?"), (["no.py"], "there is no script 'no.py'")]
-)
-def test_run_without_a_script(arguments, sentence, capsys):
-    assert cli.main(["run", *arguments]) == 2
-    assert sentence in capsys.readouterr().err

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated, launches, slices
+from emulated_cuda import Guarded, arranged, launches, slices
 from spectral_kernels import _cuda
 from support import (
+    FACTOR,
     LAYOUTS,
     Placed,
     assert_step_rule,
+    displacement_noise,
     error,
     gaussian,
     later_step,
@@ -21,18 +23,11 @@ from support import (
     unit_roundoff,
 )
 from test_cuda_eigenbasis import LISTS, NARROW, STATE, entry
-from test_deva import LIST, PUBLIC, SQUARES, VARIANCES, started
+from test_deva import LIST, OPTIONS, PUBLIC, SQUARES, TRAJECTORIES, VARIANCES, started
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 
 U = unit_roundoff(torch.float32)
-
-
-@pytest.fixture
-def backend_emulated():
-    torch.set_num_threads(1)
-    with emulated():
-        yield
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -40,57 +35,31 @@ def backend_emulated():
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_deva_step(variance, refresh, dtype):
     case = started(LIST, dtype, variance=variance, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("variance", [v for v in VARIANCES if v != "low_memory"])
 def test_elementwise_norm(variance):
     case = started(LIST, torch.float32, norm="linf", variance=variance)
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("refresh", [0, 1])
 @pytest.mark.parametrize(
     "options",
-    [
-        {"variance": "momentum"},
-        {"variance": "instant"},
-        {"variance": "momentum", "sign": True},
-        {"variance": "momentum", "correct_bias": False},
-        {"variance": "momentum", "normalize_grads": True},
-        {"variance": "momentum", "norm": "linf"},
-    ],
+    TRAJECTORIES,
     ids=str,
 )
 def test_public_trajectory(options, refresh):
     case = started(SQUARES, torch.float32, refresh=[refresh] * len(SQUARES), **PUBLIC, **options)
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"maximize": True},
-        {"nesterov": False},
-        {"beta1": 0.0},
-        {"beta2": 0.0, "shampoo_beta": 0.0},
-        {"weight_decay": 0.0},
-        {"correct_bias": False},
-        {"normalize_grads": True},
-        {"sign": True},
-        {"eps": 1e-2},
-        {"eps_mode": "inside", "eps": 1e-3},
-        {"eps_mode": "outside", "eps": 1e-3},
-        {"variance": "low_memory", "eps_mode": "outside", "eps": 1e-3},
-        {"variance": "low_memory", "eps_mode": "inside", "eps": 1e-3, "correct_bias": False},
+        *OPTIONS,
         {"norm": "linf", "eps_mode": "outside", "eps": 1e-3, "maximize": True},
-        {"sides": ("left",)},
-        {"sides": ("right",)},
-        {"sides": ()},
-        {"scales": [0.0, 0.5, 1.0, 2.0]},
-        {"per_matrix_counts": True},
-        {"refresh": [1, 0, 1, 0]},
-        {"eps": 0.0},
         {"nonfinite": "propagate"},
         {"nonfinite": "raise"},
     ],
@@ -98,14 +67,14 @@ def test_public_trajectory(options, refresh):
 )
 def test_deva_options(options):
     case = started(SQUARES, torch.float32, **options)
-    assert_step_rule(case, "cuda", roundings=512.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_bfloat16_products(dtype):
     case = started(LIST, dtype, compute_dtype=torch.bfloat16)
     u, coarse = unit_roundoff(dtype), unit_roundoff(torch.bfloat16)
-    assert_step_rule(case, "cuda", roundings=max(256.0, 10.0 * coarse / u))
+    assert_step_rule(case, "cuda", roundings=8.0 * coarse / u)
 
 
 # More than one tile down and across, in both orders of memory, and matrices beyond one chip.
@@ -117,13 +86,13 @@ def test_deva_step_of_larger_matrices(variance):
     shapes = LARGE[variance]
     case = started(shapes, torch.float32, variance=variance, taken=2, sides=("left",))
     case["exp_avgs"][0] = case["exp_avgs"][0].mT.contiguous().mT
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("norm", ["schatten", "linf"])
 def test_means_of_several_blocks(norm):
     case = started(((70, 130),), torch.float32, norm=norm, eps=1e-1, sides=(), taken=2)
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("options", [{}, PUBLIC], ids=["corrected", "public"])
@@ -142,7 +111,8 @@ def test_first_call(options):
             assert same_bits(case["params"][i], before["params"][i])
         else:
             moved = case["params"][i].double() - before["params"][i].double()
-            assert error(moved, expected["params"][i] - before["params"][i].double()) < 1e4 * U
+            truth = expected["params"][i] - before["params"][i].double()
+            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
 
 
 @pytest.mark.parametrize("norm", ["schatten", "linf"])

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated, launches, slices
+from emulated_cuda import Guarded, arranged, launches, slices
 from spectral_kernels import eigenbasis, inverse_root, refresh_eigenbasis, soap_step_
 from support import (
+    FACTOR,
     LAYOUTS,
     Placed,
     assert_step_rule,
+    displacement_noise,
     error,
     gaussian,
     integers,
@@ -26,6 +28,7 @@ from support import (
 )
 from test_eigenbasis import (
     LIST,
+    OPTIONS,
     SQUARES,
     assert_orthogonal,
     householder,
@@ -36,13 +39,6 @@ from test_eigenbasis import (
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 
 U = unit_roundoff(torch.float32)
-
-
-@pytest.fixture
-def backend_emulated():
-    torch.set_num_threads(1)
-    with emulated():
-        yield
 
 
 def assert_as_good_as_torch(a):
@@ -210,25 +206,13 @@ def entry(case, i):
 @pytest.mark.parametrize("refresh", [0, 1])
 def test_soap_step(refresh, dtype):
     case = later_step("soap_step_", LIST, dtype, taken=6, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"maximize": True},
-        {"beta1": 0.0},
-        {"beta2": 0.0, "shampoo_beta": 0.0},
-        {"weight_decay": 0.0},
-        {"correct_bias": False},
-        {"normalize_grads": True},
-        {"eps": 1e-2},
-        {"permute_squares": True},
-        {"sides": ("left",)},
-        {"sides": ("right",)},
-        {"sides": ()},
-        {"per_matrix_counts": True},
-        {"refresh": [1, 0, 1, 0]},
+        *OPTIONS,
         {"nonfinite": "propagate"},
         {"nonfinite": "raise"},
     ],
@@ -236,12 +220,12 @@ def test_soap_step(refresh, dtype):
 )
 def test_soap_options(options):
     case = later_step("soap_step_", SQUARES, torch.float32, taken=4, **options)
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 def test_soap_step_of_larger_matrices():
     case = later_step("soap_step_", ((70, 40), (20, 66)), torch.float32, taken=2)
-    assert_step_rule(case, "cuda", roundings=256.0)
+    assert_step_rule(case, "cuda")
 
 
 @pytest.mark.parametrize("skip_first", [True, False])
@@ -262,7 +246,7 @@ def test_first_call(skip_first):
         else:
             moved = case["params"][i].double() - before["params"][i].double()
             truth = expected["params"][i] - before["params"][i].double()
-            assert error(moved, truth) < 1e5 * U
+            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
 
 
 def test_a_run_follows_the_specification():

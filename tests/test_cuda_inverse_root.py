@@ -7,7 +7,7 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from emulated_cuda import Guarded, arranged, emulated
+from emulated_cuda import Guarded, arranged
 from support import (
     LAYOUTS,
     Placed,
@@ -24,13 +24,6 @@ pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
 SIZES = (1, 2, 15, 16, 17, 33, 64, 65, 100)
 POWERS = range(1, 9)
-
-
-@pytest.fixture
-def backend_emulated():
-    torch.set_num_threads(1)
-    with emulated():
-        yield
 
 
 def root(a, p=4, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated
+from emulated_cuda import Guarded, arranged
 from spectral_kernels.newton_schulz import newton_schulz
 from support import gaussian, new_step, same_bits
 
@@ -13,13 +13,6 @@ pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 # Orders of blocks, and how many are at work at a time.
 ARRANGEMENTS = ({}, {"residents": 4}, {"residents": 3, "order": 1}, {"residents": 7, "order": 3})
 ROWS = ((2.0, -1.5, 0.5),)
-
-
-@pytest.fixture
-def backend_emulated():
-    torch.set_num_threads(1)
-    with emulated():
-        yield
 
 
 def launched(run, **arrangement):

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
-from emulated_cuda import Guarded, arranged, emulated, library
+from emulated_cuda import Guarded, arranged, library
 from spectral_kernels import _cuda, gram
-from support import LAYOUTS, Placed, assert_rule, exact, gaussian, integers, same_bits
+from support import LAYOUTS, Placed, assert_rule, draws, exact, gaussian, integers, same_bits
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 
@@ -19,24 +19,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 2), (17, 64), (64, 33), (65, 200), (129, 20), (20, 1000), (40, 4500))
 
 
-@pytest.fixture
-def backend_emulated():
-    torch.set_num_threads(1)
-    with emulated():
-        yield
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(shape, dtype):
-    x = gaussian(*shape, dtype=dtype)
+    x = gaussian(draws(shape[0], shape[0]), *shape, dtype=dtype)
     if _cuda.rejection("gram", [x], {}) is not None:
         pytest.skip("left to others")
     found = gram(x)
     assert same_bits(found, found.mT)
-    expected = exact(x) @ exact(x).T
-    plain = [(x * c) @ (x * c).mT / c**2 for c in (1.0, 2.0, 4.0)]
-    assert_rule(found, plain, expected)
+    expected = exact(x) @ exact(x).swapaxes(-1, -2)
+    assert_rule(found, x @ x.mT, expected, terms=shape[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,6 +137,54 @@ def test_what_is_read_in_place_has_the_bits_of_what_is_packed(shape, dtype):
 def test_no_access_outside_the_tensors(at_end):
     x = gaussian(2, 35, 13, dtype=torch.bfloat16)
     assert same_bits(gram(Guarded(x, at_end=at_end).tensor), gram(x))
+
+
+def with_c(a, c, tile, chunks, *, lower_c=False, lower_d=False):
+    """A A - C / 2 + I of padded symmetric bf16 workspaces, of C and D one triangle or both."""
+    rows, line = a.shape
+    out = torch.full_like(a, math.nan)
+    parts = torch.full((16, 4, tile * tile), math.nan)
+    arrived = torch.zeros(16, dtype=torch.int32)
+    sizes = (ctypes.c_int64(rows), ctypes.c_int64(line), tile, ctypes.c_int64(chunks))
+    tensors = (a, c, out, parts, arrived)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    flags = (int(lower_c), int(lower_d), ctypes.c_float(-0.5))
+    assert library().product_with_c(*sizes, *flags, *pointers) == 0
+    assert not arrived.any()
+    return out
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_c_and_d_may_hold_one_triangle(tile, chunks):
+    """What nobody wrote of the other one is NaN here, and anything at all on a card."""
+    rows = 141
+    a, c = (torch.zeros(rows, 192, dtype=torch.bfloat16) for _ in range(2))
+    symmetric = [integers(rows, rows, seed=seed) for seed in range(2)]
+    for workspace, x in zip((a, c), symmetric, strict=True):
+        workspace[:, :rows] = x.tril() + x.tril(-1).mT
+    expected = with_c(a, c, tile, chunks)
+    wide, added = (x[:, :rows].double() for x in (a, c))
+    exact = wide @ wide - added / 2 + torch.eye(rows, dtype=torch.float64)
+    assert torch.equal(expected[:, :rows], exact.bfloat16())
+    for start in range(0, rows, tile):
+        c[start : start + tile, start + tile :] = math.nan
+    assert same_bits(with_c(a, c, tile, chunks, lower_c=True), expected)
+    lower = with_c(a, c, tile, chunks, lower_c=True, lower_d=True)
+    assert same_bits(lower[:, :rows].tril(), expected[:, :rows].tril())
+    assert lower[:tile, tile:rows].isnan().all()
+
+
+def test_wgmma_needs_the_architecture_that_has_it():
+    for listed, has in (
+        ("80,90a,120", 1),
+        ("90a", 1),
+        ("90", 0),
+        ("80,90", 0),
+        ("190a", 0),
+        ("", 0),
+    ):
+        assert library().names_wgmma(listed.encode()) == has
 
 
 def test_what_is_not_served_is_refused():

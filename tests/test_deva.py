@@ -7,11 +7,14 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from support import (
+    FACTOR,
     FLOATS,
     FULL,
     LAYOUTS,
     Placed,
     assert_step_rule,
+    assert_written,
+    displacement_noise,
     error,
     fuzzed,
     gaussian,
@@ -54,72 +57,78 @@ def started(shapes, dtype, *, taken=4, seed=0, **options):
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_deva_step(variance, refresh, dtype, backend):
     case = started(LIST, dtype, variance=variance, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, backend.name, roundings=256.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 @pytest.mark.parametrize("variance", [v for v in VARIANCES if v != "low_memory"])
 def test_elementwise_norm(variance, dtype, backend):
     case = started(LIST, dtype, norm="linf", variance=variance)
-    assert_step_rule(case, backend.name, roundings=256.0)
+    assert_step_rule(case, backend.name)
+
+
+TRAJECTORIES = (
+    {"variance": "momentum"},
+    {"variance": "instant"},
+    {"variance": "momentum", "sign": True},
+    {"variance": "momentum", "correct_bias": False},
+    {"variance": "momentum", "normalize_grads": True},
+    {"variance": "momentum", "norm": "linf"},
+)
 
 
 @pytest.mark.parametrize("refresh", [0, 1])
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 @pytest.mark.parametrize(
     "options",
-    [
-        {"variance": "momentum"},
-        {"variance": "instant"},
-        {"variance": "momentum", "sign": True},
-        {"variance": "momentum", "correct_bias": False},
-        {"variance": "momentum", "normalize_grads": True},
-        {"variance": "momentum", "norm": "linf"},
-    ],
+    TRAJECTORIES,
     ids=str,
 )
 def test_public_trajectory(options, dtype, refresh, backend):
     case = started(SQUARES, dtype, refresh=[refresh] * len(SQUARES), **PUBLIC, **options)
-    assert_step_rule(case, backend.name, roundings=256.0)
+    assert_step_rule(case, backend.name)
+
+
+OPTIONS = (
+    {"maximize": True},
+    {"nesterov": False},
+    {"beta1": 0.0},
+    {"beta2": 0.0, "shampoo_beta": 0.0},
+    {"weight_decay": 0.0},
+    {"correct_bias": False},
+    {"normalize_grads": True},
+    {"sign": True},
+    {"eps": 1e-2},
+    {"eps_mode": "inside", "eps": 1e-3},
+    {"eps_mode": "outside", "eps": 1e-3},
+    {"variance": "low_memory", "eps_mode": "outside", "eps": 1e-3},
+    {"variance": "low_memory", "eps_mode": "inside", "eps": 1e-3, "correct_bias": False},
+    {"sides": ("left",)},
+    {"sides": ("right",)},
+    {"sides": ()},
+    {"scales": [0.0, 0.5, 1.0, 2.0]},
+    {"per_matrix_counts": True},
+    {"refresh": [1, 0, 1, 0]},
+    {"eps": 0.0},
+)
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"maximize": True},
-        {"nesterov": False},
-        {"beta1": 0.0},
-        {"beta2": 0.0, "shampoo_beta": 0.0},
-        {"weight_decay": 0.0},
-        {"correct_bias": False},
-        {"normalize_grads": True},
-        {"sign": True},
-        {"eps": 1e-2},
-        {"eps_mode": "inside", "eps": 1e-3},
-        {"eps_mode": "outside", "eps": 1e-3},
-        {"variance": "low_memory", "eps_mode": "outside", "eps": 1e-3},
-        {"variance": "low_memory", "eps_mode": "inside", "eps": 1e-3, "correct_bias": False},
-        {"sides": ("left",)},
-        {"sides": ("right",)},
-        {"sides": ()},
-        {"scales": [0.0, 0.5, 1.0, 2.0]},
-        {"per_matrix_counts": True},
-        {"refresh": [1, 0, 1, 0]},
-        {"eps": 0.0},
-    ],
+    OPTIONS,
     ids=str,
 )
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_deva_options(dtype, options, backend):
     case = started(SQUARES, dtype, **options)
-    assert_step_rule(case, backend.name, roundings=512.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=named)
 def test_bfloat16_products(dtype, backend):
     case = started(LIST, dtype, compute_dtype=torch.bfloat16)
     u, coarse = unit_roundoff(dtype), unit_roundoff(torch.bfloat16)
-    assert_step_rule(case, backend.name, roundings=max(256.0, 10.0 * coarse / u))
+    assert_step_rule(case, backend.name, roundings=8.0 * coarse / u)
 
 
 @pytest.mark.parametrize("options", [{}, PUBLIC], ids=["corrected", "public"])
@@ -140,11 +149,11 @@ def test_first_call(dtype, options, backend):
         else:
             moved = case["params"][i].double() - before["params"][i].double()
             truth = expected["params"][i] - before["params"][i].double()
-            assert error(moved, truth) < 1e4 * unit_roundoff(dtype)
+            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
 
 
 def test_first_update_is_the_scaled_polar_factor(backend):
-    """E1': Gamma = 1 at t = 1 on the range of G."""
+    """Gamma = 1 at t = 1 on the range of G."""
     options = {"rows": ((1.875, -1.25, 0.375),) * 40, "lr": 1.0, "weight_decay": 0.0, "eps": 0.0}
     case = new_step("deva_step_", ((6, 6),), torch.float64, scales=[0.5], **options)
     before = case["params"][0].clone()
@@ -285,19 +294,18 @@ def test_zero_rows_stay(options, backend):
 @pytest.mark.parametrize("variance", ["momentum", "low_memory"])
 def test_deva_step_in_any_layout_writes_nothing_around(variance, layout, backend):
     case = started(((2, 5, 5), (4, 7)), torch.float64, variance=variance)
-    expected = case.run_reference()
     placed = {
         name: [Placed(x, layout) for x in case[name]]
         for name in ("grads", *case.names(write=True))
         if name not in ("step_counts", "skipped")
         and not (name == "exp_avg_sqs" and variance == "low_memory")
     }
-    moved = case.with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
+    moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
     moved.run(backend.name)
-    for name, xs in placed.items():
-        for x, truth in zip(xs, expected[name], strict=True):
+    for xs in placed.values():
+        for x in xs:
             x.assert_untouched_around()
-            assert error(x.tensor, truth) < 1e-8, name
+    assert_written(moved, case, [name for name in placed if name != "grads"])
 
 
 def test_packed_variances_in_a_strided_buffer(backend):
@@ -374,7 +382,7 @@ def deva_steps(draw):
 
 @fuzzed(deva_steps(), long=2000)
 def test_any_deva_step(case):
-    assert_step_rule(case, "cpu", roundings=1024.0)
+    assert_step_rule(case, "cpu")
 
 
 def test_gradients_of_rank_one(backend):

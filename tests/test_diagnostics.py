@@ -12,34 +12,20 @@ import pytest
 import spectral_kernels as sk
 import torch
 from optim_support import (
-    CONFIGS,
     Factory,
     assert_same,
     batches,
     model,
     parameter,
+    stepped,
     train,
     with_grads,
 )
-from torch import nn
 
 FP64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=CONFIGS)
-def make(request: pytest.FixtureRequest) -> Factory:
-    return CONFIGS[request.param]
-
-
-def stepped(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], count: int) -> None:
-    for seed in range(count):
-        with_grads(params, seed)
-        optimizer.step()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_watched_steps_have_the_same_bits(make: Factory) -> None:
@@ -132,7 +118,7 @@ def test_factors_and_roots(exponent: float) -> None:
     optimizer.watch()
     stepped(optimizer, [param], 4)
     (figures,) = optimizer.diagnostics().parameters.values()
-    factor = optimizer.state[param]["left"][0] / (1 - 0.95**4)
+    factor = optimizer.state[param]["left"]["0"] / (1 - 0.95**4)
     ridged = factor + 1e-6 * factor.abs().sum(-1).max() * torch.eye(6, dtype=FP64)
     assert figures.left_condition == pytest.approx(float(torch.linalg.cond(ridged)), rel=1e-9)
     # Taken in this very step, and then kept while the factor goes on.
@@ -189,7 +175,7 @@ def test_skipped_matrices_and_failed_roots(monkeypatch: pytest.MonkeyPatch) -> N
     (param,) = shampoo.param_groups[0]["params"]
     shampoo.watch()
     stepped(shampoo, [param], 1)
-    shampoo.state[param]["root_failures"][0][1] = 2
+    shampoo.state[param]["root_failures"]["0"][1] = 2
     (figures,) = shampoo.diagnostics().parameters.values()
     assert figures.root_failures == 2
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 import spectral_kernels as sk
 import torch
+from pretended_card import card
 from spectral_kernels import _cuda, _dispatch, _extension
 from support import case, gaussian, labels, same_bits, semidefinite
 
@@ -194,6 +195,29 @@ def test_environment_caps_the_instruction_set(native):
     assert "SPECTRAL_KERNELS_CPU_ISA is 'sse9'" in wrong.stderr.splitlines()[-1]
 
 
+def test_environment_keeps_float32_products_by_fma(native):
+    # Large enough that splitting pays.
+    code = (
+        "import torch; from spectral_kernels import _C, gram; torch.manual_seed(0);"
+        "x = torch.randn(768, 768); print(_C.fp32_products(), hash(gram(x).numpy().tobytes()))"
+    )
+    fixed = {"PYTHONHASHSEED": "0"}
+    kept = python(code, SPECTRAL_KERNELS_SPLIT_FP32="0", **fixed).stdout.split()
+    assert kept[0] == "fma"
+    capped = python(code, SPECTRAL_KERNELS_CPU_ISA="avx512bf16", **fixed).stdout.split()
+    if "avx512" in _extension.MODULE.supported_isas():
+        assert kept == capped
+    if "amx" in _extension.MODULE.supported_isas():
+        split = python(code, **fixed).stdout.split()
+        assert split[0] == "tiles" and split[1] != kept[1]
+    wrong = python(
+        "import torch, spectral_kernels as sk; sk.gram(torch.ones(2, 2))",
+        SPECTRAL_KERNELS_SPLIT_FP32="yes",
+    )
+    assert wrong.returncode == 1
+    assert "SPECTRAL_KERNELS_SPLIT_FP32 is 'yes'" in wrong.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("label", ["gram", "newton_schulz", "inverse_root", "kron_precondition"])
 def test_instruction_sets_differ_by_rounding_only(label, native):
     results = []
@@ -222,3 +246,84 @@ def test_cuda_kernels_leave_processors_alone_that_they_were_not_built_for(
     monkeypatch.setattr(_cuda, "architectures", built.split)
     assert all(_cuda.runs_on(*divmod(number, 10)) for number in runs)
     assert not any(_cuda.runs_on(*divmod(number, 10)) for number in not_on)
+
+
+# Lists on a card that is not there.
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(_cuda, "_capability", lambda tensor: 9)
+    with card(monkeypatch) as calls:
+        yield calls
+
+
+def on_card(*shapes, dtype=torch.bfloat16):
+    return [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+
+
+def muon_lists(*shapes, momenta=None):
+    counts = [torch.zeros((), device="cuda") for _ in shapes]
+    momenta = momenta or on_card(*shapes, dtype=torch.float32)
+    return {
+        "params": on_card(*shapes),
+        "grads": on_card(*shapes),
+        "momentum_buffers": momenta,
+        "step_counts": counts,
+        "skipped": torch.zeros((), dtype=torch.int64, device="cuda"),
+        "lr": 0.1,
+    }
+
+
+SMALL, LARGE = (64, 96), (600, 700)
+
+
+@pytest.mark.parametrize("shapes", [(SMALL, LARGE, SMALL), (LARGE, SMALL), (LARGE,), (SMALL,)])
+def test_an_entry_of_a_list_has_the_backend_that_it_has_alone(shapes, pretended):
+    lists = muon_lists(*shapes)
+    sk.muon_step_(**lists, scale=[float(i) for i, _ in enumerate(shapes)])
+    expected = {SMALL: "cuda", LARGE: "triton"}
+    found = {}
+    for name, (params, grads, momenta, _, counts, skipped, _), options in pretended:
+        assert skipped is lists["skipped"] and len(options["restarts"]) == len(params)
+        for own in zip(params, grads, momenta, counts, options["scales"], strict=True):
+            assert expected[tuple(own[0].shape)] == name
+            found[int(own[-1])] = own[:-1]
+    assert len(pretended) == len(set(shapes))
+    names = ("params", "grads", "momentum_buffers", "step_counts")
+    for i, tensors in found.items():
+        assert all(x is lists[name][i] for x, name in zip(tensors, names, strict=True))
+    assert sorted(found) == list(range(len(shapes)))
+
+
+def test_a_bad_list_raises_before_the_first_of_several_backends_writes(pretended):
+    momenta = on_card(SMALL, (5, 5), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"momentum_buffers\[1\] .*\(5, 5\)"):
+        sk.muon_step_(**muon_lists(SMALL, LARGE, momenta=momenta))
+    momenta = [*on_card(SMALL, dtype=torch.float32), torch.empty(LARGE, device="cpu")]
+    with pytest.raises(ValueError, match=r"momentum_buffers\[1\] is on cpu"):
+        sk.muon_step_(**muon_lists(SMALL, LARGE, momenta=momenta))
+    twice = on_card(LARGE, dtype=torch.float32) * 2
+    with pytest.raises(ValueError, match="overlap in memory"):
+        sk.muon_step_(**muon_lists(LARGE, LARGE, SMALL, momenta=[*twice, momenta[0]]))
+    assert not pretended
+
+
+def test_an_entry_that_no_backend_takes_is_named_before_any_is_run(pretended, monkeypatch):
+    def refused(op, tensors, options):
+        return "600 rows" if any(tensor.shape[-2] == 600 for tensor in tensors) else None
+
+    monkeypatch.setattr(_cuda, "rejection", refused)
+    with pytest.raises(RuntimeError, match="cuda: 600 rows"):
+        sk.muon_step_(**muon_lists(SMALL, LARGE), backend="cuda")
+    assert not pretended
+
+
+def test_an_optimizer_gives_every_matrix_its_own_backend(pretended, monkeypatch):
+    monkeypatch.setattr(sk.optim.Muon, "_warn_of_skip", lambda self: None)
+    params = [torch.nn.Parameter(x) for x in on_card(LARGE, SMALL, LARGE)]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    sk.optim.Muon(params).step()
+    ran = {tuple(x.shape): name for name, (own, *_), _ in pretended for x in own}
+    assert ran == {SMALL: "cuda", LARGE: "triton"}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from support import (
+    FACTOR,
     FLOATS,
     FULL,
     LAYOUTS,
+    LEAST_JITTER,
     Placed,
     assert_step_rule,
+    assert_written,
     decaying,
+    displacement_noise,
     error,
     exact,
     fuzzed,
@@ -21,6 +27,7 @@ from support import (
     generator,
     integers,
     jacobi,
+    jittered,
     later_step,
     named,
     new_step,
@@ -393,32 +400,35 @@ LIST = ((5, 8), (9, 4), (2, 3, 6), (1, 6), (12, 12))
 @pytest.mark.parametrize("refresh", [0, 1])
 def test_soap_step(refresh, dtype, backend):
     case = later_step("soap_step_", LIST, dtype, taken=6, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, backend.name, roundings=256.0)
+    assert_step_rule(case, backend.name)
+
+
+OPTIONS = (
+    {"maximize": True},
+    {"beta1": 0.0},
+    {"beta2": 0.0, "shampoo_beta": 0.0},
+    {"weight_decay": 0.0},
+    {"correct_bias": False},
+    {"normalize_grads": True},
+    {"eps": 1e-2},
+    {"permute_squares": True},
+    {"sides": ("left",)},
+    {"sides": ("right",)},
+    {"sides": ()},
+    {"per_matrix_counts": True},
+    {"refresh": [1, 0, 1, 0]},
+)
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"maximize": True},
-        {"beta1": 0.0},
-        {"beta2": 0.0, "shampoo_beta": 0.0},
-        {"weight_decay": 0.0},
-        {"correct_bias": False},
-        {"normalize_grads": True},
-        {"eps": 1e-2},
-        {"permute_squares": True},
-        {"sides": ("left",)},
-        {"sides": ("right",)},
-        {"sides": ()},
-        {"per_matrix_counts": True},
-        {"refresh": [1, 0, 1, 0]},
-    ],
+    OPTIONS,
     ids=str,
 )
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_soap_options(dtype, options, backend):
     case = later_step("soap_step_", SQUARES, dtype, taken=4, **options)
-    assert_step_rule(case, backend.name, roundings=256.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("skip_first", [True, False])
@@ -432,7 +442,9 @@ def test_first_call(dtype, skip_first, backend):
     for i, shape in enumerate(SQUARES):
         for name in ("lefts", "rights"):
             assert error(case[name][i], expected[name][i]) < 8.0 * unit_roundoff(dtype)
-        assert orthogonality(case["left_bases"][i]) < 16.0 * unit_roundoff(dtype)
+        # LAPACK promises a modest multiple of n roundings; MKL leaves up to 25 at n = 9.
+        limit = 4.0 * (shape[-2] + 1) * unit_roundoff(dtype)
+        assert orthogonality(case["left_bases"][i]) < limit
         assert case["step_counts"][i] == (0.0 if skip_first else 1.0), shape
         if skip_first:
             assert same_bits(case["params"][i], before["params"][i])
@@ -440,22 +452,31 @@ def test_first_call(dtype, skip_first, backend):
         else:
             moved = case["params"][i].double() - before["params"][i].double()
             truth = expected["params"][i] - before["params"][i].double()
-            assert error(moved, truth) < 1e5 * unit_roundoff(dtype)
+            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
 
 
 def test_a_run_follows_the_specification(backend):
-    for options in ({}, {"permute_squares": True}, {"skip_first": False}):
+    for options in ({}, {"permute_squares": True}, {"skip_first": False, "eps": 1e-2}):
         ours = new_step("soap_step_", ((6, 6), (8, 8)), torch.float64, **options)
-        theirs = ours.clone()
+        # In its own eigenbases a first gradient is diagonal; what lies beside it is noise over eps.
+        noise_over_eps = 0.0 if ours.options["skip_first"] else 8.0 * 2.0**-53 / 1e-2
+        theirs, moved = ours.clone(), [ours.clone() for _ in range(3)]
         for t in range(12):
-            refresh = [int(t % 4 == 3)] * 2
-            ours, theirs = (
-                next_step(x, seed=10 * t).with_(refresh=refresh) for x in (ours, theirs)
-            )
+
+            def step(x, t=t):
+                return next_step(x, seed=10 * t).with_(refresh=[int(t % 4 == 3)] * 2)
+
+            ours, theirs = step(ours), step(theirs).run_reference()
             ours.run(backend.name)
-            theirs = theirs.run_reference()
-        for x, y in zip(ours["params"], theirs["params"], strict=True):
-            assert error(x, y) < 1e-8
+            for k, x in enumerate(moved):
+                x = step(x)
+                grads = [jittered(g, LEAST_JITTER, 100 * k + t) for g in x["grads"]]
+                moved[k] = x.with_(grads=grads).run_reference()
+        for i, (x, y) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
+            # Twelve steps of eight operations each, in units of what one rounding makes.
+            furthest = max(error(z["params"][i], y) for z in moved)
+            noise = furthest * unit_roundoff(torch.float64) / LEAST_JITTER
+            assert error(x, y) <= FACTOR * (math.sqrt(12 * 8) * noise + 2.0**-50 + noise_over_eps)
 
 
 def test_permuted_bases_give_the_same_updates(backend):
@@ -501,18 +522,17 @@ def test_zero_gradients_from_the_start(skip_first, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_soap_step_in_any_layout_writes_nothing_around(layout, backend):
     case = later_step("soap_step_", ((2, 5, 5), (4, 4)), torch.float64)
-    expected = case.run_reference()
     placed = {
         name: [Placed(x, layout) for x in case[name]]
         for name in ("grads", *case.names(write=True))
         if name not in ("step_counts", "skipped")
     }
-    moved = case.with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
+    moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
     moved.run(backend.name)
-    for name, xs in placed.items():
-        for x, truth in zip(xs, expected[name], strict=True):
+    for xs in placed.values():
+        for x in xs:
             x.assert_untouched_around()
-            assert error(x.tensor, truth) < 1e-8, name
+    assert_written(moved, case, [name for name in placed if name != "grads"])
 
 
 @st.composite
@@ -541,4 +561,4 @@ def soap_steps(draw):
 
 @fuzzed(soap_steps(), long=2000)
 def test_any_soap_step(case):
-    assert_step_rule(case, "cpu", roundings=1024.0)
+    assert_step_rule(case, "cpu")

@@ -19,6 +19,7 @@ pytest.importorskip("rich")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = (
+    "first_steps",
     "workload",
     "digits",
     "moe",
@@ -46,6 +47,12 @@ def importable() -> Iterator[None]:
 
 def load(name: str) -> ModuleType:
     return importlib.import_module(name)
+
+
+def test_first_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    load("first_steps")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1 * losses[0]
 
 
 @pytest.mark.parametrize("task", ["mlp", "conv", "autoencoder"])

@@ -195,7 +195,8 @@ def test_F14_a_matrix_of_rank_one_maps_to_the_stated_band():
 
 def test_F08_a_failing_decomposition_keeps_the_old_root(monkeypatch):
     """On the specification, whose solver can be made to fail."""
-    one = later_step("shampoo_step_", ((5, 5),), root_method="eigen", refresh=[1])
+    options = {"root_method": "eigen", "ridge": 0.0, "relative_ridge": 0.0, "refresh": [1]}
+    one = later_step("shampoo_step_", ((5, 5),), **options)
     old = one["left_roots"][0].clone()
 
     def fails(*args, **options):
@@ -282,7 +283,7 @@ def test_F24_blocks_of_a_matrix_are_entries(op, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=named)
 def test_F57_offsets_beyond_32_bits(dtype, backend):
-    """A view of a few elements, 2^31 of them apart, in memory that is never touched otherwise."""
+    """Rows and matrices that lie 2^31 elements apart, in memory that is never touched otherwise."""
     try:
         huge = torch.empty((1 << 31) + 4096, dtype=dtype)
     except RuntimeError as failure:
@@ -296,6 +297,12 @@ def test_F57_offsets_beyond_32_bits(dtype, backend):
     one = new_step("muon_step_", ((3, 5),), dtype)
     expected = one.clone().with_(params=[near]).run(backend.name)
     assert same_bits(one.with_(params=[x]).run(backend.name)[0], expected[0])
+    batch = huge.as_strided((3, 4, 5), (1 << 30, 7, 1))
+    batch.copy_(integers(3, 4, 5))
+    assert torch.equal(sk.gram(batch), sk.gram(batch.clone()))
+    one = new_step("muon_step_", ((3, 4, 5),), dtype)
+    expected = one.clone().with_(params=[batch.clone()]).run(backend.name)
+    assert same_bits(one.with_(params=[batch]).run(backend.name)[0], expected[0])
 
 
 class Wrapped(torch.Tensor):

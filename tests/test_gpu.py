@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import spectral_kernels as sk
 import torch
+from optim_support import CONFIGS, FEW
 from spectral_kernels import _cuda, _extension
 from support import (
     FLOATS,
@@ -206,6 +207,37 @@ def test_a_replayed_graph_is_the_eager_step(op):
     assert same_bits(eager.written(), captured.written())
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("name", FEW)
+def test_a_recorded_step_of_an_optimizer_is_the_eager_one(name, nonfinite):
+    """Biases, which go to AdamW, the learning rate and the step counts among it."""
+    options = {} if name == "muon" else {"precondition_frequency": 100, "stagger": False}
+    results = []
+    for recording in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((40, 60), (90,))]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        lr = torch.tensor(0.1, device="cuda")
+        make = CONFIGS[name].func
+        optimizer = make(params, lr=lr, capturable=True, nonfinite=nonfinite, **options)
+        for _ in range(3):
+            optimizer.step()
+        torch.cuda.synchronize()
+        step = optimizer.step
+        if recording:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for rate in (0.1, 0.01, 0.03):
+            lr.fill_(rate)
+            step()
+        torch.cuda.synchronize()
+        results.append([*params, *(optimizer.state[p]["step"] for p in params)])
+    assert same_bits(*results)
+
+
 def test_a_learning_rate_on_the_card():
     host = on_card(new_step("muon_step_", ((40, 60), (70, 90))))
     device = host.clone()
@@ -233,3 +265,43 @@ def test_the_automatic_choice_on_a_card_is_no_specification(label):
     one = on_card(case(label))
     explanation = sk.explain(one.op, *one.tensors())
     assert explanation.backend in ("triton", "cuda")
+
+
+@pytest.mark.parametrize("layout", ["fully_shard", "ddp"])
+@pytest.mark.parametrize("name", ["Muon", "Shampoo", "SOAP", "DeVA"])
+def test_one_rank_over_nccl_has_the_bits_of_none(name, layout, tmp_path):
+    """The very calls that several cards would get; there is one here."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 40)).cuda()
+
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        alone, shared = model(), model()
+        more = {}
+        if layout == "ddp":
+            more["distributed"] = dist.group.WORLD
+        else:
+            fully_shard(shared, mesh=init_device_mesh("cuda", (1,)))
+        make = getattr(sk.optim, name)
+        one, other = make(alone.parameters()), make(shared.parameters(), **more)
+        for step in range(3):
+            torch.manual_seed(step)
+            for x, y in zip(alone.parameters(), shared.parameters(), strict=True):
+                x.grad = torch.randn_like(x)
+                y.grad = x.grad.clone()
+                if isinstance(y, DTensor):
+                    y.grad = distribute_tensor(x.grad, y.device_mesh, y.placements)
+            one.step()
+            other.step()
+            other.load_state_dict(other.state_dict())
+        for x, y in zip(alone.parameters(), shared.parameters(), strict=True):
+            y = y.full_tensor() if isinstance(y, DTensor) else y
+            assert torch.equal(x.detach(), y.detach())
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -16,20 +17,26 @@ from support import (
     Placed,
     assert_rule,
     assert_step_rule,
+    assert_written,
     decaying,
+    draws,
     error,
+    errors,
     exact,
     exact_inverse_root,
     fuzzed,
     gaussian,
     generator,
+    input_noise,
     later_step,
     named,
     new_step,
     next_step,
     plain_newton_root,
+    rms,
     same_bits,
     semidefinite,
+    semidefinites,
     unit_roundoff,
     with_eigenvalues,
 )
@@ -38,34 +45,35 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
 
-# Multiples that have the same roots but for a factor, and other roundings.
-MULTIPLES = (1.0, 1.07, 1.23, 1.41)
-
 
 def plain_eigen_root(a, p, delta):
     values, vectors = torch.linalg.eigh(a)
     return (vectors * (values + delta) ** (-1.0 / p)) @ vectors.mT
 
 
+def root_noise(a, p, delta):
+    """What a rounding of A makes of its root."""
+    return input_noise(lambda x: plain_eigen_root(x, p, delta), a, a.dtype)
+
+
+def less_exact(routes, expected):
+    """Of plain torch's ways to a root."""
+    return max(routes, key=lambda roots: rms(errors(roots, expected)))
+
+
 @functools.cache
 def problem(n, condition, p, relative_ridge, dtype):
-    """Three matrices, their roots, and plain torch's, by coupled Newton and by eigh."""
-    a = torch.stack([semidefinite(n, condition, seed) for seed in (0, 3, 6)]).to(dtype)
+    """An ensemble, its roots, plain torch's by coupled Newton and by eigh, and `root_noise`."""
+    # Its error lies in the directions of the smallest eigenvalues, four entries' worth at most.
+    a = semidefinites(draws(2, 2), n, condition).to(dtype)
     delta = relative_ridge * a.abs().sum(-1).amax(-1).double()
-    expected = np.stack([exact_inverse_root(x, p, float(d)) for x, d in zip(a, delta, strict=True)])
-
-    def plain(function):
-        return [
-            torch.stack(
-                [
-                    c ** (1.0 / p) * function(c * x, p, c * float(d))
-                    for x, d in zip(a, delta, strict=True)
-                ]
-            )
-            for c in MULTIPLES
-        ]
-
-    return a, expected, {"iteration": plain(plain_newton_root), "eigen": plain(plain_eigen_root)}
+    each = [(x, p, float(d)) for x, d in zip(a, delta, strict=True)]
+    expected = np.stack([exact_inverse_root(*one) for one in each])
+    plain = {
+        "iteration": [torch.stack([plain_newton_root(*one) for one in each])],
+        "eigen": [torch.stack([plain_eigen_root(*one) for one in each])],
+    }
+    return a, expected, plain, rms(np.array([root_noise(*one) for one in each]))
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -73,14 +81,14 @@ def problem(n, condition, p, relative_ridge, dtype):
 @pytest.mark.parametrize("condition", [10.0, 1e3, 1e6])
 @pytest.mark.parametrize("n", [2, 9, 24])
 def test_error_of_the_iteration_is_at_most_twice_torchs(n, condition, p, dtype):
-    a, expected, plain = problem(n, condition, p, 1.0 / condition, dtype)
+    a, expected, plain, noise = problem(n, condition, p, 1.0 / condition, dtype)
     root, info = sk.inverse_root(a, p, relative_ridge=1.0 / condition, return_info=True)
     # At 1e6 the residual in float32 is near its limit.
     assert ((info.status == CONVERGED) | (condition == 1e6) & (info.status == FELL_BACK)).all()
-    # There, with p above 4, the error is up to 4.4 times that of the longer coupled Newton
+    # There, with p above 4, the error is up to 2.6 times that of the longer coupled Newton
     # iteration, and still below that of eigh.
-    baseline = plain["iteration"] + plain["eigen"] * (condition == 1e6)
-    assert_rule(root, baseline, expected, roundings=16.0)
+    routes = [*plain["iteration"], *plain["eigen"]] if condition == 1e6 else plain["iteration"]
+    assert_rule(root, less_exact(routes, expected), expected, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -88,9 +96,9 @@ def test_error_of_the_iteration_is_at_most_twice_torchs(n, condition, p, dtype):
 @pytest.mark.parametrize("condition", [10.0, 1e3])
 def test_a_ridge_far_below_the_spectrum_costs_no_accuracy(condition, p, dtype):
     # The ridge only bounds the spectrum from below; most matrices do not come near the bound.
-    a, expected, plain = problem(24, condition, p, 1e-6, dtype)
+    a, expected, plain, noise = problem(24, condition, p, 1e-6, dtype)
     root = sk.inverse_root(a, p, relative_ridge=1e-6)
-    assert_rule(root, plain["iteration"], expected, roundings=16.0)
+    assert_rule(root, plain["iteration"], expected, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -98,10 +106,10 @@ def test_a_ridge_far_below_the_spectrum_costs_no_accuracy(condition, p, dtype):
 @pytest.mark.parametrize("condition", [10.0, 1e3])
 @pytest.mark.parametrize("n", [1, 2, 9, 24])
 def test_error_of_the_decomposition_is_at_most_twice_torchs(n, condition, p, dtype):
-    a, expected, plain = problem(n, condition, p, 0.0, dtype)
+    a, expected, plain, noise = problem(n, condition, p, 0.0, dtype)
     root, info = sk.inverse_root(a, p, return_info=True)
     assert (info.status == CONVERGED).all() and (info.steps == 0).all() and not info.delta.any()
-    assert_rule(root, plain["eigen"], expected, roundings=4.0)
+    assert_rule(root, plain["eigen"], expected, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -318,9 +326,7 @@ def test_steps_and_residual_are_the_specifications(p, dtype, backend):
     _, info = sk.inverse_root(a, p, relative_ridge=1e-5, return_info=True)
     _, expected = sk.inverse_root(a, p, relative_ridge=1e-5, return_info=True, backend="reference")
     sk.call_counts(reset=True)
-    # The CPU kernels have longer rows, for fewer products.
-    assert (info.steps <= expected.steps).all()
-    assert torch.equal(info.steps, expected.steps) or backend.name == "cpu"
+    assert torch.equal(info.steps, expected.steps)
     assert torch.equal(info.status, expected.status)
     # Both measure rounding noise, so only its order is the same.
     assert (info.residual <= 20.0 * expected.residual + 100.0 * unit_roundoff(dtype)).all()
@@ -333,21 +339,45 @@ def definite(draw):
     condition = 10.0 ** draw(st.floats(0.0, 5.0))
     a = semidefinite(n, condition, draw(st.integers(0, 2**31))).to(dtype)
     relative_ridge = draw(st.sampled_from([0.0, 1.0, 30.0])) / condition
-    return Placed(a, draw(st.sampled_from(LAYOUTS))).tensor, p, relative_ridge, condition
+    return Placed(a, draw(st.sampled_from(LAYOUTS))).tensor, p, relative_ridge
 
 
-@fuzzed(definite(), long=2000)
-def test_any_definite_matrix(drawn):
-    a, p, relative_ridge, condition = drawn
+def assert_root_of_multiples(a, p, relative_ridge):
+    """The accuracy rule for A^(-1/p); multiples round otherwise, an ensemble from one matrix.
+
+    Every step rounds X and M, and the scale comes and goes: of a multiple of I all entries round
+    alike, and only coupled Newton, whose first step is exact there, makes no error.
+    """
     root, info = sk.inverse_root(a, p, relative_ridge=relative_ridge, return_info=True)
     assert info.status in (CONVERGED, FELL_BACK)
     delta = float(info.delta)
     expected = exact_inverse_root(a, p, delta)
-    function = plain_newton_root if relative_ridge else plain_eigen_root
-    plain = [c ** (1.0 / p) * function(c * a, p, c * delta) for c in MULTIPLES]
-    # First order: what one rounding of A makes of the root.
-    noise = unit_roundoff(a.dtype) * condition / p
-    assert_rule(root, plain, expected, roundings=16.0, noise=noise)
+    plain = plain_newton_root if relative_ridge else plain_eigen_root
+    # The direction of the smallest eigenvalue has nearly all of the error: a matrix is one sample.
+    count = draws(1, 1)
+    factors = [1.0 + 0.9 * i / count for i in range(count)]
+    multiples = [(c, (c * a.double()).to(a.dtype)) for c in factors]
+    ours = [
+        c ** (1.0 / p) * sk.inverse_root(x, p, relative_ridge=relative_ridge) for c, x in multiples
+    ]
+    theirs = [c ** (1.0 / p) * plain(x, p, c * delta) for c, x in multiples]
+    roundings = math.sqrt(2.0 * int(info.steps) + 2.0)
+    noise = root_noise(a, p, delta)
+    assert_rule(ours, theirs, expected, roundings=roundings, noise=noise)
+
+
+@fuzzed(definite(), long=2000)
+def test_any_definite_matrix(drawn):
+    assert_root_of_multiples(*drawn)
+
+
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+@pytest.mark.parametrize("p", range(1, 9))
+@pytest.mark.parametrize("n", [3, 19])
+def test_multiples_of_the_identity(n, p, dtype):
+    # Random eigenvectors: the identity up to 1e-16.
+    assert_root_of_multiples(semidefinite(n, 1.0).to(dtype), p, 1.0)
+    assert_root_of_multiples(torch.eye(n, dtype=dtype), p, 1e-4)
 
 
 # shampoo_step_
@@ -360,14 +390,14 @@ LIST = ((5, 8), (9, 4), (2, 3, 6), (1, 6), (12, 12))
 @pytest.mark.parametrize("root", [2, 4])
 def test_shampoo_step(root, refresh, dtype, backend):
     case = later_step("shampoo_step_", LIST, dtype, root=root, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, backend.name, roundings=32.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("sides", [("left", "right"), ("left",), ("right",), ()], ids=str)
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam"])
 def test_grafting_and_sides(graft, sides, backend):
     case = later_step("shampoo_step_", LIST, graft=graft, sides=sides)
-    assert_step_rule(case, backend.name, roundings=32.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -377,7 +407,7 @@ def test_grafting_and_sides(graft, sides, backend):
 def test_kl_shampoo_step(dtype, sides, refresh, order, backend):
     options = {"kl": True, "root": 2, "kl_order": order, "refresh": [refresh] * len(LIST)}
     case = later_step("shampoo_step_", LIST, dtype, sides=sides, **options)
-    assert_step_rule(case, backend.name, roundings=64.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize(
@@ -399,12 +429,12 @@ def test_kl_shampoo_step(dtype, sides, refresh, order, backend):
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_shampoo_options(dtype, options, backend):
     case = later_step("shampoo_step_", LIST, dtype, **options)
-    assert_step_rule(case, backend.name, roundings=32.0)
+    assert_step_rule(case, backend.name)
 
 
 @pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}], ids=["shampoo", "kl"])
 def test_first_step(options, backend):
-    assert_step_rule(new_step("shampoo_step_", LIST, **options), backend.name, roundings=64.0)
+    assert_step_rule(new_step("shampoo_step_", LIST, **options), backend.name)
 
 
 @pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}], ids=["shampoo", "kl"])
@@ -421,7 +451,7 @@ def test_a_run_follows_the_specification(options, backend):
 
 
 def test_shampoo_is_the_sum_of_its_families(backend):
-    """Left adaptation x orthogonalization x right adaptation (algorithms.md 6)."""
+    """Left adaptation x orthogonalization x right adaptation."""
     case = later_step("shampoo_step_", ((6, 6),), torch.float64, graft="none", weight_decay=0.0)
     before = case["params"][0].clone()
     case.run(backend.name)
@@ -462,6 +492,28 @@ def test_power_of_two_gradients_give_the_same_update(options, backend):
     for k in (-7, 3):
         for x, y in zip(run_of_two(first, 2.0**k, backend), unit, strict=True):
             assert error(x, y) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "power"),
+    [
+        ({"graft": "none", "root": 4}, 0),
+        ({"graft": "none", "root": 2, "sides": ("left",)}, 0),
+        ({"graft": "none", "root": 2, "sides": ("right",)}, 0),
+        ({"graft": "none", "root": 2, "kl": True}, 0),
+        ({"graft": "none", "root": 2}, -1),
+        ({"graft": "none", "root": 8}, 0.5),
+        ({"graft": "sgd", "root": 4}, 1),
+        ({"graft": "rmsprop", "root": 2}, 0),
+        ({"graft": "adagrad", "root": 8}, 0),
+    ],
+    ids=str,
+)
+def test_updates_scale_as_the_formula(options, power, backend):
+    first = new_step("shampoo_step_", ((5, 7),), torch.float64, weight_decay=0.0, **options)
+    before = first["params"][0]
+    unit, scaled = (before - run_of_two(first.clone(), 2.0**k, backend)[0] for k in (0, 8))
+    assert error(scaled, unit * 2.0 ** (8 * power)) < 1e-4
 
 
 def run_of_two(case, scale, backend):
@@ -507,11 +559,11 @@ def test_an_old_root_of_another_spectrum_misleads_nobody(
     case.run(backend.name)
     factor = case["lefts"][0]
     delta = relative_ridge * float(factor.double().abs().sum(-1).max())
-    plain = [
-        c**0.25 * plain_eigen_root((c * factor).to(dtype), 4, c * delta).double() for c in MULTIPLES
-    ]
     expected = exact_inverse_root(factor, 4, delta)
-    assert_rule(case["left_roots"][0], plain, expected, roundings=16.0)
+    # One draw is lucky with one of them: eigh has some four times Newton's error on most.
+    routes = [plain_newton_root(factor, 4, delta), plain_eigen_root(factor, 4, delta)]
+    noise = root_noise(factor, 4, delta)
+    assert_rule(case["left_roots"][0], less_exact(routes, expected), expected, noise=noise)
     assert not case["root_failures"][0].any()
 
 
@@ -542,17 +594,16 @@ def test_zero_gradients_from_the_start_only_decay(options, backend):
 @pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}], ids=["shampoo", "kl"])
 def test_shampoo_step_in_any_layout_writes_nothing_around(options, layout, backend):
     case = later_step("shampoo_step_", ((2, 6, 9), (7, 5)), torch.float64, **options)
-    expected = case.run_reference()
     placed = {}
     for name in ("grads", *case.names(write=True)):
         if name not in ("root_failures", "step_counts", "skipped"):
             placed[name] = [Placed(x, layout) for x in case[name]]
-    moved = case.with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
+    moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
     moved.run(backend.name)
-    for name, xs in placed.items():
-        for x, truth in zip(xs, expected[name], strict=True):
+    for xs in placed.values():
+        for x in xs:
             x.assert_untouched_around()
-            assert error(x.tensor, truth) < 1e-8, name
+    assert_written(moved, case, [name for name in placed if name != "grads"])
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -600,7 +651,7 @@ def shampoo_steps(draw):
 
 @fuzzed(shampoo_steps(), long=2000)
 def test_any_shampoo_step(case):
-    assert_step_rule(case, "cpu", roundings=128.0)
+    assert_step_rule(case, "cpu")
 
 
 def test_largest_random_gradient_has_no_special_place():

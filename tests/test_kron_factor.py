@@ -15,6 +15,7 @@ from support import (
     SHAPES,
     Placed,
     assert_rule,
+    draws,
     error,
     exact,
     fuzzed,
@@ -23,8 +24,10 @@ from support import (
     integers,
     named,
     orthogonal,
+    rms,
     same_bits,
     semidefinite,
+    semidefinites,
     state_dtype,
     unit_roundoff,
 )
@@ -60,6 +63,14 @@ def plain(factor, x, beta, weight):
     return beta * factor + weight * (x @ x.mT)
 
 
+def assert_updated(new, old, x, beta, weight):
+    """The accuracy rule; two roundings more than the sum's for beta F + weight X X^T."""
+    expected = oracle(old, x, beta, weight)
+    terms = {"terms": x.shape[-1], "roundings": 2.0}
+    assert_rule(new, plain(old, x, beta, weight), expected, **terms)
+    assert same_bits(new, new.mT)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_integers_give_the_exact_factors(shape, dtype):
@@ -90,14 +101,13 @@ def test_awkward_shapes(shape):
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_error_is_at_most_twice_torchs(shape, dtype, factor_dtype):
     m, n = shape
-    grad = gaussian(2, m, n, dtype=dtype)
-    left = torch.stack([semidefinite(m, 100.0, seed) for seed in (1, 2)]).to(factor_dtype)
-    right = torch.stack([semidefinite(n, 100.0, seed) for seed in (3, 4)]).to(factor_dtype)
+    count = draws(min(shape), min(shape))
+    grad = gaussian(count, m, n, dtype=dtype)
+    left = semidefinites(count, m, 100.0, 1).to(factor_dtype)
+    right = semidefinites(count, n, 100.0, 2).to(factor_dtype)
     new_left, new_right, _ = updated(left, right, grad, 0.9)
-    weight = 1.0 - 0.9
     for new, old, x in ((new_left, left, grad), (new_right, right, grad.mT)):
-        assert_rule(new, plain(old, x, 0.9, weight), oracle(old, x, 0.9, weight))
-        assert same_bits(new, new.mT)
+        assert_updated(new, old, x, 0.9, 1.0 - 0.9)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
@@ -105,18 +115,23 @@ def test_error_is_at_most_twice_torchs(shape, dtype, factor_dtype):
 def test_kl_increments(shape, dtype):
     m, n = shape
     full = state_dtype(dtype)
-    grad = gaussian(m, n, dtype=dtype)
-    left, right = semidefinite(m, 10.0, 1).to(full), semidefinite(n, 10.0, 2).to(full)
-    left_root, right_root = semidefinite(m, 30.0, 3).to(full), semidefinite(n, 30.0, 4).to(full)
+    count = draws(min(shape), min(shape))
+    grad = gaussian(count, m, n, dtype=dtype)
+    left, right, left_root, right_root = (
+        semidefinites(count, size, condition, seed).to(full)
+        for seed, (size, condition) in enumerate(((m, 10.0), (n, 10.0), (m, 30.0), (n, 30.0)))
+    )
     roots = {"left_root": left_root, "right_root": right_root}
     new_left, new_right, _ = updated(left, right, grad, 0.9, weight=0.1, **roots)
     g = grad.to(full)
-    for new, old, x, wide, count in (
+    for new, old, x, wide, terms in (
         (new_left, left, g @ right_root, exact(g) @ exact(right_root), n),
-        (new_right, right, (left_root @ g).mT, (exact(left_root) @ exact(g)).T, m),
+        (new_right, right, (left_root @ g).mT, (exact(left_root) @ exact(g)).swapaxes(-1, -2), m),
     ):
-        expected = 0.9 * exact(old) + 0.1 / count * wide @ wide.T
-        assert_rule(new, plain(old, x, 0.9, 0.1 / count), expected, roundings=4.0)
+        expected = 0.9 * exact(old) + 0.1 / terms * wide @ wide.swapaxes(-1, -2)
+        # Two products of `terms` terms and one of the root's, which enters twice.
+        sums = terms + 4 * terms
+        assert_rule(new, plain(old, x, 0.9, 0.1 / terms), expected, terms=sums, roundings=2.0)
         assert same_bits(new, new.mT)
 
 
@@ -261,9 +276,7 @@ def test_any_update(drawn):
     new_left, new_right, skipped = updated(left, right, grad, beta, weight=weight)
     assert skipped == 0
     for new, old, x in ((new_left, left, grad), (new_right, right, grad.mT)):
-        expected = oracle(old, x, beta, weight)
-        assert_rule(new, plain(old, x, beta, weight), expected, roundings=6.0)
-        assert same_bits(new, new.mT)
+        assert_updated(new, old, x, beta, weight)
 
 
 # kron_precondition
@@ -287,6 +300,16 @@ def plain_two_sided(grad, left, right):
     x = x if left is None else left.to(dtype) @ x
     x = x if right is None else x @ right.to(dtype)
     return x.to(grad.dtype)
+
+
+def assert_product(result, grad, left, right):
+    """The accuracy rule, and one rounding of every term where terms of a product cancel."""
+    expected = two_sided(grad, left, right)
+    magnitude = two_sided(*(None if x is None else x.abs() for x in (grad, left, right)))
+    lost = rms(np.linalg.norm(magnitude, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1)))
+    wide = torch.promote_types(result.dtype, torch.float32)
+    noise = unit_roundoff(wide) * lost
+    assert_rule(result, plain_two_sided(grad, left, right), expected, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
@@ -321,12 +344,13 @@ def test_error_of_the_product_is_at_most_twice_torchs(sides, dtype, factor_dtype
         (60, 24, 3, 90),
         (5, 90, 40, 2),
     ):
-        grad = gaussian(2, m, n, dtype=dtype)
-        left = gaussian(2, p, m, dtype=factor_dtype, seed=1) if sides != "right" else None
-        right = gaussian(2, n, q, dtype=factor_dtype, seed=2) if sides != "left" else None
+        count = draws(min(m, p), min(n, q))
+        grad = gaussian(count, m, n, dtype=dtype)
+        left = gaussian(count, p, m, dtype=factor_dtype, seed=1) if sides != "right" else None
+        right = gaussian(count, n, q, dtype=factor_dtype, seed=2) if sides != "left" else None
         result = sk.kron_precondition(grad, left, right)
         assert result.dtype == dtype
-        assert_rule(result, plain_two_sided(grad, left, right), two_sided(grad, left, right))
+        assert_product(result, grad, left, right)
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -411,9 +435,4 @@ def products(draw):
 def test_any_product(drawn):
     grad, left, right = drawn
     result = sk.kron_precondition(grad, left, right)
-    expected = two_sided(grad, left, right)
-    # Where most of a small product cancels, the accumulation's rounding is what is left.
-    magnitude = two_sided(*(None if x is None else x.abs() for x in drawn))
-    lost = float(np.linalg.norm(magnitude) / np.linalg.norm(expected))
-    noise = 2.0 * unit_roundoff(result.dtype) * lost
-    assert_rule(result, plain_two_sided(grad, left, right), expected, roundings=6.0, noise=noise)
+    assert_product(result, grad, left, right)

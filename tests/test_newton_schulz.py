@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -21,6 +22,7 @@ from support import (
     assert_rule,
     assert_step_rule,
     decaying,
+    draws,
     error,
     exact,
     exact_newton_schulz,
@@ -32,26 +34,21 @@ from support import (
     named,
     new_step,
     plain_newton_schulz,
+    rms,
     same_bits,
     semidefinite,
     unit_roundoff,
     with_singular_values,
 )
+from torch.utils._pytree import tree_leaves
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 SMALL_SHAPES = ((1, 7), (3, 2), (33, 20), (24, 96), (40, 40))
 
-# Multiples that have the same polar factor and other roundings.
-MULTIPLES = (1.0, 1.07, 1.23, 1.41, 1.73, 1.91)
-
-
-def plain_runs(x, rows, dtype=None):
-    return [plain_newton_schulz((x.double() * c).to(x.dtype), rows, dtype) for c in MULTIPLES]
-
 
 def spectrum_of(name, count):
-    """The kinds of spectra of reliability.md 2.4."""
+    """Spectra that stress an iteration: full, decaying over some decades, and with two clusters."""
     if name == "linear":
         return torch.linspace(1.0, 0.05, count, dtype=torch.float64)
     if name == "two-clusters":
@@ -63,35 +60,41 @@ def spectrum_of(name, count):
 
 @functools.cache
 def problem(coefficients, shape, spectrum, dtype):
-    """Two matrices and what `assert_rule` asks for; shared by all backends."""
+    """An ensemble and what `assert_rule` asks for; shared by all backends."""
+    count = draws(*shape)
     if spectrum == "gaussian":
-        x = gaussian(2, *shape, dtype=dtype)
+        x = gaussian(count, *shape, dtype=dtype)
     else:
         values = spectrum_of(spectrum, min(shape))
-        x = torch.stack([with_singular_values(*shape, values, seed) for seed in (0, 5)]).to(dtype)
+        # The smallest singular values have nearly all of the error, so that a matrix is a few
+        # samples of it, however many entries it has: as many as there are values within a factor of
+        # 3 of the smallest. Where these are lost in rounding, a sample is 0 or about 1.
+        count = max(count, 160 if len(values) < 8 else 24)
+        seeds = range(0, 5 * count, 5)
+        x = torch.stack([with_singular_values(*shape, values, seed) for seed in seeds]).to(dtype)
     rows = resolve(coefficients).rows
     return x, {
-        "plain": plain_runs(x, rows),
+        "plain": plain_newton_schulz(x, rows),
         "expected": exact_newton_schulz(x, rows),
         "noise": noise_of(x, rows),
     }
 
 
 def noise_of(x, rows):
-    """What two roundings in every term make of the singular values, to first order.
+    """What one rounding in every term makes of the singular values, to first order.
 
     It matters where the terms of a row nearly cancel, as on a 1 x 1 matrix, on which plain torch
     rounds nothing at all, and where a set diverges just above 1, as CANS does.
     """
     values = torch.linalg.svdvals(x.double())
     values = values / values.square().sum(-1, keepdim=True).sqrt()
-    u = 2.0 * unit_roundoff(x.dtype)
+    u = unit_roundoff(x.dtype)
     noise = u * values
     for a, b, c in rows:
         terms = abs(a) * values + abs(b) * values**3 + abs(c) * values**5
         noise = (a + 3.0 * b * values**2 + 5.0 * c * values**4).abs() * noise + u * terms
         values = a * values + b * values**3 + c * values**5
-    return float((noise.norm(dim=-1) / values.norm(dim=-1)).max())
+    return rms(noise.norm(dim=-1) / values.norm(dim=-1).clamp(min=u))
 
 
 # The rows of CANS diverge just above 1, where bfloat16 rounds to: plain torch errs by 0.04 on one
@@ -104,12 +107,18 @@ SETS_IN_DTYPES = [
 ]
 
 
+def finite(results):
+    return all(bool(x.isfinite().all()) for x in tree_leaves(results))
+
+
 @pytest.mark.parametrize("method", ["auto", "standard"])
 @pytest.mark.parametrize("spectrum", ["gaussian", "1e2", "1e4"])
 @pytest.mark.parametrize(("coefficients", "dtype"), SETS_IN_DTYPES, ids=named)
 def test_error_is_at_most_twice_torchs(coefficients, spectrum, method, dtype):
     for shape in SMALL_SHAPES:
         x, rule = problem(coefficients, shape, spectrum, dtype)
+        if (coefficients, dtype) == ("cans", torch.float16) and not finite(rule["plain"]):
+            continue  # some of plain torch's diverge in fp16 as well
         assert_rule(sk.newton_schulz(x, coefficients=coefficients, method=method), **rule)
 
 
@@ -179,10 +188,10 @@ def test_restarts_change_rounding_only(restarts):
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout, dtype):
-    x = gaussian(2, 20, 33, dtype=dtype)
+    x = gaussian(4, 20, 33, dtype=dtype)
     for matrix in (x, x.mT):
         result = sk.newton_schulz(Placed(matrix, layout).tensor)
-        plain = plain_runs(matrix, MUON)
+        plain = plain_newton_schulz(matrix, MUON)
         assert_rule(result, plain, exact_newton_schulz(matrix, MUON), noise=noise_of(x, MUON))
 
 
@@ -282,15 +291,193 @@ def test_rank_deficient_is_right_on_its_range(kind, dtype, method):
 
     expected = torch.from_numpy(exact_newton_schulz(x.float(), MUON))
     result = sk.newton_schulz(x, method=method)
-    plain = [on_range(y) for y in plain_runs(x, MUON)]
-    ours = error(on_range(result), on_range(expected))
-    theirs = max(error(y, on_range(expected)) for y in plain)
-    assert ours <= 2.0 * theirs + 10.0 * unit_roundoff(dtype)
+    plain = on_range(plain_newton_schulz(x, MUON))
+    noise = noise_of(x, MUON)
+    assert_rule(on_range(result).to(dtype), plain.to(dtype), on_range(expected), noise=noise)
     # Off the range there is rounding noise, amplified at most by the product of the slopes at 0.
     assert torch.linalg.matrix_norm(result.double(), 2) < 1.3
 
 
-# The range of the composite polynomials on [1e-2, 1], from algorithms.md A2.
+def structured(name, m, n, seed):
+    """A float64 m x n matrix, wide, with a null space or close to one with a null space."""
+    x = gaussian(m, n, dtype=torch.float64, seed=seed)
+    rows, cols, quarter = torch.arange(m), torch.arange(n), max(1, m // 4)
+    low_rank = gaussian(m, quarter, dtype=torch.float64, seed=seed + 1) @ x[:quarter]
+    if name == "rank 1":
+        return x[:, :1] @ x[:1]
+    if name == "low rank":
+        return low_rank
+    if name == "low rank and noise":
+        return low_rank + 2.0**-6 * x
+    if name == "rows all equal":
+        return x[:1].expand(m, n)
+    if name == "two rows equal":
+        return x[rows.clamp(min=1)]
+    if name == "rows three times":
+        return x[rows // 3]
+    if name == "one-hot rows":
+        chosen = torch.randint(0, max(2, n // 8), (m,), generator=generator(seed))
+        return torch.eye(n, dtype=torch.float64)[chosen]
+    if name == "zero rows":
+        return x * (rows < m // 3)[:, None]
+    if name == "zero columns":
+        return x * (cols < quarter)
+    if name == "repeated columns":
+        return x[:, cols % quarter]
+    if name == "blocks":
+        top, left = rows[:, None] < m // 2, cols < n // 2
+        return torch.where(top, x * left, x[-1] * ~left)
+    pairs = x[rows // 2]
+    if name == "rows in scaled pairs":
+        return pairs * torch.where(rows % 2 == 0, 1.0, -2.0)[:, None]
+    if name == "rows nearly in pairs":
+        return pairs + 2.0**-8 * gaussian(m, n, dtype=torch.float64, seed=seed + 1)
+    if name == "rows in pairs but for 2^-20":
+        return pairs * (1.0 + 2.0**-20 * gaussian(m, n, dtype=torch.float64, seed=seed + 1))
+    assert name == "rows in pairs", name
+    return pairs
+
+
+STRUCTURES = (
+    "rank 1",
+    "low rank",
+    "low rank and noise",
+    "rows all equal",
+    "two rows equal",
+    "rows in pairs",
+    "rows in scaled pairs",
+    "rows nearly in pairs",
+    "rows in pairs but for 2^-20",
+    "rows three times",
+    "one-hot rows",
+    "zero rows",
+    "zero columns",
+    "repeated columns",
+    "blocks",
+)
+DRAWS = 6
+# Here the error of any iteration is that of the few elements that are rounded apart.
+DRAWS_OF = {"rows in pairs but for 2^-20": 24}
+
+
+@functools.cache
+def ensemble(structure, coefficients, norm, shape, dtype):
+    """Matrices of one structure, the exact result, and the error of plain torch over all draws."""
+    seeds = range(0, 7 * DRAWS_OF.get(structure, DRAWS), 7)
+    x = torch.stack([structured(structure, *shape, seed) for seed in seeds]).to(dtype)
+    rows = resolve(coefficients).rows
+    # To norm 1 in float64: plain torch then only divides by a number near 1.
+    values = torch.linalg.svdvals(x.double())
+    power = 8 if norm == "schatten8" else 2
+    unit = x.double() / (values**power).sum(-1)[:, None, None] ** (1.0 / power)
+    expected = plain_iteration(unit, rows)
+    return x, expected, errors(plain_iteration(unit.to(dtype), rows), expected)
+
+
+def plain_iteration(y, rows):
+    for a, b, c in rows:
+        r = y @ y.mT
+        # With alpha=0 torch 2.13 drops b r in 16 bits on processors with AMX.
+        z = b * r if c == 0 else torch.baddbmm(r, r, r, beta=b, alpha=c)
+        y = torch.baddbmm(y, z, y, beta=a)
+    return y
+
+
+def errors(y, expected):
+    """Root mean square over the draws of the relative error."""
+    off = torch.linalg.matrix_norm(y.double() - expected) / torch.linalg.matrix_norm(expected)
+    return float(off.square().mean().sqrt())
+
+
+# Rows of CANS diverge just above 1, where the singular value of a matrix of rank 1 is: rounding
+# decides about any error.
+SETS_OF_NULL_SPACES = tuple(name for name in names() if name != "cans")
+
+
+def assert_ensemble(structure, coefficients, norm, shape, dtype, compute):
+    x, expected, plain = ensemble(structure, coefficients, norm, shape, dtype)
+    ours = errors(compute(x), expected)
+    # Plain torch is all but exact on one-hot rows.
+    allowed = 2.0 * plain + 10.0 * unit_roundoff(dtype)
+    assert ours <= allowed, f"{coefficients}: error {ours:.3g}, plain torch {plain:.3g}"
+
+
+@contextlib.contextmanager
+def rows_alike(backend):
+    """Triton's interpreter multiplies in float64, so that equal rows have equal products.
+
+    numpy's float32 product takes the rows in groups and rounds each otherwise, which a card does
+    not: one element in an ulp's distance from its equals lies in the null space, where a step
+    multiplies it by 3.4.
+    """
+    if backend.name != "triton":
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(builder, a, b, d, *precision):
+        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=named)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_error_with_a_null_space(structure, dtype, backend):
+    # Triton's interpreter takes a second a matrix.
+    sets = ("muon", "deepseekv4") if backend.name == "triton" else SETS_OF_NULL_SPACES
+    for coefficients in sets:
+        for norm, shape in (("frobenius", (24, 96)), ("schatten8", (33, 44))):
+            if backend.name == "triton" and norm == "schatten8":
+                continue
+
+            def compute(x, coefficients=coefficients, norm=norm):
+                with rows_alike(backend):
+                    return sk.newton_schulz(x, coefficients=coefficients, norm=norm)
+
+            assert_ensemble(structure, coefficients, norm, shape, dtype, compute)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gram_form_with_a_null_space_in_16_bits(structure, backend):
+    for coefficients in ("muon", "polar_express", "polar_express_8"):
+        for dtype in (torch.bfloat16, torch.float16):
+            if backend.name == "triton" and (coefficients, dtype) != ("muon", torch.bfloat16):
+                continue
+
+            def compute(x, coefficients=coefficients):
+                return sk.newton_schulz(x.mT, coefficients=coefficients, method="gram").mT
+
+            assert_ensemble(structure, coefficients, "frobenius", (24, 96), dtype, compute)
+
+
+@pytest.mark.parametrize("structure", ["rows all equal", "rows in pairs", "zero columns"])
+def test_muon_step_with_a_null_space(structure, backend):
+    def compute(x):
+        params = [torch.zeros_like(x)]
+        sk.muon_step_(params, [x], [torch.zeros_like(x.float())], lr=1.0, momentum=0.0)
+        return -params[0]
+
+    assert_ensemble(structure, "muon", "frobenius", (24, 96), torch.bfloat16, compute)
+
+
+@pytest.mark.parametrize("restarts", [None, ()], ids=str)
+@pytest.mark.parametrize("coefficients", ["muon", "polar_express_8", "deepseekv4", "convergent"])
+def test_finite_input_gives_a_finite_result(coefficients, restarts, backend):
+    # Without restarts the rounding noise in the null space of R would be amplified beyond bounds.
+    draws = 2 if backend.name == "triton" else 30
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.stack([structured("rows three times", 33, 44, i) for i in range(draws)]).to(dtype)
+        for norm in ("frobenius", "schatten8"):
+            options = {"norm": norm, "method": "gram", "restarts": restarts}
+            result = sk.newton_schulz(x, coefficients=coefficients, **options)
+            assert torch.linalg.matrix_norm(result.double()).max() < 1.3 * 33**0.5
+
+
+# The range of the composite polynomials on [1e-2, 1].
 BANDS = {
     "muon": (0.682, 1.134),
     "quintic": (0.978, 1.032),
@@ -331,14 +518,13 @@ def test_steps_rows_and_single_rows_mean_the_same():
 @pytest.mark.parametrize("compute_dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 def test_compute_dtype(dtype, compute_dtype):
-    x = gaussian(2, 14, 35, dtype=dtype)
+    x = gaussian(4, 14, 35, dtype=dtype)
     expected = exact_newton_schulz(x, MUON)
-    plain = plain_runs(x, MUON, compute_dtype)
+    plain = plain_newton_schulz(x, MUON, compute_dtype)
     result = sk.newton_schulz(x, compute_dtype=compute_dtype)
     assert result.dtype == dtype
-    coarse = max(unit_roundoff(dtype), unit_roundoff(compute_dtype))
-    allowed = 2.0 * max(error(y, expected) for y in plain) + 10.0 * coarse
-    assert error(result, expected) <= allowed
+    noise = noise_of(x.to(compute_dtype), MUON)
+    assert_rule(result, plain, expected, noise=noise)
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
@@ -385,7 +571,7 @@ def assert_newton_schulz(x):
     largest = float(x.abs().max())
     unit = (x.double() * 2.0 ** -math.frexp(largest)[1]).to(x.dtype) if largest else x
     expected = exact_newton_schulz(unit, MUON)
-    plain = plain_runs(unit, MUON)
+    plain = plain_newton_schulz(unit, MUON)
     assert_rule(sk.newton_schulz(x), plain, expected, noise=noise_of(unit, MUON))
 
 
@@ -398,6 +584,8 @@ def test_any_matrix(x):
 
 
 def exact_polar(x):
+    if x.ndim > 2:
+        return np.stack([exact_polar(matrix) for matrix in x])
     if x.dtype == torch.float64:
         y = exact(x)
         values, v = jacobi(y.T @ y)
@@ -414,10 +602,8 @@ def plain_polar(x):
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (9, 4), (17, 16), (30, 12)], ids=str)
 def test_polar_factor(shape, dtype):
-    x = gaussian(*shape, dtype=dtype)
-    tall = x if shape[0] >= shape[1] else x.mT
-    expected = exact_polar(tall)
-    expected = expected if tall is x else expected.T
+    x = gaussian(draws(*shape), *shape, dtype=dtype)
+    expected = exact_polar(x) if shape[0] >= shape[1] else exact_polar(x.mT).swapaxes(-1, -2)
     assert_rule(sk.polar(x), plain_polar(x), expected)
 
 
@@ -463,7 +649,7 @@ def full_rank(draw):
 
 def assert_polar(x):
     # Rounding to 16 bits leaves singular values that plain torch's fp32 cannot tell from 0.
-    assert_rule(sk.polar(x), plain_polar(x), exact_polar(x), roundings=4.0)
+    assert_rule(sk.polar(x), plain_polar(x), exact_polar(x), roundings=2.0)
 
 
 @fuzzed(full_rank())
@@ -484,7 +670,7 @@ def test_muon_step(dtype, nesterov, compute_dtype, backend):
     coarse = max(
         unit_roundoff(compute_dtype) if dtype != torch.float64 else 0.0, unit_roundoff(dtype)
     )
-    assert_step_rule(case, backend.name, roundings=10.0 * coarse / unit_roundoff(dtype))
+    assert_step_rule(case, backend.name, roundings=8.0 * coarse / unit_roundoff(dtype))
 
 
 @pytest.mark.parametrize(
@@ -503,11 +689,11 @@ def test_muon_step(dtype, nesterov, compute_dtype, backend):
     ids=str,
 )
 def test_muon_step_options(options, backend):
-    assert_step_rule(later_step("muon_step_", LIST, **options), backend.name, roundings=10.0)
+    assert_step_rule(later_step("muon_step_", LIST, **options), backend.name)
 
 
 def test_first_muon_step_of_zero_momentum(backend):
-    assert_step_rule(new_step("muon_step_", LIST), backend.name, roundings=10.0)
+    assert_step_rule(new_step("muon_step_", LIST), backend.name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -546,10 +732,7 @@ def test_muon_step_of_mixed_dtypes(backend):
     for i, shape in enumerate(shapes):
         alone = later_step("muon_step_", shapes, FLOATS)
         one = alone.with_(
-            **{
-                name: alone[name][i : i + 1]
-                for name in alone.names(write=True)[:2] + ["grads", "step_counts"]
-            },
+            **{name: alone[name][i : i + 1] for name in alone.names(write=True)[:-1] + ["grads"]},
             scales=alone.options["scales"][i : i + 1],
             restarts=alone.options["restarts"][i : i + 1],
         )
@@ -565,13 +748,13 @@ def test_empty_entries_of_a_muon_step(empty, position, backend):
     case = later_step("muon_step_", shapes)
     alone = case.clone().run(backend.name)
     with_empty = case.clone()
-    for name in ("params", "grads", "momentum_buffers", "step_counts"):
+    for name in [*case.names(write=True)[:-1], "grads"]:
         nothing = torch.zeros(()) if name == "step_counts" else torch.zeros(empty)
         with_empty[name].insert(position, nothing)
     with_empty.options["scales"].insert(position, 1.0)
     with_empty.options["restarts"].insert(position, ())
     with_empty.run(backend.name)
-    for name in ("params", "grads", "momentum_buffers", "step_counts"):
+    for name in [*case.names(write=True)[:-1], "grads"]:
         del with_empty[name][position]
     assert same_bits(with_empty.written(), alone)
 
@@ -629,13 +812,13 @@ def muon_steps(draw):
         weight_decay=draw(st.sampled_from([0.0, 0.3])),
         maximize=draw(st.booleans()),
         # As the public function has it for matrices of this size: the standard form.
-        restarts=[()] * len(shapes),
+        restarts=[tuple(range(1, len(MUON)))] * len(shapes),
     )
 
 
 @fuzzed(muon_steps(), long=3000)
 def test_any_muon_step(case):
-    assert_step_rule(case, "cpu", roundings=20.0)
+    assert_step_rule(case, "cpu")
 
 
 def test_semidefinite_input_has_the_identity_for_polar_factor():

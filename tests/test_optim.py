@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,6 @@ import spectral_kernels as sk
 import torch
 from optim_support import (
     CONFIGS,
-    FEW,
-    Factory,
     assert_same,
     batches,
     model,
@@ -21,6 +22,7 @@ from optim_support import (
     parameter,
     snapshot,
     tensors,
+    torch_scales,
     train,
     with_grads,
 )
@@ -30,19 +32,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.jso
 FP64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=CONFIGS)
-def make(request: pytest.FixtureRequest) -> Factory:
-    return CONFIGS[request.param]
-
-
-@pytest.fixture(params=FEW)
-def make_few(request: pytest.FixtureRequest) -> Factory:
-    return CONFIGS[request.param]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Public trajectories, in float64.
@@ -101,14 +91,19 @@ def test_public_trajectory(name, backend):
     torch.testing.assert_close(param.detach(), end, rtol=0.0, atol=1e-9)
 
 
-@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw", "spectral_unclamped"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_agrees_with_torch(adjust, nesterov):
+def test_muon_agrees_with_torch(adjust, nesterov, monkeypatch):
     shapes = ((24, 40), (40, 24), (33, 33))
-    options = {"lr": 0.05, "nesterov": nesterov, "adjust_lr_fn": adjust, "weight_decay": 0.1}
+    options = {"lr": 0.05, "nesterov": nesterov, "weight_decay": 0.1}
     mine, theirs = ([parameter(*s, seed=i) for i, s in enumerate(shapes)] for _ in range(2))
     start = [param.detach().clone() for param in mine]
-    optimizer, public = sk.optim.Muon(mine, **options), torch.optim.Muon(theirs, **options)
+    torch_scales(monkeypatch, adjust)
+    optimizer = sk.optim.Muon(mine, **options)
+    public = torch.optim.Muon(theirs, **options)
+    public.param_groups[0]["adjust_lr_fn"] = adjust
+    optimizer.load_state_dict(public.state_dict())
+    assert optimizer.param_groups[0]["adjust_lr_fn"] == adjust
     for seed in range(10):
         with_grads(mine, seed)
         with_grads(theirs, seed)
@@ -230,7 +225,7 @@ def test_adagrad_sum_is_not_debiased():
         with_grads([param], seed)
         total += param.grad @ param.grad.mT
         optimizer.step()
-    torch.testing.assert_close(optimizer.state[param]["left"][0], total)
+    torch.testing.assert_close(optimizer.state[param]["left"]["0"], total)
 
 
 # Shapes.
@@ -251,7 +246,7 @@ def test_F20_F22_flattened_weight_steps_as_its_matrix(make, form):
     if form == "turned":
         needs_kernels()
     weight = parameter(*shape)
-    matrix = nn.Parameter(flatten(weight.detach()).contiguous())
+    matrix = nn.Parameter(flatten(weight.detach()).clone(memory_format=torch.contiguous_format))
     optimizer = make([{"params": [weight], **declared}])
     other = make([matrix])
     for seed in range(4):
@@ -351,7 +346,7 @@ def test_F26_thin_matrices(make, shape):
 
 
 def test_F27_parameter_without_own_elements_is_refused(make_few):
-    with pytest.raises(ValueError, match=r"written in place but has strides \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"overlap in memory: shape \(3, 4\), strides \(0, 1\)"):
         make_few([nn.Parameter(torch.zeros(1, 4).expand(3, 4))])
 
 
@@ -427,10 +422,21 @@ def test_sides():
         optimizer = sk.optim.Shampoo([param], sides=sides)
         optimizer.init_state()
         state = optimizer.state[param]
-        assert (state["left"][0].numel(), state["right"][0].numel()) == sizes
+        assert (state["left"]["0"].numel(), state["right"]["0"].numel()) == sizes
     shorter = sk.optim.Shampoo([param, tall := parameter(6, 4)], sides="shorter")
     shorter.init_state()
-    assert shorter.state[param]["right"][0].numel() == shorter.state[tall]["left"][0].numel() == 0
+    assert (
+        shorter.state[param]["right"]["0"].numel() == shorter.state[tall]["left"]["0"].numel() == 0
+    )
+
+
+@pytest.mark.parametrize("make", [sk.optim.SOAP, sk.optim.DeVA], ids=["soap", "deva"])
+@pytest.mark.parametrize(("limit", "sizes"), [(3, (0, 0)), (4, (16, 0)), (6, (16, 36))])
+def test_a_side_longer_than_allowed_has_no_factor(limit, sizes, make):
+    optimizer = make([param := parameter(4, 6)], max_precond_dim=limit)
+    optimizer.init_state()
+    state = optimizer.state[param]
+    assert (state["left"].numel(), state["right"].numel()) == sizes
 
 
 # Scale.
@@ -673,7 +679,7 @@ def test_F42_bad_adamw_values():
         sk.optim.Muon([parameter(3, 3)], adamw={"lr": -1.0})
     with pytest.raises(ValueError, match=r"param_groups\[0\]: betas\[1\] must be in \[0, 1\)"):
         sk.optim.Muon([{"params": [parameter(3)], "betas": (0.9, 1.0)}])
-    with pytest.raises(ValueError, match="algorithm must be one of matrix, adamw"):
+    with pytest.raises(ValueError, match="algorithm must be one of auto, matrix, adamw"):
         sk.optim.Muon([{"params": [parameter(3, 3)], "algorithm": "sgd"}])
 
 
@@ -734,27 +740,13 @@ def test_F41_changed_value_counts_from_the_next_step(name, key, value):
 def test_raw_list_is_routed_by_dimensions(make_few):
     params = [parameter(4), parameter(3, 4), parameter(), parameter(4, 2, 3, 3)]
     optimizer = make_few(params)
-    groups = {group["algorithm"]: group["params"] for group in optimizer.param_groups}
-    assert [id(p) for p in groups["matrix"]] == [id(params[1]), id(params[3])]
-    assert [id(p) for p in groups["adamw"]] == [id(params[0]), id(params[2])]
-    assert not any("momentum" in group for group in optimizer.param_groups[1:])
-
-
-def test_adamw_part_has_its_own_values():
-    params = [parameter(3, 4), parameter(4)]
-    muon = sk.optim.Muon(params, lr=0.02, weight_decay=0.1)
-    assert muon.param_groups[1]["lr"] == 1e-3
-    assert muon.param_groups[1]["weight_decay"] == 1e-2
-    assert (
-        sk.optim.Muon(params, lr=0.02, adjust_lr_fn="match_rms_adamw").param_groups[1]["lr"] == 0.02
-    )
-    assert sk.optim.SOAP(params, lr=0.02).param_groups[1]["lr"] == 0.02
-    own = sk.optim.Muon(params, adamw={"lr": 0.5, "betas": (0.5, 0.5)})
-    assert own.param_groups[1]["lr"] == 0.5 and own.param_groups[1]["betas"] == (0.5, 0.5)
-    # A group of vectors alone is AdamW's, with the group's own values.
-    explicit = sk.optim.Muon([{"params": [params[1]], "lr": 0.25, "weight_decay": 0.0}])
-    assert explicit.param_groups[0]["lr"] == 0.25
-    assert explicit.param_groups[0]["weight_decay"] == 0.0
+    (group,) = optimizer.param_groups
+    assert group["algorithm"] == "auto"
+    assert list(map(id, group["params"])) == list(map(id, params))
+    found = [optimizer.algorithm_of(param) for param in params]
+    assert found == ["adamw", "matrix", "adamw", "matrix"]
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        optimizer.algorithm_of(parameter(3))
 
 
 def routes(net: nn.Module, **options) -> dict[str, set[str]]:
@@ -802,13 +794,33 @@ def test_F23_routing_of_a_transformer(tied):
 
 def test_F23_routing_of_experts():
     net = Gpt(tied=False, experts=3)
-    assert "blocks.0.experts" in routes(net)["adamw"]
-    assert "blocks.0.experts" in routes(net, overrides={"*.experts": "matrix"})["matrix"]
-    groups = sk.optim.param_groups(
-        net, overrides={"*.experts": "matrix"}, matrix={"batched": True, "lr": 0.5}, verbose=False
-    )
+    groups = sk.optim.param_groups(net, matrix={"lr": 0.5}, verbose=False)
     optimizer = sk.optim.Muon(groups)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    (batched,) = (group for group in optimizer.param_groups if group.get("batched"))
+    assert batched["param_names"] == ["blocks.0.experts"]
+    assert batched["lr"] == 0.5
+    experts = net.blocks[0].experts
+    with_grads([experts])
+    optimizer.step()
+    assert optimizer.state[experts]["step"].shape == (3,)
+
+
+def test_overrides_declare_batches_of_matrices(make_few):
+    net = Gpt(tied=False, experts=3)
+    overrides = {"*.experts*": "batched", "*.mlp.0.*": "adamw"}
+    groups = sk.optim.param_groups(net, overrides=overrides, matrix={"lr": 0.25}, verbose=False)
+    assert [group["algorithm"] for group in groups] == ["matrix", "matrix", "adamw"]
+    assert [name for name, _ in groups[1]["params"]] == ["blocks.0.experts"]
+    assert groups[1]["batched"] is True and groups[1]["lr"] == 0.25
+    optimizer = make_few(groups)
+    experts = net.blocks[0].experts
+    with_grads([experts])
+    optimizer.step()
+    assert optimizer.state[experts]["step"].shape[-1] == 3
+    with pytest.raises(ValueError, match=r"experts of shape \(3, 8, 8\): .* ambiguous.*'batched'"):
+        sk.optim.param_groups(net, overrides={"*.experts": "matrix"}, verbose=False)
+    with pytest.raises(ValueError, match="ln_f.weight of shape .* at least two dimensions"):
+        sk.optim.param_groups(net, overrides={"ln_f.*": "matrix"}, verbose=False)
 
 
 def test_F23_routing_of_a_convolutional_net():
@@ -833,8 +845,10 @@ def test_F23_shared_and_frozen_modules():
 
 
 def test_F23_named_parameters_are_routed_by_name():
-    optimizer = sk.optim.Muon(Gpt(tied=False).named_parameters())
-    assert set(optimizer.param_groups[0]["param_names"]) == HIDDEN
+    net = Gpt(tied=False)
+    optimizer = sk.optim.Muon(net.named_parameters())
+    chosen = {n for n, p in net.named_parameters() if optimizer.algorithm_of(p) == "matrix"}
+    assert chosen == HIDDEN
     names = [
         ("module.lm_head.weight", "adamw"),
         ("blocks.0.heads.0.key.weight", "matrix"),
@@ -844,8 +858,8 @@ def test_F23_named_parameters_are_routed_by_name():
         ("model.layers.0.self_attn.q_proj.weight", "matrix"),
     ]
     for name, algorithm in names:
-        (group,) = sk.optim.Muon([(name, parameter(3, 4))]).param_groups
-        assert group["algorithm"] == algorithm, name
+        param = parameter(3, 4)
+        assert sk.optim.Muon([(name, param)]).algorithm_of(param) == algorithm, name
 
 
 def test_F23_table_and_wrong_overrides(capsys):
@@ -855,7 +869,7 @@ def test_F23_table_and_wrong_overrides(capsys):
     assert "blocks.0.mlp.0.weight" in printed and "override" in printed and "tied" in printed
     with pytest.raises(ValueError, match=r"overrides\['x'\] fits no parameter"):
         sk.optim.param_groups(net, overrides={"x": "adamw"})
-    with pytest.raises(ValueError, match="must be one of matrix, adamw, not 'sgd'"):
+    with pytest.raises(ValueError, match="must be one of matrix, batched, adamw, not 'sgd'"):
         sk.optim.param_groups(net, overrides={"*": "sgd"})
     with pytest.raises(ValueError, match="no parameter that requires grad"):
         sk.optim.param_groups(nn.ReLU())
@@ -897,6 +911,46 @@ def test_F34_F47_wrapped_and_flattened_parameters_are_refused(make_few):
         make_few(list(nn.LazyLinear(3).parameters()))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_original_parameters_of_FSDP1_are_refused(make_few, when):
+    """Their marks, and a 1-D piece of each; the others are empty and get no gradient."""
+    params = [parameter(4, 6), parameter(6)]
+    optimizer = make_few(params) if when == "after" else None
+    for param in params:
+        param._fsdp_flattened = True
+        param.data = param.data.flatten()[:0]
+    message = r"FSDP1 with use_orig_params=True\), .*use fully_shard"
+    with pytest.raises(TypeError, match=message):
+        (optimizer or make_few(params)).step()
+    if optimizer is not None:
+        params[0].data = torch.ones(12)
+        params[0].grad = torch.ones(12)
+        with pytest.raises(TypeError, match=message):
+            optimizer.step()
+        assert torch.equal(params[0], torch.ones(12)) and not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("case", ["replaced", "late", "frozen"])
+def test_steps_in_which_nothing_can_move_are_warned_of_once(make_few, case):
+    params = [("w", parameter(4, 6)), ("b", parameter(6))]
+    optimizer = make_few(params)
+    for _, param in params:
+        param.requires_grad_(case != "frozen")
+    counts = []
+    for step in range(6):
+        if case == "late" and step == 2:
+            with_grads([param for _, param in params])
+        elif step == 3:
+            optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        counts.append([str(x.message) for x in caught])
+    assert [len(x) for x in counts] == [0, 0, int(case == "replaced"), 0, 0, 0]
+    if case == "replaced":
+        assert "none of its 2 parameters that require grad (w is the first)" in counts[2][0]
+
+
 # Schedules and failures.
 
 
@@ -909,8 +963,9 @@ def test_F17_steps_are_counted_once(make):
             "reference"
         )
         for group in optimizer.param_groups:
-            expected = count - (1 if idle and group["algorithm"] == "matrix" else 0)
             for param in group["params"]:
+                matrix = optimizer.algorithm_of(param) == "matrix"
+                expected = count - (1 if idle and matrix else 0)
                 assert set(optimizer.state[param]["step"].flatten().tolist()) == {float(expected)}
 
 
@@ -919,12 +974,12 @@ def test_F54_roots_are_spread_over_the_steps():
     params = [parameter(3, 4, seed=i) for i in range(10)]
     optimizer = sk.optim.Shampoo(params, precondition_frequency=5)
     optimizer.init_state()
-    before = [optimizer.state[p]["left_root"][0].clone() for p in params]
+    before = [optimizer.state[p]["left_root"]["0"].clone() for p in params]
     refreshed = []
     for seed in range(11):
         with_grads(params, seed)
         optimizer.step()
-        roots = [optimizer.state[p]["left_root"][0].clone() for p in params]
+        roots = [optimizer.state[p]["left_root"]["0"].clone() for p in params]
         refreshed.append(
             {i for i, (a, b) in enumerate(zip(before, roots, strict=True)) if not torch.equal(a, b)}
         )
@@ -956,14 +1011,14 @@ def test_F08_roots_that_keep_failing_stop_the_run_at_the_next_step():
     with_grads([param for _, param in params])
     optimizer.step()
     state = optimizer.state[bad]
-    root = state["left_root"][0].clone()
+    root = state["left_root"]["0"].clone()
     for seed in range(1, 4):
         # A factor that is far from semidefinite has no root.
-        state["left"][0].copy_(-1e6 * torch.eye(4))
+        state["left"]["0"].copy_(-1e6 * torch.eye(4))
         with_grads([param for _, param in params], seed)
         optimizer.step()
-        assert state["root_failures"][0].tolist() == [seed, 0]
-        assert torch.equal(state["left_root"][0], root)
+        assert state["root_failures"]["0"].tolist() == [seed, 0]
+        assert torch.equal(state["left_root"]["0"], root)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="3 inverse roots of bad in a row .*max_root_failures=2"):
         optimizer.step()
@@ -978,11 +1033,110 @@ def test_F08_a_root_that_succeeds_ends_the_row_of_failures():
     for seed in range(8):
         with_grads([param], seed)
         if seed % 2:
-            optimizer.state[param]["left"][0].copy_(-1e6 * torch.eye(4))
+            optimizer.state[param]["left"]["0"].copy_(-1e6 * torch.eye(4))
         elif seed:
-            optimizer.state[param]["left"][0].copy_(torch.eye(4))
+            optimizer.state[param]["left"]["0"].copy_(torch.eye(4))
         optimizer.step()
-        assert optimizer.state[param]["root_failures"][0].tolist() == [seed % 2, 0]
+        assert optimizer.state[param]["root_failures"]["0"].tolist() == [seed % 2, 0]
+
+
+@contextlib.contextmanager
+def without_eigensolver():
+    """On the specification, whose solver can be made to fail."""
+
+    def fails(*args, **options):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    with sk.use_backend("reference"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fails)
+        yield
+
+
+# No ridge, so that there is no other way to take the root.
+HARD = {"root_method": "eigen", "relative_ridge": 0.0, "precondition_frequency": 10}
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": True}, {"kl": True, "kl_order": "simultaneous"}])
+@pytest.mark.parametrize("device_memo", [False, True])
+def test_F08_a_failed_first_root_is_tried_again_at_the_next_step(options, device_memo, monkeypatch):
+    param = parameter(5, 4)
+    optimizer = sk.optim.Shampoo([("bad", param)], **HARD, **options)
+    optimizer.init_state()
+    state = optimizer.state[param]
+    if device_memo:  # what the next step is told without waiting for a device
+        known = optimizer._known_failures
+        monkeypatch.setattr(optimizer, "_has_failed", lambda x: known.get(id(x), (x, False))[1])
+    with_grads([param])
+    with without_eigensolver(), pytest.warns(RuntimeWarning, match="of bad failed at step 1") as w:
+        optimizer.step()
+    assert all("residual of" in str(warning.message) for warning in w)
+    assert state["root_failures"]["0"].tolist() == [1, 1] and optimizer.failed_roots == 2
+    if not options:
+        assert torch.equal(state["left_root"]["0"], torch.eye(5))
+    roots = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in (1, 2, 3):
+            with_grads([param], seed)
+            with sk.use_backend("reference"):
+                optimizer.step()
+            roots.append(state["left_root"]["0"].clone())
+            assert state["root_failures"]["0"].tolist() == [0, 0]
+    assert not torch.equal(roots[0], torch.eye(5)) and torch.equal(roots[1], roots[2])
+    assert options or torch.equal(roots[0], roots[1])  # taken at the second step, and not again
+    assert optimizer.failed_roots == 2
+    assert pickle.loads(pickle.dumps(optimizer)).failed_roots == 2
+
+
+def test_F08_failed_roots_are_warned_of_once_and_counted():
+    params = [parameter(4, 5, seed=seed) for seed in range(3)]
+    optimizer = sk.optim.Shampoo(params, **HARD, max_root_failures=5)
+    optimizer.watch()
+    caught = []
+    for seed in range(3):
+        with_grads(params, seed)
+        with without_eigensolver(), warnings.catch_warnings(record=True) as new:
+            warnings.simplefilter("always")
+            optimizer.step()
+        caught += new
+    assert len(caught) == 2  # both sides of the first
+    report = optimizer.diagnostics()
+    assert report.failed_roots == optimizer.failed_roots == 18
+    assert dict(report.scalars())["failed_roots"] == 18.0
+    assert {figures.root_failures for figures in report.parameters.values()} == {3}
+
+
+def test_F08_a_resumed_run_tries_a_failed_root_again():
+    param = parameter(4, 5)
+    optimizer = sk.optim.Shampoo([param], **HARD)
+    with_grads([param])
+    with without_eigensolver(), pytest.warns(RuntimeWarning, match="failed at step 1"):
+        optimizer.step()
+    resumed = sk.optim.Shampoo([param], **HARD)
+    resumed.load_state_dict(optimizer.state_dict())
+    with_grads([param], 1)
+    resumed.step()
+    assert resumed.state[param]["root_failures"]["0"].tolist() == [0, 0]
+    assert not torch.equal(resumed.state[param]["left_root"]["0"], torch.eye(4))
+
+
+def test_F08_with_a_ridge_the_iteration_takes_what_the_eigensolver_cannot():
+    params = [parameter(6, 5), parameter(6, 5)]
+    with torch.no_grad():
+        params[1].copy_(params[0])
+    failing, right = (
+        sk.optim.Shampoo([param], **{**HARD, "relative_ridge": 1e-4}) for param in params
+    )
+    with_grads(params[:1])
+    params[1].grad = params[0].grad.clone()
+    with without_eigensolver():
+        failing.step()
+    with sk.use_backend("reference"):
+        right.step()
+    assert failing.failed_roots == 0
+    for side in ("left_root", "right_root"):
+        ours, exact = (o.state[p][side]["0"] for o, p in zip((failing, right), params, strict=True))
+        assert float((ours - exact).norm() / exact.norm()) < 1e-3
 
 
 def test_every_matrix_goes_through_the_kernel(make_few):

@@ -9,8 +9,6 @@ import spectral_kernels as sk
 import torch
 from optim_support import (
     CONFIGS,
-    FEW,
-    Factory,
     assert_same,
     batches,
     model,
@@ -40,19 +38,7 @@ KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=CONFIGS)
-def make(request: pytest.FixtureRequest) -> Factory:
-    return CONFIGS[request.param]
-
-
-@pytest.fixture(params=FEW)
-def make_few(request: pytest.FixtureRequest) -> Factory:
-    return CONFIGS[request.param]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -62,7 +48,7 @@ def test_keys_of_state(name):
     with_grads([param])
     optimizer.step()
     assert set(optimizer.state[param]) == KEYS[name]
-    assert optimizer.state_dict()["state_version"] == 1
+    assert optimizer.state_dict()["state_version"] == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -77,7 +63,7 @@ def test_F37_state_is_float32_under_16_bit_parameters_and_stays_so(make, dtype):
                 floats = [x for x in tensors(value) if x.is_floating_point()]
                 if name == "step":
                     assert all(x.dtype == torch.float32 for x in floats)
-                elif group["algorithm"] == "matrix":
+                elif optimizer.algorithm_of(param) == "matrix":
                     assert all(x.dtype == full for x in floats), name
                 else:
                     assert all(x.dtype == dtype for x in floats), name
@@ -366,7 +352,7 @@ def soap_state(shape: tuple[int, int], *, extra: tuple[str, ...] = ()) -> dict:
 
 @pytest.mark.parametrize(("cls", "extra"), [(sk.optim.SOAP, ()), (sk.optim.DeVA, ("gamma",))])
 def test_state_of_public_soap_and_deva_loads(cls, extra):
-    """One group there is two here: the saved order is that of the parameters as they were given."""
+    """What a file says of its one group reaches both kinds of parameter."""
     saved = soap_state((4, 6), extra=extra)
     if extra:
         # Public DeVA takes no vectors.
@@ -374,9 +360,10 @@ def test_state_of_public_soap_and_deva_loads(cls, extra):
     bias, matrix = parameter(6), parameter(4, 6)
     optimizer = cls([bias, matrix])
     optimizer.load_state_dict(saved)
-    groups = {group["algorithm"]: group for group in optimizer.param_groups}
-    assert groups["matrix"]["betas"] == groups["adamw"]["betas"] == (0.9, 0.95)
-    assert groups["matrix"]["shampoo_beta"] is None
+    (group,) = optimizer.param_groups
+    current = optimizer._current(0, group)
+    assert current.matrix["betas"] == current.adamw["betas"] == (0.9, 0.95)
+    assert group["shampoo_beta"] is None
     state, public = optimizer.state[matrix], saved["state"][1]
     assert state["step"].item() == 7.0
     assert torch.equal(state["exp_avg_sq"], public["exp_avg_sq"])
@@ -450,3 +437,13 @@ def test_distributed_checkpoint_functions(make_few):
     train(net, optimizer, batches(3))
     train(other_net, other, batches(3))
     assert_same(list(other_net.parameters()), list(net.parameters()))
+
+
+def test_a_batch_of_no_matrices_loads_with_a_side_that_has_no_factor() -> None:
+    x = torch.nn.Parameter(torch.zeros(0, 9, 6))
+    group = [{"params": [x], "batched": True}]
+    optimizer = sk.optim.SOAP(group, max_precond_dim=8)
+    optimizer.init_state()
+    optimizer.load_state_dict(optimizer.state_dict())
+    shapes = {name: tuple(value.shape) for name, value in optimizer.state[x].items()}
+    assert shapes["left"] == (0,) and shapes["right"] == (0, 6, 6)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import spectral_kernels as sk
 import torch
+from optim_support import golden
 from swap_support import public_code
 from torch import Tensor
 
-
-def load() -> ModuleType:
-    path = Path(__file__).parent / "golden" / "parity.py"
-    spec = importlib.util.spec_from_file_location("parity", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = load()
+parity = golden("parity")
 GOLDEN = json.loads(parity.FILE.read_text())
 LR, WEIGHT_DECAY = parity.LR, parity.WEIGHT_DECAY
 REFERENCE = {**parity.ROTATED, "reference": True}
@@ -120,9 +109,7 @@ def as_tensors(values: list[Any]) -> list[Tensor]:
     return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_case_is_compared() -> None:

@@ -41,9 +41,7 @@ POSITIONAL = {"kron_factors_update_": {"beta"}, "inverse_root": {"p"}}
 OPERATORS = sorted(name for name in NAMES if hasattr(torch.ops.spectral_kernels, name))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(code: str) -> str:
@@ -63,9 +61,8 @@ def test_public_names():
     for name in NAMES:
         assert getattr(sk, name) is not None
     optimizers = {"Muon", "Shampoo", "SOAP", "DeVA"}
-    assert optimizers | {"Diagnostics", "ParameterDiagnostics", "param_groups"} == set(
-        sk.optim.__all__
-    )
+    others = {"Diagnostics", "Distributed", "ParameterDiagnostics", "param_groups", "qk_clip_"}
+    assert optimizers | others == set(sk.optim.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'orthogonalize'"):
         sk.orthogonalize  # noqa: B018
 

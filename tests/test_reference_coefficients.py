@@ -4,13 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from spectral_kernels import coefficients
+from spectral_kernels import _extension, coefficients
 from spectral_kernels.coefficients import (
+    BFLOAT16_GROWTH,
+    FLOAT16_GROWTH,
     gram_restarts,
     linear_root_row,
     polar_express,
     quadratic_root_row,
     resolve,
+    root_products,
     root_schedule,
     root_tolerance,
 )
@@ -124,17 +127,28 @@ def test_resolve_names_what_is_wrong(given, steps, error, words):
 
 
 def test_gram_restarts():
-    assert gram_restarts("muon", 768, 3072) == (3,)
-    assert gram_restarts("muon", 256, 512) == (2, 3, 4)
-    assert gram_restarts((3.4445, -4.7750, 2.0315), 64, 128) == (2, 3)
-    assert gram_restarts("polar_express", 64, 128) == (2, 3)
-    assert gram_restarts("polar_express_8", 768, 3072) == (1, 3, 5)
-    assert gram_restarts("polar_express_8", 64, 128) == (1, 2, 3, 5)
-    assert gram_restarts("muon", 15, 128) is None
-    assert gram_restarts("deepseekv4", 64, 128) == (2, 4, 6)
-    assert gram_restarts("deepseekv4", 768, 3072) is None
-    assert gram_restarts("cans", 64, 128) is None
-    assert gram_restarts(resolve("muon", 6), 64, 128) is None
+    # fp32: the last steps with slopes whose product is at most 12.
+    assert gram_restarts("quintic", 768, 3072) == (1, 2, 3)
+    assert gram_restarts("polar_express", 64, 128) == (1, 2, 3)
+    assert gram_restarts("polar_express_8", 64, 128) == (1, 2, 3, 4, 5)
+    assert gram_restarts("deepseekv4", 64, 128) == (1, 2, 3, 4, 5, 6, 7, 8)
+    assert gram_restarts(resolve("quintic").rows, 64, 128) == (1, 2, 3)
+    assert gram_restarts("quintic", 15, 128) is None
+    for name in ("muon", "aol", "cans", "convergent"):
+        assert gram_restarts(name, 64, 128) is None
+    assert gram_restarts(resolve("quintic", 6), 64, 128) is None
+
+
+def test_gram_restarts_in_16_bits():
+    for growth in (BFLOAT16_GROWTH, FLOAT16_GROWTH):
+        for name in ("muon", "quintic", "aol", "cubic"):
+            assert gram_restarts(name, 64, 128, growth) == ()
+        assert gram_restarts("muon", 15, 128, growth) is None
+    assert gram_restarts("polar_express", 64, 128, BFLOAT16_GROWTH) == ()
+    assert gram_restarts("polar_express", 64, 128, FLOAT16_GROWTH) == (1,)
+    assert gram_restarts("polar_express_8", 64, 128, BFLOAT16_GROWTH) == (1,)
+    assert gram_restarts("deepseekv4", 64, 128, BFLOAT16_GROWTH) == (1, 2, 3, 4)
+    assert gram_restarts([(2000.0, 0.0, 0.0)] * 3, 64, 128, BFLOAT16_GROWTH) is None
 
 
 # Inverse-root rows.
@@ -205,44 +219,63 @@ def test_quadratic_row_alternates(p):
         assert after > low
 
 
+def orbits(rows, start, p):
+    """Every M that an eigenvalue passes through, and its root X in the end."""
+    ms, x = [start], np.ones_like(start)
+    for a, b, c in rows:
+        n = a + b * ms[-1] + c * ms[-1] ** 2
+        ms.append(ms[-1] * n**p)
+        x = x * n
+    return ms, x
+
+
+SCHEDULES = (0.9, 0.3, 1e-2, 1e-4, 1e-6)
+
+
 @pytest.mark.parametrize("p", range(1, 9))
 @pytest.mark.parametrize("unit_roundoff", [U32, U64])
 def test_schedule_reaches_its_tolerance(p, unit_roundoff):
-    for low in (0.9, 0.3, 1e-2, 1e-4, 1e-6, 4.0 * unit_roundoff):
-        tolerance = root_tolerance(low, unit_roundoff)
+    for low in (*SCHEDULES, 4.0 * unit_roundoff):
+        tolerance = root_tolerance(unit_roundoff)
         rows = root_schedule(low, p, tolerance)
-        assert len(rows) <= 20
-        assert all(c == 0.0 for _, _, c in rows[:2])
-        assert all(c != 0.0 for _, _, c in rows[2:])
+        assert len(rows) <= (14 if unit_roundoff == U32 else 24)
         start = np.geomspace(low, 1.0, 2001)
-        m, x = start, np.ones_like(start)
-        for a, b, c in rows:
-            n = a + b * m + c * m * m
-            m, x = m * n**p, x * n
+        _, x = orbits(rows, start, p)
         error = np.abs(x * start ** (1.0 / p) - 1.0)
-        rounding = 64.0 * U64 / low
-        assert error.max() <= tolerance / p * (1.0 + tolerance) + rounding
+        assert error.max() <= tolerance / p * (1.0 + tolerance) + 64.0 * U64 / low
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+def test_no_row_costs_an_eigenvalue_digits(p):
+    """M never falls far below the eigenvalue, and no row adds numbers far above its sum."""
+    for low in (*SCHEDULES, 4.0 * U32):
+        rows = root_schedule(low, p, root_tolerance(U32))
+        start = np.geomspace(low, 1.0, 2001)
+        for m in orbits(rows, start, p)[0]:
+            assert (m >= 0.25 * start).all() and m.max() <= 1.0 + 1e-12
+        assert all(abs(a) + abs(b) + abs(c) <= 32.0 / p for a, b, c in rows)
 
 
 def test_schedule_of_an_interval_that_is_small_enough():
     assert root_schedule(1.0, 4, 1e-6) == ()
     low = 1.0 / (1.0 + 4.0 * U32)
-    assert root_schedule(low, 4, root_tolerance(low, U32)) == ()
+    assert root_schedule(low, 4, root_tolerance(U32)) == ()
 
 
-def test_schedule_at_condition_1e6_costs_29_products():
-    rows = root_schedule(1e-6, 4, root_tolerance(1e-6, U32))
-    # N^4 M takes 3, X N one (not in the first step), M^2 one in a quadratic step; the last M is
-    # not formed.
-    products = sum(3 + (step > 0) + (c != 0.0) for step, (_, _, c) in enumerate(rows)) - 3
-    assert (len(rows), products) == (7, 29)
+@pytest.mark.parametrize(
+    ("low", "p", "products"),
+    [(1e-6, 1, 25), (1e-6, 2, 29), (1e-6, 4, 33), (1e-6, 8, 36), (1e-3, 4, 19), (0.1, 4, 10)],
+)
+def test_products_of_a_schedule(low, p, products):
+    rows = root_schedule(low, p, root_tolerance(U32))
+    assert root_products(rows, p) == products == _extension.MODULE.root_products(low, p, U32)
 
 
-def test_tolerance():
-    assert root_tolerance(1e-6, U32) == 4e-4
-    assert root_tolerance(1e-2, U32) == U32 / 0.2
-    assert root_tolerance(0.5, U32) == 4.0 * U32
-    assert root_tolerance(1e-6, U64) == pytest.approx(U64 / 2e-5)
+@pytest.mark.parametrize("p", range(1, 9))
+def test_products_are_the_kernels(p):
+    for low in (*SCHEDULES, 4.0 * U32):
+        rows = root_schedule(low, p, root_tolerance(U32))
+        assert root_products(rows, p) == _extension.MODULE.root_products(low, p, U32)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,10 @@ def test_polar_of_zero_nan_and_16_bit():
 MUON_OPTIONS = {
     "momentum": 0.95,
     "nesterov": True,
+    "beta2": None,
+    "neuron_eps": 1e-8,
     "weight_decay": 0.1,
+    "cautious": False,
     "rows": MUON,
     **OPTIONS,
     "compute_dtype": torch.bfloat16,
@@ -286,6 +289,7 @@ class Muon:
             [self.param],
             [grad],
             [self.buffer],
+            [torch.empty(0)],
             [self.count],
             self.skipped,
             torch.tensor(lr),
@@ -412,7 +416,7 @@ def test_F32_gradients_are_unchanged_and_16_bit_parameters_round_once():
 
 def test_empty_list_and_empty_matrices():
     skipped = torch.zeros((), dtype=torch.int64)
-    muon_step_([], [], [], [], skipped, torch.tensor(0.1), scales=[], **MUON_OPTIONS)
+    muon_step_([], [], [], [], [], skipped, torch.tensor(0.1), scales=[], **MUON_OPTIONS)
     opt = Muon(torch.zeros(0, 4))
     opt.step(torch.zeros(0, 4))
     assert opt.count == 0
@@ -442,6 +446,7 @@ def test_F36_bad_input_raises_before_anything_is_written(change, error, words):
             [good.param, opt.param],
             [torch.ones(4, 5), grad],
             [good.buffer, opt.buffer],
+            [torch.empty(0), torch.empty(0)],
             [opt.count, good.count],
             opt.skipped,
             torch.tensor(0.1),

@@ -21,12 +21,12 @@ import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch, swap_in
 from spectral_kernels.swap import ADAPTERS
-from swap_support import DOUBLES, doubles, gradient, one_thread, parameters, steps
+from swap_support import DOUBLES, doubles, gradient, parameters, steps
 from torch import Tensor
 from torch.optim import _muon
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["doubles", "one_thread"]
+__all__ = ["doubles"]
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -295,6 +295,42 @@ def test_names_imported_before_and_after(doubles: None) -> None:
             after = importlib.import_module("optimizers.deva")
             assert after.msign is muon.msign
         assert muon.msign is before.msign is before.alias is after.msign is own
+    finally:
+        del sys.modules["imported_before"]
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "name"),
+    [
+        ("torch.optim.Muon", "torch.optim._muon", "_zeropower_via_newtonschulz"),
+        ("KellerJordan/Muon", "muon", "zeropower_via_newtonschulz5"),
+        ("dion", "dion.newton_schulz_triton", "zeropower_via_newtonschulz5"),
+        ("dion", "dion.polar_express", "polar_express"),
+        (
+            "emerging-optimizers",
+            "emerging_optimizers.orthogonalized_optimizers.muon_utils",
+            "newton_schulz",
+        ),
+        ("heavyball", "heavyball.utils", "inplace_orthogonal_"),
+        (
+            "pytorch-optimizer",
+            "pytorch_optimizer.optimizer.shampoo_utils",
+            "zero_power_via_newton_schulz_5",
+        ),
+    ],
+)
+def test_functions_of_every_target_imported_before(
+    target: str, module: str, name: str, doubles: None
+) -> None:
+    defined = importlib.import_module(module)
+    own = getattr(defined, name)
+    before = module_of("imported_before", **{name: own})
+    sys.modules["imported_before"] = before
+    try:
+        with swap_in(target):
+            assert getattr(defined, name) is not own
+            assert getattr(before, name) is getattr(defined, name)
+        assert getattr(before, name) is getattr(defined, name) is own
     finally:
         del sys.modules["imported_before"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +22,12 @@ from swap_support import (
     gradient,
     modules_of,
     moved,
-    one_thread,
     parameters,
     public_code,
     steps,
 )
 from torch import Tensor
 from torch.optim import Optimizer
-
-__all__ = ["one_thread"]
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -429,19 +428,25 @@ def test_emerging_rows_and_precision(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        x = gradient(shape, 1).float()
-        theirs = utils.newton_schulz(x, **options)
+        draws = [gradient(shape, seed).float() for seed in range(1, 33)]
+        theirs = [utils.newton_schulz(x, **options) for x in draws]
         with swap_in("emerging-optimizers") as swap:
-            mine = utils.newton_schulz(x, **options)
-            assert sum(calls.taken for calls in swap.calls.values()) == 1
+            mine = [utils.newton_schulz(x, **options) for x in draws]
+            assert sum(calls.taken for calls in swap.calls.values()) == len(draws)
     finally:
         torch.set_float32_matmul_precision(before)
     kind = options["coefficient_type"]
     rows = utils._COEFFICIENT_SETS.get(kind, options.get("custom_coefficient_sets"))
     mode = "repeat_last" if kind == "cans" else "cycle"
     rows = list(utils.get_coefficient_iterator(options["steps"], rows, mode))
-    true = polynomial(x, rows)
-    assert distance(mine.double(), true) <= 2 * distance(theirs.double(), true) + 1e-6
+    true = [polynomial(x, rows) for x in draws]
+
+    def error(found: list[Tensor]) -> float:
+        """Root mean square; of one small matrix it is a matter of luck."""
+        each = [distance(x.double(), y) for x, y in zip(found, true, strict=True)]
+        return math.sqrt(statistics.fmean(value**2 for value in each))
+
+    assert error(mine) <= 2 * error(theirs) + 1e-6
 
 
 @pytest.mark.parametrize(

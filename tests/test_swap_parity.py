@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from optim_support import torch_scales
 from spectral_kernels import call_counts, swap_in
 from swap_support import (
     code,
@@ -17,7 +18,6 @@ from swap_support import (
     gradient,
     modules_of,
     moved,
-    one_thread,
     parameters,
     public_code,
     steps,
@@ -25,7 +25,7 @@ from swap_support import (
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["code", "one_thread"]
+__all__ = ["code"]
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -90,6 +90,24 @@ def moved_exactly(make: Make, monkeypatch: Any) -> list[Tensor]:
     with monkeypatch.context() as patch:
         patch.setattr("torch.optim._muon._zeropower_via_newtonschulz", exact_muon)
         return moved(make, SHAPES, STEPS, torch.float64)
+
+
+def test_muon_with_a_scale_of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.14 scales by sqrt(rows / columns) where it is asked to."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Muon(params, lr=0.05)
+        optimizer.param_groups[0]["adjust_lr_fn"] = "spectral_unclamped"
+        return optimizer
+
+    torch_scales(monkeypatch, "spectral_unclamped")
+    theirs = moved(make, SHAPES, STEPS)
+    with swap_in("torch.optim.Muon") as swap:
+        mine = moved(make, SHAPES, STEPS)
+        assert next(iter(swap.calls.values())).taken == STEPS
+    exact = moved_exactly(make, monkeypatch)
+    for x, y, true in zip(mine, theirs, exact, strict=True):
+        assert distance(x, true) <= 2 * distance(y, true) + 2.0**-9
 
 
 def test_muon_state_goes_over_and_back() -> None:

@@ -185,6 +185,16 @@ def test_F04_non_finite_state_is_skipped_too(op, backend):
 
 
 @pytest.mark.parametrize("op", STEPS)
+def test_skipped_matrices_are_added_to_the_count(op, backend):
+    one = later_step(op, ((5, 8), (3, 6, 5), (7, 7)), taken=2, per_matrix_counts=True)
+    one["skipped"].fill_(40)
+    one["grads"][0][0, 0] = one["grads"][1][2, 1, 1] = torch.nan
+    for total in (42, 44):
+        one.run(backend.name)
+        assert int(one["skipped"]) == total
+
+
+@pytest.mark.parametrize("op", STEPS)
 def test_F04_other_policies(op, backend):
     one = later_step(op, ((5, 8), (7, 7)), taken=2)
     one["grads"][1][0, 0] = torch.inf

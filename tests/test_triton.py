@@ -5,14 +5,29 @@ The operators are tested with all other backends, by the parameter "triton" of t
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from support import MUON, gaussian, integers, later_step, new_step, same_bits, semidefinite
+from support import (
+    MUON,
+    STEPS,
+    gaussian,
+    integers,
+    later_step,
+    new_step,
+    same_bits,
+    schemas,
+    semidefinite,
+)
 
 pytestmark = [pytest.mark.triton, pytest.mark.kernel]
 
@@ -106,10 +121,7 @@ def test_neighbours_and_their_shapes_do_not_change_a_bit(method):
     together.run("triton")
     for i in range(len(shapes)):
         one = apart.with_(
-            **{
-                name: [apart[name][i]]
-                for name in ("params", "grads", "momentum_buffers", "step_counts")
-            },
+            **{name: [apart[name][i]] for name in (*apart.names(write=True)[:-1], "grads")},
             scales=[apart.options["scales"][i]],
             restarts=list(apart.options["restarts"])[i : i + 1],
         )
@@ -117,15 +129,39 @@ def test_neighbours_and_their_shapes_do_not_change_a_bit(method):
         assert same_bits(one["params"][0], together["params"][i])
 
 
+@pytest.mark.parametrize("op", ["shampoo_step_", "soap_step_", "deva_step_"])
+def test_stacks_of_bounded_size_change_no_bit(op, monkeypatch):
+    """Entries one by one, and a batch whose matrices count for themselves in parts of two."""
+    from spectral_kernels.triton_kernels import _steps
+
+    shapes = ((3, 6, 9), (6, 9), (6, 9))
+    together = later_step(op, shapes, per_matrix_counts=True, refresh=[0, 0, 0])
+    together["grads"][0][2] = torch.nan
+    apart = together.clone()
+    together.run("triton")
+    monkeypatch.setattr(_steps, "STACK_ELEMENTS", 2 * (6 * 9 * 2 + 6 * 6 + 9 * 9))
+    made = []
+    stack = _steps.Stack.__init__
+
+    def noted(self, pieces, params):
+        made.append([piece.end - piece.begin for piece in pieces])
+        stack(self, pieces, params)
+
+    monkeypatch.setattr(_steps.Stack, "__init__", noted)
+    apart.run("triton")
+    assert same_bits(apart.written(), together.written())
+    assert made == [[2], [1, 1], [1]]
+
+
 def test_roots_in_a_batch_have_the_bits_of_roots_alone():
     from spectral_kernels.triton_kernels.inverse_root import roots_of
 
-    a = torch.stack([semidefinite(9, 10.0**k, k) for k in (1, 5)]).float()
+    # The ridge is absolute, so that the larger matrix has the longer spectrum, and more rows.
+    a = torch.stack([10.0**k * semidefinite(9, 10.0**k, k) for k in (0, 3)]).float()
     together = roots_of(a, 2, ridge=1e-3, relative_ridge=0.0)
     for i in range(len(a)):
         alone = roots_of(a[i : i + 1], 2, ridge=1e-3, relative_ridge=0.0)
         assert same_bits(alone.root[0], together.root[i])
-    # Each takes its own number of rows.
     assert len(set(together.steps.tolist())) > 1
 
 
@@ -135,6 +171,79 @@ def test_energies_are_sums_of_squares():
     x = integers(2, 19, 150)
     for rows, axis in ((True, 2), (False, 1)):
         assert torch.equal(energies(x, rows=rows), x.double().square().sum(axis))
+
+
+class TestTables:
+    """What CUDA graphs read stays what and where it was when they were recorded."""
+
+    @pytest.fixture
+    def tables(self, room, monkeypatch):
+        state = {"capturing": False, "stream": 0}
+        monkeypatch.setattr(room.layout, "is_capturing", lambda: state["capturing"])
+        monkeypatch.setattr(room.layout, "_stream", lambda: state["stream"])
+        monkeypatch.setattr(room.layout, "_held", [])
+        made = []
+
+        @room.layout.kept(2)
+        def table(number):
+            made.append(torch.tensor([number]))
+            return made[-1]
+
+        return table, state, made
+
+    def test_tables_are_made_once_a_stream(self, tables):
+        table, state, made = tables
+        assert table(1) is table(1)
+        state["stream"] = 7
+        other = table(1)
+        assert other is not made[0] and other is table(1)
+        state["stream"] = 0
+        assert table(1) is made[0]
+
+    def test_a_graph_keeps_what_it_reads(self, tables):
+        table, state, made = tables
+        table(1)
+        state["capturing"] = True
+        read = weakref.ref(table(1))
+        state["capturing"] = False
+        for number in (2, 3, 4):
+            table(number)  # the least recently used ones go
+        made.clear()
+        assert read() is not None
+        assert table(1) is not read()
+
+    def test_what_a_graph_uploads_is_for_itself(self, tables):
+        table, state, made = tables
+        state.update(capturing=True, stream=3)
+        recorded = weakref.ref(table(1))
+        assert table(1) is not recorded()  # it may be another graph that is recorded now
+        state["capturing"] = False
+        assert table(1) is not recorded()
+        made.clear()
+        assert recorded() is not None
+
+    def test_the_host_keeps_what_every_replay_copies(self, room, tables, monkeypatch):
+        _, state, _ = tables
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
+        held = room.layout._held
+        room.layout.upload(torch.ones(3), torch.device("meta"))
+        assert not held
+        state["capturing"] = True
+        result = room.layout.upload(torch.ones(3), torch.device("meta"))
+        ((source, copied),) = held
+        assert copied is result and torch.equal(source, torch.ones(3))
+
+    def test_every_function_that_uploads_is_one_of_these(self, room):
+        others = []
+        for path in Path(room.__file__).parent.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.FunctionDef) or node.name == "upload":
+                    continue
+                calls = [ast.unparse(x.func) for x in ast.walk(node) if isinstance(x, ast.Call)]
+                decorators = [ast.unparse(x) for x in node.decorator_list]
+                if "upload" in calls and not any(x.startswith("kept(") for x in decorators):
+                    others.append(node.name)
+        assert not others
 
 
 @pytest.mark.parametrize("exponent", [-140, -126, 0, 120])
@@ -173,6 +282,53 @@ def test_bad_lists_raise_before_anything_is_written():
     assert same_bits(before, wrong.written())
 
 
+LISTS = [
+    (op, argument.name)
+    for op in STEPS
+    for argument in schemas()[op].arguments
+    if "Tensor" in str(argument.type)
+]
+
+
+@pytest.mark.parametrize(("op", "name"), LISTS, ids="-".join)
+def test_a_tensor_on_another_device_is_refused_before_anything_is_written(op, name):
+    case = later_step(op, ((4, 6), (5, 5)), taken=1)
+    value = case[name]
+    moved = [value[0], value[1].to("meta")] if isinstance(value, list) else value.to("meta")
+    wrong = case.with_(**{name: moved})
+    before = [x.clone() for x in wrong.written() if not x.is_meta]
+    place = rf"{name}\[1\]" if isinstance(value, list) else name
+    with pytest.raises(ValueError, match=rf"{place} is on meta"):
+        step = importlib.import_module("spectral_kernels.triton_kernels").operator(op)
+        step(*wrong.args, **wrong.options)
+    assert same_bits(before, [x for x in wrong.written() if not x.is_meta])
+
+
+@pytest.mark.parametrize("name", ["left", "right", "left_root", "right_root", "skipped"])
+def test_factors_on_another_device_are_refused(name, room):
+    absent = torch.empty(0)
+    given = {"left": semidefinite(4, 3.0).float(), "right": semidefinite(6, 3.0).float()}
+    given["skipped"] = torch.zeros((), dtype=torch.int64)
+    roots = {"left_root": absent, "right_root": absent}
+    if name in roots:
+        roots[name] = torch.eye(4 if name == "left_root" else 6, device="meta")
+    else:
+        given[name] = given[name].to("meta")
+    before = {key: x.clone() for key, x in given.items()}
+    update = room.operator("kron_factors_update_")
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        update(
+            given["left"],
+            given["right"],
+            gaussian(4, 6),
+            given["skipped"],
+            beta=0.5,
+            weight=0.5,
+            **roots,
+        )
+    assert all(x.is_meta or torch.equal(x, before[key]) for key, x in given.items())
+
+
 class TestTuning:
     def test_candidates_are_checked_before_they_are_timed(self, room, monkeypatch):
         from spectral_kernels.benchmarks import triton_tune as tune
@@ -191,6 +347,22 @@ class TestTuning:
         assert "gram errs by 1.0e-03" in trials[1].failure
         assert tune.best(trials).config is good
         assert table == kept
+
+    def test_what_is_timed_on_a_card_is_a_graph(self, monkeypatch):
+        """A call of the function itself would time the launches from Python."""
+        from spectral_kernels.benchmarks import triton_tune as tune
+
+        done = []
+
+        class Graph:
+            def replay(self):
+                done.append("replay")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        tune._time(lambda: done.append("call"), 3, on_card=True)
+        assert done == ["call", "replay", "replay", "replay"]
 
     def test_no_step_is_tuned(self):
         from spectral_kernels.benchmarks import triton_tune as tune

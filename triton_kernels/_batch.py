@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import architecture, config_for
-from ._layout import LONG, SHORT, WIDE, Layout, layout_of, matrices_of, padded, places_of, upload
+from ._layout import (
+    LONG,
+    SHORT,
+    WIDE,
+    Layout,
+    kept,
+    layout_of,
+    matrices_of,
+    padded,
+    places_of,
+    upload,
+)
 from ._passes import Mix, Summary, pack, summarize
 from ._wide import Operand, wide
 from .symmetric_matmul import symmetric
@@ -56,13 +66,15 @@ class _ProductLayout(Layout):
         return _product_tiles(self.count, rows // tile, cols // tile, self.device)
 
 
-@functools.cache
+@kept()
 def _product_tiles(count: int, rows: int, cols: int, device: torch.device) -> Tensor:
-    grid = torch.cartesian_prod(torch.arange(count), torch.arange(cols), torch.arange(rows))
+    grid = torch.cartesian_prod(
+        *(torch.arange(size, dtype=torch.int64, device="cpu") for size in (count, cols, rows))
+    )
     return upload(grid[:, [0, 2, 1]].to(torch.int32), device)
 
 
-@functools.cache
+@kept()
 def _layout(count: int, rows: int, inner: int, cols: int, device: torch.device) -> Layout:
     sizes = rows * inner, rows * cols, inner * cols
     table = [
@@ -70,7 +82,7 @@ def _layout(count: int, rows: int, inner: int, cols: int, device: torch.device) 
         for i in range(count)
     ]
     nothing = torch.empty(0, 3, dtype=torch.int32, device=device)
-    numbers = upload(torch.tensor(table, dtype=torch.int64), device)
+    numbers = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
     shapes = ((rows, cols),) * count
     return _ProductLayout(shapes, (1, 1), device, numbers, sizes, nothing, nothing)
 

@@ -142,6 +142,10 @@ PASS_WARPS = 8
 GROUP_ELEMENTS = 2**28
 
 
+# Of parameters, gradients and factors that one batch of a step with factors holds.
+STACK_ELEMENTS = 2**25
+
+
 def precision_of(arch: str) -> str:
     """How fp32 operands are multiplied so that the error is that of fp32.
 

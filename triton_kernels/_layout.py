@@ -8,11 +8,14 @@ are. Zero rows and columns stay zero under everything that is done there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton.language as tl
+from spectral_kernels._backend import is_capturing
 from torch import Tensor
 
 from ._device import ALIGNED, IS_INTERPRETED
@@ -38,6 +41,63 @@ CHUNK_ROWS, CHUNK_COLS = (64, 256) if IS_INTERPRETED else (32, 128)
 _BAND = 8  # rows of tiles that share their columns in the cache
 
 Shape = tuple[int, int]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What CUDA graphs read; nobody tells when a graph is gone.
+_held: list[object] = []
+
+
+def _stream() -> int:
+    """The current stream of the current device, on which tables are uploaded."""
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else 0
+
+
+def kept(most: int | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """functools.lru_cache for functions whose results hold what `upload` brought to a device.
+
+    A result is used on the stream that it was uploaded on, which has it when later work runs, and
+    may reuse its memory once it is dropped. A CUDA graph reads its tables at every replay, so what
+    one uses stays for good; what is uploaded while one is recorded is there only after a replay,
+    and is kept for nobody else.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known: OrderedDict[object, dict[int, R]] = OrderedDict()
+
+        @functools.wraps(function)
+        def found(*args: P.args, **kwargs: P.kwargs) -> R:
+            key = args, tuple(kwargs.items())
+            by_stream = known.get(key, {})
+            if is_capturing():
+                result = next(iter(by_stream.values())) if by_stream else function(*args, **kwargs)
+                _held.append(result)
+                return result
+            stream = _stream()
+            if stream not in by_stream:
+                by_stream[stream] = function(*args, **kwargs)
+                known[key] = by_stream
+            known.move_to_end(key)
+            if most is not None and len(known) > most:
+                known.popitem(last=False)
+            return by_stream[stream]
+
+        found.cache_clear = known.clear  # type: ignore[attr-defined]
+        return found
+
+    return decorate
+
+
+def upload(table: Tensor, device: torch.device) -> Tensor:
+    """A small table on the device, without waiting for it."""
+    if device.type == "cpu":
+        return table.contiguous()
+    source = table.contiguous().pin_memory()
+    result = source.to(device, non_blocking=True)
+    if is_capturing():
+        _held.append((source, result))  # every replay copies it again
+    return result
 
 
 @dataclass(frozen=True)
@@ -99,7 +159,7 @@ def _sides(shape: Shape, padding: tuple[int, int]) -> tuple[int, int]:
     return padded(min(shape), padding[0]), padded(max(shape), padding[1])
 
 
-@functools.cache
+@kept()
 def layout_of(shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch.device) -> Layout:
     """The layout of matrices of these shapes."""
     rows, chunks, spans = [], [], []
@@ -117,14 +177,14 @@ def layout_of(shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch
         shapes,
         padding,
         device,
-        upload(torch.tensor(rows, dtype=torch.int64), device),
+        upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device),
         (at[0], at[1], at[2]),
         upload(torch.cat(chunks), device),
-        upload(torch.tensor(spans, dtype=torch.int32), device),
+        upload(torch.tensor(spans, dtype=torch.int32, device="cpu"), device),
     )
 
 
-@functools.cache
+@kept()
 def _tiles(
     shapes: tuple[Shape, ...],
     padding: tuple[int, int],
@@ -145,7 +205,7 @@ def _tiles(
     return upload(torch.cat(grids), device)
 
 
-@functools.cache
+@kept()
 def _triangle_spans(
     shapes: tuple[Shape, ...],
     padding: tuple[int, int],
@@ -154,14 +214,18 @@ def _triangle_spans(
     space: int,
 ) -> Tensor:
     sides = [_sides(shape, padding)[space == LONG.value] // tile for shape in shapes]
-    counts = torch.tensor([side * (side + 1) // 2 for side in sides], dtype=torch.int32)
+    counts = torch.tensor(
+        [side * (side + 1) // 2 for side in sides], dtype=torch.int32, device="cpu"
+    )
     return upload(torch.stack([counts.cumsum(0).int() - counts, counts], 1), device)
 
 
 def _grid(matrix: int, height: int, width: int) -> Tensor:
     """(matrix, row, column), rows varying fastest."""
-    pairs = torch.cartesian_prod(torch.arange(width), torch.arange(height)).flip(1)
-    return torch.cat([torch.full((len(pairs), 1), matrix), pairs], 1).to(torch.int32)
+    pairs = torch.cartesian_prod(
+        *(torch.arange(size, dtype=torch.int32, device="cpu") for size in (width, height))
+    ).flip(1)
+    return torch.cat([torch.full_like(pairs[:, :1], matrix), pairs], 1)
 
 
 # The caller's tensors.
@@ -233,22 +297,6 @@ def matrices_of(x: Tensor) -> list[Place]:
     return [(start, *x.stride()[-2:], *x.shape[-2:]) for start in starts]
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(1024)
 def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)[:, :3], device)
-
-
-_captured: list[object] = []
-
-
-def hold(tables: object, device: torch.device) -> None:
-    """Keeps address tables for good where a graph that reads them is being captured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(tables)
-
-
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """A small table on the device, without waiting for it."""
-    if device.type == "cpu":
-        return table.contiguous()
-    return table.contiguous().pin_memory().to(device, non_blocking=True)
+    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)[:, :3], device)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from spectral_kernels._backend import (
     check_choice,
+    check_device,
     check_list,
     check_step_lists,
     check_writable,
+    raise_if_nonfinite,
 )
 from torch import Tensor
 
@@ -25,29 +26,6 @@ def check_step(
 ) -> None:
     """Parameters, gradients and counters of a list step."""
     check_step_lists(params, grads, step_counts, skipped, lr)
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if param.device != grad.device:
-            raise ValueError(f"grads[{i}] is on {grad.device}, params[{i}] on {param.device}")
-
-
-def check_distinct(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> None:
-    """No tensor that is written shares memory with another."""
-    spans = []
-    for is_written, tensors in [(True, x) for x in written] + [(False, read)]:
-        for x in tensors:
-            if x.numel():
-                size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-                begin = x.data_ptr()
-                end = begin + size * x.element_size()
-                spans.append((begin, end, is_written, size == x.numel(), x))
-    spans.sort(key=lambda span: span[:2])
-    for (begin, end, first, dense, x), (next_begin, *_, second, _, y) in itertools.pairwise(spans):
-        # Slices of one tensor may interleave without sharing an element.
-        if (first or second) and next_begin < end and (begin == next_begin or dense):
-            raise ValueError(
-                f"tensors of shapes {tuple(x.shape)} and {tuple(y.shape)} overlap in memory, or "
-                "are the same, and one of them is written"
-            )
 
 
 def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -56,6 +34,7 @@ def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) ->
     for i, (x, param) in enumerate(zip(state, params, strict=True)):
         if x.dtype != torch.float32:
             raise TypeError(f"{name}[{i}] must be float32, not {x.dtype}")
+        check_device(f"{name}[{i}]", x, param)
         if x.shape != param.shape:
             raise ValueError(
                 f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
@@ -84,6 +63,7 @@ def check_sides(
                     continue
                 if x.dtype != torch.float32:
                     raise TypeError(f"{name}[{i}] must be float32, not {x.dtype}")
+                check_device(f"{name}[{i}]", x, param)
                 if x.shape != expected:
                     raise ValueError(
                         f"{name}[{i}] must have shape {expected}, not {tuple(x.shape)}"
@@ -115,9 +95,5 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
 def raise_nonfinite(nonfinite: str, **lists: Sequence[Tensor]) -> None:
     """nonfinite="raise": before anything is written, at the price of waiting for the card."""
     check_choice("nonfinite", nonfinite, ("skip", "propagate", "raise"))
-    if nonfinite != "raise":
-        return
-    for name, tensors in lists.items():
-        for i, x in enumerate(tensors):
-            if not bool(x.isfinite().all()):
-                raise ValueError(f"{name}[{i}] has a non-finite element")
+    if nonfinite == "raise":
+        raise_if_nonfinite(**lists)

@@ -34,6 +34,7 @@ from ._layout import (
     WIDE,
     Layout,
     Places,
+    padded,
 )
 
 # States of a matrix.
@@ -54,6 +55,7 @@ class Mix:
         momentum: how much of a buffer is kept.
         nesterov: mix the gradient in once more.
         negate: the gradients are taken with the other sign.
+        beside: matrices that have to be finite too, or None.
     """
 
     grads: Places
@@ -61,6 +63,7 @@ class Mix:
     momentum: float = 0.0
     nesterov: bool = False
     negate: bool = False
+    beside: Places | None = None
 
     def arguments(self) -> tuple[object, ...]:
         """As the kernels take it."""
@@ -140,14 +143,22 @@ def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
 @triton.jit
 def _measure_kernel(
     grads, momenta, momentum, fresh, sign, layout, chunks, largest, squares, bad,
-    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM_UNIT: tl.constexpr,
-    NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
+    beside, GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
+    MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr,
+    CHUNK_COLS: tl.constexpr, BESIDE: tl.constexpr, BESIDE_TYPE: tl.constexpr,
+    BESIDE_UNIT: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, _, _, finite = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
+    if BESIDE:
+        rows = tl.arange(0, CHUNK_ROWS)
+        cols = tl.arange(0, CHUNK_COLS)
+        at = placed(beside, matrix, 0, row, col, rows, cols, BESIDE_TYPE, BESIDE_UNIT)
+        w = widened(tl.load(at, mask=inside, other=0.0))
+        finite = finite & (tl.abs(w) < float("inf"))
     chunk = tl.program_id(0)
     tl.store(bad + chunk, tl.max(tl.where(finite, 0, 1)))
     x = tl.where(finite, x, 0.0)
@@ -252,10 +263,16 @@ def summarize(
         largest,
         squares,
         bad,
+        (mix.beside or mix.grads).table,
         **mix.constants(),
+        BESIDE=mix.beside is not None,
+        BESIDE_TYPE=DTYPES[(mix.beside or mix.grads).dtype],
+        BESIDE_UNIT=(mix.beside or mix.grads).unit,
     )
-    numbers = torch.empty(2, layout.count, dtype=torch.int32, device=device).unbind()
-    values = torch.empty(3, layout.count, dtype=torch.float32, device=device).unbind()
+    # Rows of multiples of 16 bytes: Triton compiles anew for addresses that are none.
+    each = padded(layout.count, 4)
+    numbers = torch.empty(2, each, dtype=torch.int32, device=device)[:, : layout.count].unbind()
+    values = torch.empty(3, each, dtype=torch.float32, device=device)[:, : layout.count].unbind()
     launch(
         _summary_kernel,
         layout.count,

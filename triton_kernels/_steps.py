@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._layout import upload
+from ._config import STACK_ELEMENTS
+from ._layout import kept, upload
 from ._passes import NONFINITE
+
+R = TypeVar("R")
 
 
 class Numbered(Protocol):
@@ -26,15 +28,15 @@ class Numbered(Protocol):
         """The number of its list entry."""
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def numbers_of(values: tuple[float, ...], device: torch.device) -> Tensor:
     """fp32 numbers, one a matrix."""
-    return upload(torch.tensor(values, dtype=torch.float32), device)
+    return upload(torch.tensor(values, dtype=torch.float32, device="cpu"), device)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(indices, dtype=torch.int64), device)
+    return upload(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
 
 
 class Progress:
@@ -90,38 +92,59 @@ def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) 
         torch._foreach_add_([counts[i] for i in chosen], [steps[i] for i in chosen])
 
 
+class Piece(NamedTuple):
+    """Matrices of one entry: all of them, or begin .. end - 1 of its only batch dimension."""
+
+    entry: int
+    begin: int
+    end: int
+    whole: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """The same of one of the entry's tensors, a view."""
+        return x if self.whole else x[self.begin : self.end]
+
+
 class Stack:
-    """Entries of a list step that share shape, dtypes and options, as one batch.
+    """Entries of a list step that share shape, dtypes and options, or parts of them, as one batch.
 
     Attributes:
-        entries: their numbers in the lists.
+        pieces: what it holds.
         shape: (m, n).
     """
 
-    def __init__(self, entries: Sequence[int], params: Sequence[Tensor]) -> None:
-        self.entries = list(entries)
-        self.shape = params[self.entries[0]].shape[-2:]
-        self._device = params[self.entries[0]].device
-        self._sizes = [params[e].numel() // self.shape.numel() for e in self.entries]
+    def __init__(self, pieces: Sequence[Piece], params: Sequence[Tensor]) -> None:
+        self.pieces = list(pieces)
+        first = params[self.pieces[0].entry]
+        self.shape = first.shape[-2:]
+        self._device = first.device
+        self._sizes = [piece.end - piece.begin for piece in self.pieces]
 
     def take(self, tensors: Sequence[Tensor], rank: int = 2) -> Tensor | None:
         """(count, ...) of the entries' tensors, the last `rank` dimensions kept; None if absent."""
-        chosen = [tensors[e] for e in self.entries]
-        if not chosen[0].numel():
+        if not tensors[self.pieces[0].entry].numel():
             return None
+        chosen = self._of(tensors)
         parts = [x.reshape(-1, *x.shape[x.ndim - rank :]) for x in chosen]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [piece.of(tensors[piece.entry]) for piece in self.pieces]
+
+    def option(self, values: Sequence[R]) -> R:
+        """What all of its entries have of an option."""
+        return values[self.pieces[0].entry]
+
     def spread(self, values: Sequence[float]) -> Tensor:
         """Numbers of the entries for every matrix, fp32 (count,)."""
-        pairs = zip(self.entries, self._sizes, strict=True)
-        spread = tuple(float(values[e]) for e, size in pairs for _ in range(size))
+        pairs = zip(self.pieces, self._sizes, strict=True)
+        spread = tuple(float(values[piece.entry]) for piece, size in pairs for _ in range(size))
         return numbers_of(spread, self._device)
 
     def steps(self, counts: Sequence[Tensor]) -> Tensor:
         """The numbers, from 1, of the steps about to be taken, fp64 (count,)."""
-        pairs = zip(self.entries, self._sizes, strict=True)
-        return torch.cat([counts[e].reshape(-1).expand(size) for e, size in pairs]).double() + 1.0
+        pairs = zip(self._of(counts), self._sizes, strict=True)
+        return torch.cat([count.reshape(-1).expand(size) for count, size in pairs]).double() + 1.0
 
     def put_(
         self, tensors: Sequence[Tensor], old: Tensor | None, new: Tensor | None, where: Tensor
@@ -131,7 +154,7 @@ class Stack:
             return
         shape = (-1,) + (1,) * (old.ndim - 1)
         parts = torch.where(where.view(shape), new, old).split(self._sizes)
-        targets = [tensors[e] for e in self.entries]
+        targets = self._of(tensors)
         shaped = [part.reshape(x.shape) for x, part in zip(targets, parts, strict=True)]
         torch._foreach_copy_(targets, shaped)
 
@@ -140,17 +163,45 @@ class Stack:
     ) -> None:
         """Advances the steps of what was updated, and `skipped` by what was kept."""
         skipped.add_(kept.sum())
-        advance_([counts[entry] for entry in self.entries], tuple(self._sizes), updated)
+        advance_(self._of(counts), tuple(self._sizes), updated)
 
 
-def stacks_of(params: Sequence[Tensor], *keys: Sequence[object]) -> list[Stack]:
-    """Entries by shape and dtype of the parameter, and by whatever else they must share."""
-    groups: dict[object, list[int]] = {}
+def stacks_of(
+    params: Sequence[Tensor], counts: Sequence[Tensor], *keys: Sequence[object]
+) -> list[Stack]:
+    """Entries by shape and dtype of the parameter, and by whatever else they must share.
+
+    A stack holds at most STACK_ELEMENTS of parameters, gradients and factors, or one matrix: a step
+    keeps some twenty copies of a stack, and one of a whole list would need more than its state. A
+    batch is cut for it where it has one dimension and counts the steps of every matrix.
+    """
+    groups: dict[object, list[list[Piece]]] = {}
+    filled: dict[object, int] = {}
     for i, param in enumerate(params):
-        if param.numel():
-            key = (param.shape[-2:], param.dtype, *(_kind(values[i]) for values in keys))
-            groups.setdefault(key, []).append(i)
-    return [Stack(entries, params) for entries in groups.values()]
+        key = (param.shape[-2:], param.dtype, *(_kind(values[i]) for values in keys))
+        given = [values[i] for values in keys]
+        size = param.numel() + sum(x.numel() for x in given if isinstance(x, Tensor))
+        for piece in _pieces(i, param, counts[i], size):
+            part = size // param.shape[:-2].numel() * (piece.end - piece.begin)
+            if filled.get(key, STACK_ELEMENTS) + part > STACK_ELEMENTS:
+                groups.setdefault(key, []).append([])
+                filled[key] = 0
+            groups[key][-1].append(piece)
+            filled[key] += part
+    return [Stack(pieces, params) for parts in groups.values() for pieces in parts]
+
+
+def _pieces(entry: int, param: Tensor, count: Tensor, size: int) -> Iterator[Piece]:
+    """The parts of an entry that a stack holds whole; none where it has no elements."""
+    if not param.numel():
+        return
+    matrices = param.shape[:-2].numel()
+    each = matrices
+    if param.ndim == 3 and count.ndim == 1:
+        each = max(1, STACK_ELEMENTS * matrices // size)
+    for begin in range(0, matrices, each):
+        end = min(begin + each, matrices)
+        yield Piece(entry, begin, end, end - begin == matrices)
 
 
 def _kind(value: object) -> object:
@@ -177,20 +228,15 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.float().view((-1,) + (1,) * (like.ndim - 1))
 
 
-def move_(
-    stack: Stack,
-    params: Sequence[Tensor],
-    update: Tensor,
-    where: Tensor,
-    *,
-    rate: Tensor,
-    decay: Tensor,
-) -> None:
-    """W <- decay W - rate U, rounded once, for the chosen matrices."""
-    old = stack.take(params)
-    assert old is not None
+def sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1; NaN stays, which torch.sign makes 0."""
+    return torch.where(x.isnan(), x, x.sign())
+
+
+def moved(old: Tensor, update: Tensor, *, rate: Tensor, decay: Tensor) -> Tensor:
+    """decay W - rate U of a batch, rounded once."""
     new = column(decay, old) * old.float() - column(rate, old) * update
-    stack.put_(params, old, new.to(old.dtype), where)
+    return new.to(old.dtype)
 
 
 def rate_of(lr: Tensor, count: int, device: torch.device) -> Tensor:

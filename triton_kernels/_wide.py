@@ -32,7 +32,8 @@ _LARGEST_SPREAD = 64
 class Delivery:
     """Where results go.
 
-    W <- (1 - lr decay) W - lr scale X with `lr`, else W <- X.
+    W <- (1 - lr decay) W - lr scale X with `lr`, else W <- X. With `cautious` elements of W whose
+    sign is against that of X do not decay.
 
     Attributes:
         places: the matrices W.
@@ -40,7 +41,7 @@ class Delivery:
         decay: weight decay over the learning rate.
         scales: fp32, one a matrix.
         state: where it is NONFINITE, W keeps every bit, unless `propagate`.
-        propagate: see above.
+        propagate, cautious: see above.
     """
 
     places: Places
@@ -49,6 +50,7 @@ class Delivery:
     scales: Tensor | None = None
     state: Tensor | None = None
     propagate: bool = True
+    cautious: bool = False
 
     def arguments(self, layout: Layout) -> tuple[object, ...]:
         """As the kernels take it."""
@@ -78,6 +80,7 @@ class Delivery:
             "UPDATE": self.lr is not None,
             "LR_LOADED": self.on_device,
             "SKIP": not self.propagate,
+            "CAUTIOUS": self.cautious,
         }
 
     def by_unit(self, layout: Layout, chosen: Sequence[int] | None = None) -> dict[int, list[int]]:
@@ -95,7 +98,7 @@ def deliver(
     value, matrix, first_row, first_col, rows, cols, places, layout, state, scales, lr, rate, kept,
     decay,
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
-    LR_LOADED: tl.constexpr, SKIP: tl.constexpr,
+    LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
 ):  # fmt: skip
     """See `Delivery`; rows and columns are those of the wide matrix."""
     height = element(layout, matrix, ROWS, COLUMNS)
@@ -114,10 +117,14 @@ def deliver(
             loaded = tl.load(lr)
             rate = loaded.to(tl.float32)
             kept = (1.0 - loaded * decay).to(tl.float32)
-        value = (
-            kept * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            - (rate * tl.load(scales + matrix)) * value
-        )
+        old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        moved = (rate * tl.load(scales + matrix)) * value
+        if CAUTIOUS:
+            # Where both are not 0 and differ in sign; a product could vanish.
+            sign = tl.where(value > 0.0, 1.0, tl.where(value < 0.0, -1.0, 0.0))
+            value = tl.where(sign * old < 0.0, old, kept * old) - moved
+        else:
+            value = kept * old - moved
     tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
 
 
@@ -128,7 +135,7 @@ def _wide_kernel(
     A_SPACE: tl.constexpr, B_SPACE: tl.constexpr, A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr, HAS_C: tl.constexpr, PER_MATRIX: tl.constexpr,
     DELIVER: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
-    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr,
+    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
@@ -174,7 +181,7 @@ def _wide_kernel(
     if DELIVER:
         deliver(
             value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
-            decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP,
+            decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
         )  # fmt: skip
     else:
         tl.store(out + here + block, narrowed(value, out.dtype.element_ty))

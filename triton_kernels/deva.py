@@ -12,13 +12,19 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from spectral_kernels._backend import check_choice, check_list, check_writable, operator
+from spectral_kernels._backend import (
+    check_choice,
+    check_device,
+    check_distinct,
+    check_list,
+    check_writable,
+    operator,
+)
 from torch import Tensor
 
 from ._config import PASS_WARPS
 from ._device import launch
 from ._operator import (
-    check_distinct,
     check_number,
     check_rows,
     check_sides,
@@ -26,7 +32,7 @@ from ._operator import (
     check_step,
     raise_nonfinite,
 )
-from ._steps import column, finite, move_, outside_range, rate_of, stacks_of
+from ._steps import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
 from .eigenbasis import (
     Bases,
     accumulated,
@@ -191,7 +197,17 @@ def deva_step_(
     check_number("weight_decay", weight_decay)
     kept_lists = [params, exp_avgs, lefts, rights, left_bases, right_bases]
     check_distinct(kept_lists + ([] if variance == "none" else [exp_avg_sqs]), grads)
-    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=() if variance == "none" else exp_avg_sqs,
+        lefts=lefts,
+        rights=rights,
+        left_bases=left_bases,
+        right_bases=right_bases,
+        params=params,
+    )
     public_schatten = reference and norm == "schatten"
     step = _Deva(
         beta1=beta1,
@@ -209,8 +225,9 @@ def deva_step_(
     checked = nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
     flags = [bool(flag) for flag in refresh]
-    for stack in stacks_of(params, grads, lefts, rights, flags):
-        entry = stack.entries[0]
+
+    # In a function, so that what one stack needed is gone before the next.
+    def step_of(stack: Stack) -> None:
         m, g = stack.take(exp_avgs), stack.take(grads)
         v = stack.take(exp_avg_sqs, 1 if variance == "low_memory" else 2)
         v = None if variance == "none" else v
@@ -234,14 +251,12 @@ def deva_step_(
         later = ~none if first is None else ~first
         if first is None or not bool(first.all()):
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
-            if refresh[entry]:
+            if stack.option(flags):
                 chosen = later & ~kept & finite(*new) if factors else none
                 new, new_m, new_v = refreshed(new, new_m, new_v, chosen, permute=public_schatten)
         new_m = torch.where(idle[:, None, None], m, new_m)
         if v is not None and new_v is not None:
             new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)
-        if checked:
-            kept = kept | ~finite(new_m, new_v, *new)
         if normalize_grads:
             update = rms_normalized(update)
         rate = rate_of(lr, len(g), g.device)
@@ -250,22 +265,30 @@ def deva_step_(
             rate = rate * decay
             if correct_bias:
                 rate = rate * adam_bias(beta1, beta2, t)
-        moved = ~kept & ~idle
-        move_(stack, params, update, moved, rate=rate, decay=decay)
+        w = stack.take(params)
+        assert w is not None
+        new_w = moved(w, update, rate=rate, decay=decay)
+        if checked:
+            kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
+        stepped = ~kept & ~idle
+        stack.put_(params, w, new_w, stepped)
         stack.put_(exp_avgs, m, new_m, ~kept)
         stack.put_(exp_avg_sqs, v, new_v, ~kept)
         for tensors, before, after in zip(states, old, new, strict=True):
             stack.put_(tensors, before, after, ~kept)
-        stack.count_(step_counts, skipped, moved, kept)
+        stack.count_(step_counts, skipped, stepped, kept)
+
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+        step_of(stack)
 
 
 def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
     """O, the matrix sign or the elementwise one."""
     n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
     if step.norm == "linf":
-        return n.sign()
+        return sign(n)
     return newton_schulz(
-        (n.sign() if step.sign else n).contiguous(),
+        (sign(n) if step.sign else n).contiguous(),
         step.rows,
         method="standard",
         restarts=(),
@@ -402,3 +425,4 @@ def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance
                 f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, not {tuple(v.shape)}"
             )
         check_writable(f"exp_avg_sqs[{i}]", v)
+        check_device(f"exp_avg_sqs[{i}]", v, param)

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_list, operator
+from spectral_kernels._backend import check_distinct, check_list, is_capturing, operator
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, gram, product, scaled_by, two_sided
 from ._operator import (
-    check_distinct,
     check_number,
     check_sides,
     check_state,
     check_step,
     raise_nonfinite,
 )
-from ._steps import Stack, column, finite, length, move_, rate_of, stacks_of
+from ._steps import Stack, column, finite, length, moved, rate_of, stacks_of
 from .kron_factor import updated
 
 _U = 2.0**-24
@@ -50,7 +49,7 @@ def refreshed_bases(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor
 
 def _refreshed(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
     zeros = a.new_zeros(len(a))
-    unchanged = torch.arange(len(a), device=a.device)
+    unchanged = torch.arange(len(a), dtype=torch.int64, device=a.device)
     largest = float(a.abs().max())
     if not (math.isfinite(largest) and bool(q.isfinite().all())):
         return zeros + math.nan, torch.full_like(q, math.nan), unchanged
@@ -77,7 +76,7 @@ def _orthonormal(p: Tensor, q: Tensor) -> Tensor:
     """P's orthonormal factor by adaptive CholeskyQR; q is kept if nothing works."""
     n = len(p)
     shift = 8.0 * _U * math.sqrt(n)
-    eye = torch.eye(n, device=p.device)
+    eye = torch.eye(n, dtype=torch.float32, device=p.device)
     start = p
     for _ in range(_PASSES):
         p = p / p.double().norm(dim=0).float()
@@ -109,7 +108,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_orthonormal(p: Tensor) -> bool:
-    off = gram(p[None])[0] - torch.eye(len(p), device=p.device)
+    off = gram(p[None])[0] - torch.eye(len(p), dtype=torch.float32, device=p.device)
     return bool(off.abs().max() <= _LIMIT)
 
 
@@ -190,21 +189,32 @@ def _wide(where: Tensor) -> Tensor:
     return where[:, None, None]
 
 
-# Bases that were seen not to be zero. Looking costs a wait for the device, so it is done once.
+# Bases of which parts, from .. to, were seen not to be zero. Looking costs a wait for the device,
+# so it is done once.
 _initialised = WeakTensorKeyDictionary()
 
 
 def uninitialised(bases: Bases, stack: Stack, lists: Sequence[Sequence[Tensor]]) -> Tensor | None:
     """Which matrices have bases of zeros, which no basis is; None if none has."""
     present = [x for x in (bases.left_basis, bases.right_basis) if x is not None]
-    tensors = [tensors[e] for tensors in lists for e in stack.entries if tensors[e].numel()]
-    if not present or all(x in _initialised for x in tensors):
+    looked = [
+        (tensors[piece.entry], (piece.begin, piece.end))
+        for tensors in lists
+        for piece in stack.pieces
+        if tensors[piece.entry].numel()
+    ]
+    if not present or all(part in _initialised.get(x, ()) for x, part in looked):
         return None
+    if is_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being recorded, and bases have not been seen yet that may still be "
+            "zero: take a step, or with skip_first two, outside of the graph before"
+        )
     first = torch.stack([(x == 0.0).flatten(1).all(1) for x in present]).all(0)
     if bool(first.any()):
         return first
-    for x in tensors:
-        _initialised[x] = True
+    for x, part in looked:
+        _initialised.setdefault(x, set()).add(part)
     return None
 
 
@@ -301,10 +311,23 @@ def soap_step_(
     check_number("eps", eps)
     check_number("weight_decay", weight_decay)
     check_distinct([params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases], grads)
-    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        lefts=lefts,
+        rights=rights,
+        left_bases=left_bases,
+        right_bases=right_bases,
+        params=params,
+    )
     checked = nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-    for stack in stacks_of(params, grads, lefts, rights, [bool(flag) for flag in refresh]):
+    flags = [bool(flag) for flag in refresh]
+
+    # In a function, so that what one stack needed is gone before the next.
+    def step_of(stack: Stack) -> None:
         m, v = stack.take(exp_avgs), stack.take(exp_avg_sqs)
         g = stack.take(grads)
         assert m is not None and v is not None and g is not None
@@ -325,26 +348,32 @@ def soap_step_(
         later = ~none if first is None else ~first
         if first is None or not bool(first.all()):
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
-            if refresh[stack.entries[0]] and any(x is not None for x in new):
+            if stack.option(flags) and any(x is not None for x in new):
                 chosen = later & ~kept & finite(*new)
                 new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute_squares)
                 assert new_v_ is not None
                 new_v = new_v_
         new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)
-        if checked:
-            kept = kept | ~finite(new_m, new_v, *new)
         if normalize_grads:
             update = rms_normalized(update)
         rate = rate_of(lr, len(g), g.device)
         decay = 1.0 - rate * weight_decay
         bias = adam_bias(beta1, beta2, t) if correct_bias else torch.ones_like(t)
-        moved = ~kept & ~idle
-        move_(stack, params, update, moved, rate=decay * rate * bias, decay=decay)
+        w = stack.take(params)
+        assert w is not None
+        new_w = moved(w, update, rate=decay * rate * bias, decay=decay)
+        if checked:
+            kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
+        stepped = ~kept & ~idle
+        stack.put_(params, w, new_w, stepped)
         stack.put_(exp_avgs, m, new_m, ~kept)
         stack.put_(exp_avg_sqs, v, new_v, ~kept)
         for tensors, before, after in zip(states, old, new, strict=True):
             stack.put_(tensors, before, after, ~kept)
-        stack.count_(step_counts, skipped, moved, kept)
+        stack.count_(step_counts, skipped, stepped, kept)
+
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+        step_of(stack)
 
 
 def rms_normalized(update: Tensor) -> Tensor:

@@ -12,22 +12,31 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_choice, check_list, operator
-from spectral_kernels.coefficients import root_schedule, root_tolerance
+from spectral_kernels._backend import (
+    check_choice,
+    check_device,
+    check_distinct,
+    check_list,
+    operator,
+)
+from spectral_kernels.coefficients import (
+    MOST_ROOT_ROWS_DECOMPOSED,
+    root_schedule,
+    root_tolerance,
+)
 from torch import Tensor
 
 from ._batch import flattened, product, scaled_by, two_sided
 from ._config import architecture, config_for
-from ._layout import SHORT, layout_of, padded, upload
+from ._layout import SHORT, kept, layout_of, padded, upload
 from ._operator import (
-    check_distinct,
     check_number,
     check_sides,
     check_state,
     check_step,
     raise_nonfinite,
 )
-from ._steps import column, finite, length, move_, outside_range, rate_of, stacks_of
+from ._steps import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
 from .kron_factor import updated
 from .symmetric_matmul import symmetric
 
@@ -36,9 +45,6 @@ CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
 _U = 2.0**-24
 _LIMIT = 0.25  # of the residual
 _PROBES = 8
-
-# A spectrum that ends this much above its bound is iterated on again.
-_FAR_ABOVE = 8.0
 
 # Lower bounds of spectra that rows are kept for: 2^0 .. 2^-_BOUNDS, in quarters of a power.
 _BOUNDS = 28
@@ -59,17 +65,23 @@ class Roots(NamedTuple):
 def _schedules(p: int) -> list[list[tuple[float, ...]]]:
     """Rows for spectra in [2^(-i / 4), 1]."""
     lows = [2.0 ** (-i / _QUARTERS) for i in range(_BOUNDS * _QUARTERS + 1)]
-    return [root_schedule(low, p, root_tolerance(low, _U)) for low in lows]
+    return [root_schedule(low, p, root_tolerance(_U)) for low in lows]
 
 
-@functools.cache
+@kept()
 def _table(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows (bounds, steps, 3) and their numbers (bounds,)."""
     schedules = _schedules(p)
-    rows = torch.zeros(len(schedules), max(map(len, schedules)), 3)
+    rows = torch.zeros(
+        len(schedules), max(map(len, schedules)), 3, dtype=torch.float32, device="cpu"
+    )
     for i, schedule in enumerate(schedules):
-        rows[i, : len(schedule)] = torch.tensor(schedule).reshape(-1, 3)
-    counts = torch.tensor([len(schedule) for schedule in schedules], dtype=torch.int32)
+        rows[i, : len(schedule)] = torch.tensor(
+            schedule, dtype=torch.float32, device="cpu"
+        ).reshape(-1, 3)
+    counts = torch.tensor(
+        [len(schedule) for schedule in schedules], dtype=torch.int32, device="cpu"
+    )
     return upload(rows, device), upload(counts, device)
 
 
@@ -118,10 +130,14 @@ class _Iteration:
             steps: int32 (count,), how many of them each matrix takes.
         """
         longest = rows.shape[1]
-        on = (torch.arange(longest, device=rows.device) < steps[:, None]).float()[..., None]
+        on = (
+            torch.arange(longest, dtype=torch.int64, device=rows.device) < steps[:, None]
+        ).float()[..., None]
         # Where a matrix is done, products have the weight 0 and what it holds the weight 1.
         table = torch.cat([rows * on, on, 1.0 - on], -1).flatten(1)
-        x = self.framed(torch.eye(self._n, device=m.device).expand(len(rows), -1, -1))
+        x = self.framed(
+            torch.eye(self._n, dtype=torch.float32, device=m.device).expand(len(rows), -1, -1)
+        )
         for k in range(longest):
             a, b, c, taken, kept = range(5 * k, 5 * k + 5)
             n, new_x = self.empty(), self.empty()
@@ -184,7 +200,7 @@ def roots_of(
     The rule is that of `spectral_kernels.inverse_root` with method "iteration" and without a
     second attempt from a lower bound: where the residual does not accept the root, or it overflows,
     the status is STAGNATED. Without `wait` the host reads nothing back, and launches the products
-    from the spectrum's end too, which then only copy where they are not needed.
+    of the longest schedule that a matrix may need, which then only copy where they are not needed.
     """
     n = a.shape[-1]
     finite = a.isfinite().all(-1).all(-1)
@@ -198,7 +214,7 @@ def roots_of(
     row_sum = a.abs().sum(-1).amax(-1)
     own_ridge = scaled_by(torch.full_like(row_sum, ridge), -exponent)
     delta = torch.maximum(own_ridge, relative_ridge * row_sum)
-    b = a + delta[:, None, None] * torch.eye(n, device=a.device)
+    b = a + delta[:, None, None] * torch.eye(n, dtype=torch.float32, device=a.device)
     iteration = _Iteration(b, p)
     nu = (iteration.squared(iteration.framed(b)).sqrt() * (1.0 + 4.0 * _U)).float()
     nu = torch.where(null | (nu == 0.0), 1.0, nu)
@@ -211,20 +227,11 @@ def roots_of(
     known = relative_ridge / ((1.0 + relative_ridge) * n**0.25)
     most = int(steps.max()) if wait else _most_steps(p, known)
     x = iteration.view(iteration.run(iteration.framed(m), rows[bound, :most], steps))
-    residual = _residual(x, m, p)
-    accepted = (residual <= _LIMIT) & (x.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
-    # Rows for a spectrum that goes down to 1e-6 lose two digits on one that ends at 0.1.
-    end = _lower_end(x, p)
-    again = accepted & (end >= _FAR_ABOVE * low)
-    if not wait or bool(again.any()):
-        bound = _bound(end, len(rows))
-        second = torch.where(again, counts[bound], 0)
-        most = int(second.max()) if wait else _most_steps(p, _FAR_ABOVE * known)
-        y = iteration.view(iteration.run(iteration.framed(m), rows[bound, :most], second))
-        other = _residual(y, m, p)
-        better = again & (other <= _LIMIT) & (y.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
-        x = torch.where(better[:, None, None], y, x)
-        residual, steps = torch.where(better, other, residual), torch.where(better, second, steps)
+    omega = _signs(n, a.device).expand(len(x), -1, -1)
+    residual = _change((x,) * (p - p // 2) + (m,) + (x,) * (p // 2), omega)
+    weighted = _change((x,) * p + (m,), product(m, omega))
+    accepted = (residual <= _LIMIT) & (weighted <= 256.0 * _U * (p + low ** (-1.0 / p)))
+    accepted = accepted & (x.diagonal(dim1=-2, dim2=-1) > 0.0).all(-1)
     root = x * (nu.double() ** (-1.0 / p)).float()[:, None, None]
     root = scaled_by(root, -torch.div(exponent, p, rounding_mode="floor")[:, None, None])
     accepted = accepted & root.isfinite().all(-1).all(-1)
@@ -247,35 +254,24 @@ def _bound(low: Tensor, count: int) -> Tensor:
     return torch.ceil(-torch.log2(low) * _QUARTERS).nan_to_num().long().clamp(0, count - 1)
 
 
-def _lower_end(x: Tensor, p: int) -> Tensor:
-    """A power of two, at most about half the smallest eigenvalue of M, from its root X."""
-    y = _signs(x.shape[-1], x.device).expand(len(x), -1, -1)
-    for _ in range(3):
-        y = product(x, y)
-    growth = length(product(x, y)) / length(y)
-    return torch.exp2(torch.floor(torch.log2(0.5 * growth**-p))).float()
+def _change(factors: Sequence[Tensor], of: Tensor) -> Tensor:
+    """||A_k ... A_1 Y - Y||_F / ||Y||_F for batches of matrices A_1, ..., A_k, and Y."""
+    y = of
+    for factor in factors:
+        y = product(factor, y)
+    return (length(y - of) / length(of)).float()
 
 
-def _residual(x: Tensor, m: Tensor, p: int) -> Tensor:
-    """||(X^floor(p/2) M X^ceil(p/2) - I) Omega||_F / ||Omega||_F."""
-    omega = _signs(x.shape[-1], x.device).expand(len(x), -1, -1)
-    y = omega
-    for _ in range(p - p // 2):
-        y = product(x, y)
-    y = product(m, y)
-    for _ in range(p // 2):
-        y = product(x, y)
-    return ((y - omega).double().square().sum((-2, -1)) / omega[0].numel()).sqrt().float()
-
-
-@functools.cache
+@kept()
 def _signs(n: int, device: torch.device) -> Tensor:
     """The fixed n x 8 matrix of +-1 of `spectral_kernels.inverse_root`."""
     state, signs = 1, []
     for _ in range(_PROBES * n):
         state = (1664525 * state + 1013904223) % 2**32
         signs.append(-1.0 if state >> 31 else 1.0)
-    return upload(torch.tensor(signs).reshape(n, _PROBES), device)
+    return upload(
+        torch.tensor(signs, dtype=torch.float32, device="cpu").reshape(n, _PROBES), device
+    )
 
 
 @operator
@@ -294,7 +290,8 @@ def inverse_root(
         return torch.empty_like(a), *counts, *numbers
     given = flattened(a)
     found = roots_of(given, p, ridge=ridge, relative_ridge=relative_ridge, wait=True)
-    if method == "eigen":
+    few = given.shape[-1] <= MOST_ROOT_ROWS_DECOMPOSED
+    if method == "eigen" or (method == "auto" and few):
         again = torch.ones_like(found.status, dtype=torch.bool)
     else:
         again = found.status == STAGNATED
@@ -307,6 +304,8 @@ def inverse_root(
         if method == "iteration":
             status = torch.where(fallback.status == CONVERGED, FELL_BACK, fallback.status)
             fallback = fallback._replace(status=status)
+        if method == "eigen":
+            fallback = _or_iterated(fallback, Roots(*(x[chosen] for x in found)), given[chosen])
         found = Roots(
             *(x.index_copy(0, chosen, y.to(x.dtype)) for x, y in zip(found, fallback, strict=True))
         )
@@ -314,10 +313,25 @@ def inverse_root(
     return found.root.reshape(a.shape).contiguous(), *numbers
 
 
+def _or_iterated(eigen: Roots, iterated: Roots, a: Tensor) -> Roots:
+    """The iteration's root where the eigensolver gave up and the ridge bounds the spectrum."""
+    lost = eigen.residual.isinf() & (iterated.status == CONVERGED)
+    if not bool(lost.any()):
+        return eigen
+    lost = lost & ~_unbounded(a, iterated.delta)
+    iterated = iterated._replace(status=torch.full_like(iterated.status, FELL_BACK))
+    return Roots(
+        *(
+            torch.where(lost.reshape(-1, *[1] * (x.ndim - 1)), y.to(x.dtype), x)
+            for x, y in zip(eigen, iterated, strict=True)
+        )
+    )
+
+
 def _unbounded(a: Tensor, delta: Tensor) -> Tensor:
     """Where the ridge is below 4u of the scale, so that it bounds no spectrum."""
     b = 0.5 * (a + a.mT)
-    b = b + delta[:, None, None] * torch.eye(a.shape[-1], device=a.device)
+    b = b + delta[:, None, None] * torch.eye(a.shape[-1], dtype=torch.float32, device=a.device)
     largest = b.abs().amax((-2, -1))
     unit = torch.where(largest > 0.0, largest, 1.0)
     b = b / unit[:, None, None]
@@ -453,10 +467,23 @@ def shampoo_step_(
         )
     if graft not in ("none", "sgd"):
         check_state("graft_squares", graft_squares, params)
+    check_list("root_failures", root_failures, len(params))
+    for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
+        check_device(f"root_failures[{i}]", failures, param)
     check_distinct(
         [params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares], grads
     )
-    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        lefts=lefts,
+        rights=rights,
+        left_roots=left_roots,
+        right_roots=right_roots,
+        graft_squares=() if graft in ("none", "sgd") else graft_squares,
+        params=params,
+    )
     step = _Shampoo(
         beta1=beta1,
         beta2=beta2,
@@ -473,7 +500,10 @@ def shampoo_step_(
     )
     checked = nonfinite != "propagate"
     states = (lefts, rights, left_roots, right_roots)
-    for stack in stacks_of(params, grads, lefts, rights, [bool(flag) for flag in refresh]):
+    flags = [bool(flag) for flag in refresh]
+
+    # In a function, so that what one stack needed is gone before the next.
+    def step_of(stack: Stack) -> None:
         m, g = stack.take(momentum_buffers), stack.take(grads)
         assert m is not None and g is not None
         g = -g.float() if maximize else g.float()
@@ -485,14 +515,17 @@ def shampoo_step_(
             kept = kept | ~finite(g, m)
         old = _Factors(*(stack.take(x) for x in states))
         squares = None if graft in ("none", "sgd") else stack.take(graft_squares)
-        new, failed = _refreshed(old, g, t, step, refresh=bool(refresh[stack.entries[0]]))
+        new, failed = _refreshed(old, g, t, step, refresh=stack.option(flags))
         new_squares = _new_squares(squares, g, step)
         new_m = beta1 * m + (1.0 - beta1) * g
-        if checked:
-            kept = kept | ~finite(new_m, new_squares, *new)
         update = _update(new_m, new_squares, new, t, step)
         rate = rate_of(lr, len(g), g.device)
-        move_(stack, params, update, ~kept, rate=rate, decay=1.0 - rate * weight_decay)
+        w = stack.take(params)
+        assert w is not None
+        new_w = moved(w, update, rate=rate, decay=1.0 - rate * weight_decay)
+        if checked:
+            kept = kept | ~finite(new_m, new_squares, *new, new_w)
+        stack.put_(params, w, new_w, ~kept)
         stack.put_(momentum_buffers, m, new_m, ~kept)
         stack.put_(graft_squares, squares, new_squares, ~kept)
         for tensors, before, after in zip(states, old, new, strict=True):
@@ -501,6 +534,9 @@ def shampoo_step_(
         assert failures is not None
         stack.put_(root_failures, failures, failures + failed, ~kept)
         stack.count_(step_counts, skipped, ~kept, kept)
+
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+        step_of(stack)
 
 
 def _refreshed(
@@ -596,7 +632,7 @@ def _kl_start(old: _Factors, g: Tensor, step: _Shampoo) -> _Factors:
     def started(x: Tensor | None, value: Tensor) -> Tensor | None:
         if x is None:
             return None
-        eye = torch.eye(x.shape[-1], device=x.device)
+        eye = torch.eye(x.shape[-1], dtype=torch.float32, device=x.device)
         return torch.where(fresh[:, None, None], column(value, x) * eye, x)
 
     return _Factors(*(started(x, v) for x, v in zip(old, (lam0, lam0, root, root), strict=True)))

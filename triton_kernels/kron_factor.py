@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from spectral_kernels._backend import check_writable, operator
+from spectral_kernels._backend import check_device, check_writable, operator
 from torch import Tensor
 
 from ._batch import Packed, flattened, product, two_sided
@@ -29,6 +29,12 @@ def kron_factors_update_(
     """L <- beta L + w G G^T, R likewise; see `spectral_kernels.kron_factors_update_`."""
     for name, factor in (("left", left), ("right", right)):
         check_writable(name, factor)
+        if factor.numel():
+            check_device(name, factor, grad)
+    for name, root in (("left_root", left_root), ("right_root", right_root)):
+        if root.numel():
+            check_device(name, root, grad)
+    check_device("skipped", skipped, grad)
     if skipped.dtype != torch.int64 or skipped.numel() != 1:
         raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
     if not grad.numel():
@@ -92,7 +98,8 @@ def _overflow(sides: list[tuple[Tensor, Packed, Tensor, int, float]], beta: floa
         if beta:
             diagonal = flattened(factor).diagonal(dim1=-2, dim2=-1).double()
             sums = weight * sums + beta * diagonal.abs()
-            exceeds = ~(sums <= _MOST).all(-1)
+            known = flattened(factor).tril().isfinite().flatten(1).all(1)
+            exceeds = ~((sums <= _MOST).all(-1) & known)
         else:
             exceeds = ~(weight * sums <= _MOST).all(-1)
         exceeds = exceeds | (packed.summary.state == NONFINITE.value)

@@ -9,14 +9,15 @@ that end in the caller's tensors are launched once for every orientation in the 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
-from spectral_kernels._backend import check_list, operator
+from spectral_kernels._backend import check_distinct, check_list, check_rows_state, operator
 from torch import Tensor
 
 from ._batch import flattened
@@ -29,28 +30,28 @@ from ._config import (
     precision_of,
     small_config,
 )
-from ._device import corner, launch, multiplied, narrowed
+from ._device import corner, launch, multiplied, narrowed, widened
 from ._layout import (
     SHORT,
     WIDE,
     Layout,
     Place,
     Places,
-    hold,
+    kept,
     layout_of,
     matrices_of,
     places_of,
     upload,
 )
+from ._neurons import by_neurons, check_moments
 from ._operator import (
-    check_distinct,
     check_number,
     check_rows,
     check_state,
     check_step,
     raise_nonfinite,
 )
-from ._passes import Mix, Summary, pack, summarize
+from ._passes import NONFINITE, Mix, Summary, pack, summarize
 from ._steps import Progress, numbers_of
 from ._wide import Delivery, Operand, deliver, wide
 from .symmetric_matmul import symmetric
@@ -128,18 +129,20 @@ def _is_gram(
         return True  # the passes over X are what counts
     rate = 1.0 if full else _FULL_PRECISION_COST
     square, product = float(short) ** 3, float(short) ** 2 * long
+    cuts = [0, *sorted(set(restarts)), len(rule.rows)]
     standard = gram = 0.0
-    steps, fresh = len(rule.rows), True
-    for t, (_, _, c) in enumerate(rule.rows):
-        standard += 1.5 * product + (0.5 * square if c else 0.0)
-        if t in restarts:
-            gram += 1.5 * product
-            fresh = True
-        gram += rate * square * ((0.5 if c else 0.0) + (0.0 if fresh else 0.5))
-        if t + 1 < steps and t + 1 not in restarts:
-            gram += rate * square
-        fresh = False
-    return gram + 1.5 * product < standard
+    for begin, end in itertools.pairwise(cuts):
+        squares = sum(0.5 * square for _, _, c in rule.rows[begin:end] if c)
+        alone = 1.5 * product * (end - begin) + squares
+        standard += alone
+        # Q Z and twice R; Q is two 16-bit numbers.
+        gram += (
+            alone
+            if end - begin == 1
+            else (1.5 if full else 2.5) * product
+            + rate * (squares + 1.5 * square * (end - begin - 1))
+        )
+    return gram < standard
 
 
 @triton.jit
@@ -174,10 +177,13 @@ def _small_kernel(
     x, layout, matrices, rows, steps, restarts, floor, norm_factor,
     places, state, scales, lr, rate, kept, decay,
     SCHATTEN: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
-    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, DELIVER: tl.constexpr,
+    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
+    DELIVER: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # All steps on one matrix. Q is unit I + q: a I is exact, and what is rounded is small.
+    # All steps on one matrix. Q is unit I + q: of a step by itself a I is exact, and what is
+    # rounded is small. Over several, q takes the unit in, and is two numbers of X's dtype: on a
+    # null space Q is hundreds of times what it is elsewhere, and one would not cancel there.
     matrix = tl.load(matrices + tl.program_id(0)).to(tl.int64)
     first, ld = corner(layout, matrix, WIDE)
     base = x + first
@@ -208,13 +214,18 @@ def _small_kernel(
         c = tl.load(rows + t * 3 + 2)
         if ((restarts >> t) & 1) == 1:
             whole = tl.where(since > 1, unit, 0.0)
-            left = narrowed((q + whole * eye) * scale, dtype)
+            left = (q + whole * eye) * scale
+            high = narrowed(left, dtype)
+            low = narrowed(left - widened(high), dtype)
             unit = (unit - whole) * scale
             r = tl.zeros((TILE, TILE), tl.float32)
             for start in range(0, ld, DEPTH):
                 part = tl.load(base + start + block)
-                part = multiplied(left, part, unit * part.to(tl.float32), PRECISION)
-                part = narrowed(part, dtype)
+                value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
+                if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
+                    if since > 1:
+                        value = multiplied(low, part, value, PRECISION)
+                part = narrowed(value, dtype)
                 tl.store(base + start + block, part)
                 r = multiplied(part, tl.trans(part), r, PRECISION)
             # The next pass reads what other threads wrote.
@@ -231,17 +242,21 @@ def _small_kernel(
         if t + 1 < steps and ((restarts >> (t + 1)) & 1) == 0:
             half = _mean_with_transpose(multiplied(r, z, a * r, PRECISION))
             r = _mean_with_transpose(multiplied(half, z, a * half, PRECISION))
-    # Over several steps unit I and q nearly cancel: q takes it in, and is rounded once.
     whole = tl.where(since > 1, unit, 0.0)
-    left = narrowed((q + whole * eye) * scale, dtype)
+    left = (q + whole * eye) * scale
+    high = narrowed(left, dtype)
+    low = narrowed(left - widened(high), dtype)
     unit = (unit - whole) * scale
     for start in range(0, ld, DEPTH):
         part = tl.load(base + start + block)
-        value = multiplied(left, part, unit * part.to(tl.float32), PRECISION)
+        value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
+        if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
+            if since > 1:
+                value = multiplied(low, part, value, PRECISION)
         if DELIVER:
             deliver(
                 value, matrix, 0, start, short, inner, places, layout, state, scales, lr, rate,
-                kept, decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP,
+                kept, decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
             )  # fmt: skip
         else:
             tl.store(base + start + block, narrowed(value, dtype))
@@ -299,14 +314,14 @@ def _small(
     return x if out is None else None
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _rows(rows: tuple[tuple[float, float, float], ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.float32), device)
+    return upload(torch.tensor(rows, dtype=torch.float32, device="cpu"), device)
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(1024)
 def _indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(chosen, dtype=torch.int32), device)
+    return upload(torch.tensor(chosen, dtype=torch.int32, device="cpu"), device)
 
 
 class _Iteration:
@@ -361,15 +376,15 @@ class _Iteration:
         for t, (a, b, c) in enumerate(self._rule.rows):
             ends = t + 1 == len(self._rule.rows)
             closing = ends or t + 1 in self._restarts
-            # What multiplies X is rounded to its dtype.
-            dtype = self._x.dtype if closing else torch.float32
-            z = layout.empty(SHORT, dtype if q is None else torch.float32)
+            # The factor of a step by itself is rounded to X's dtype.
+            alone = taken == 0 and closing
+            z = layout.empty(SHORT, self._x.dtype if alone else torch.float32)
             self._square(r, z, c, b, powers, config)
             if q is None:
                 q = z
             else:
-                product = layout.empty(SHORT, dtype)
-                # Over several steps unit I and q nearly cancel: q takes it in, and is rounded once.
+                product = layout.empty(SHORT, torch.float32)
+                # Over several steps unit I and q nearly cancel: q takes it in.
                 whole = unit * a if closing else 0.0
                 symmetric(layout, config, q, z, product, beta=a, c=q, delta=unit, d=z, gamma=whole)
                 q = product
@@ -381,26 +396,51 @@ class _Iteration:
                 symmetric(layout, config, half, z, r, beta=a, c=half)
                 powers = None
                 continue
-            alone = unit if taken == 1 else 0.0
-            self._apply(q, alone, pending, self._next if out is None or not ends else out)
+            target = self._next if out is None or not ends else out
+            if alone:
+                self._apply(q, target, pending, unit, self._x)
+            else:
+                self._apply_whole(q, target, pending)
             self._x, self._next = self._next, self._x
             if not ends:
                 self._gram(r)
                 powers, pending, unit, q, taken = None, None, 1.0, None, 0
         return self._x if out is None else None
 
-    def _apply(self, q: Tensor, unit: float, powers: Tensor | None, out: Tensor | Delivery) -> None:
-        """(unit I + q) X, times the scale that is pending."""
+    def _apply_whole(self, q: Tensor, out: Tensor | Delivery, powers: Tensor | None) -> None:
+        """Q X with Q in fp32.
+
+        On a null space Q is the product of the slopes, hundreds of times what it is elsewhere, and
+        X is exactly 0 there where rows or columns repeat: one 16-bit Q would add the rounding of
+        the large part. Two of them hold enough; what the low one adds may be rounded.
+        """
+        if self._x.dtype == torch.float32:
+            return self._apply(q, out, powers)
+        high = q.to(self._x.dtype)
+        self._apply((q - high.float()).to(self._x.dtype), self._next, powers)
+        self._apply(high, out, powers, 1.0, self._next, column=0)
+        return None
+
+    def _apply(
+        self,
+        q: Tensor,
+        out: Tensor | Delivery,
+        powers: Tensor | None,
+        beta: float = 0.0,
+        c: Tensor | None = None,
+        column: int = 1,
+    ) -> None:
+        """Q X + beta C, times the scale that is pending (C: unless `column` is 0)."""
         wide(
             self._layout,
             self._config,
             Operand(q, SHORT),
             Operand(self._x),
             out,
-            beta=unit,
-            c=self._x,
+            beta=beta,
+            c=c,
             factors=powers,
-            columns=(1, 1),
+            columns=(1, column),
         )
 
     def _gram(self, r: Tensor) -> None:
@@ -542,7 +582,6 @@ def newton_schulz(
     for group in groups_of(items_of(([x], [out]), rule, [tuple(restarts)], arch)):
         layout, plan = layout_for(group, x.device), group[0].plan
         given, result = (places_in(group, i, x.device) for i in range(2))
-        hold((given, result), x.device)
         mix = Mix(given)
         summary = _summary(mix, layout, rule)
         packed = pack(mix, layout, summary, compute_dtype, propagate=True)
@@ -579,13 +618,17 @@ def muon_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
     step_counts: Sequence[Tensor],
     skipped: Tensor,
     lr: Tensor,
     *,
     momentum: float,
     nesterov: bool,
+    beta2: float | None,
+    neuron_eps: float,
     weight_decay: float,
+    cautious: bool,
     rows: Sequence[Sequence[float]],
     scales: Sequence[float],
     method: str,
@@ -600,30 +643,49 @@ def muon_step_(
     """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
     check_step(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
+    check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
     check_list("scales", scales, len(params))
     restarts = [tuple(steps) for steps in restarts] or [()] * len(params)
     check_list("restarts", restarts, len(params))
     for steps in restarts:
         check_rows(rows, steps)
-    check_distinct([params, momentum_buffers], grads)
-    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    check_distinct([params, momentum_buffers, second_moments], grads)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        second_moments=second_moments,
+        params=params,
+    )
     if not params:
         return
     device = params[0].device
     rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
-    items = items_of((params, grads, momentum_buffers), rule, restarts, architecture(device))
+    lists = [params, grads, momentum_buffers] + ([] if beta2 is None else [second_moments])
+    items = items_of(lists, rule, restarts, architecture(device))
     progress = Progress(items, step_counts, skipped, nonfinite)
     for group in groups_of(items):
         layout, plan = layout_for(group, device), group[0].plan
         weights, gradients, buffers = (places_in(group, i, device) for i in range(3))
         factors = numbers_of(tuple(scales[item.entry] for item in group), device)
-        hold((weights, gradients, buffers, factors), device)
-        mix = Mix(gradients, buffers, momentum, nesterov, maximize)
-        summary = _summary(mix, layout, rule)
         propagate = nonfinite == "propagate"
+        beside = None if propagate else weights
+        mix = Mix(gradients, buffers, momentum, nesterov, maximize, beside)
+        summary = _summary(mix, layout, rule)
+        if lr.device.type != "cpu" and not propagate:
+            state = torch.where(lr.isfinite(), summary.state, NONFINITE.value)
+            summary = replace(summary, state=state)
+        moments = None if beta2 is None else places_in(group, 3, device)
+        if moments is not None and not propagate:
+            check_moments(layout, moments, summary.state)
         packed = pack(mix, layout, summary, compute_dtype, propagate=propagate)
-        delivery = Delivery(weights, lr, weight_decay, factors, summary.state, propagate)
-        orthogonalize(layout, plan, rule, packed, summary, delivery)
+        delivery = Delivery(weights, lr, weight_decay, factors, summary.state, propagate, cautious)
+        if beta2 is None or moments is None:
+            orthogonalize(layout, plan, rule, packed, summary, delivery)
+        else:
+            directions = orthogonalize(layout, plan, rule, packed, summary, None)
+            assert directions is not None
+            by_neurons(layout, plan.config.tile, directions, moments, delivery, beta2, neuron_eps)
         progress.add(group, summary.state)
     progress.finish()
 

@@ -60,24 +60,42 @@ double ratio(double energy, double v, double eps, EpsPlace place) {
   return below == 0 && top == 0 ? 1 : top / below;
 }
 
+// The matrices of one parameter.
+struct DevaTensors {
+  Matrix param, grad, moment, squares;
+  Sides sides;
+
+  // Scratch for N, U and their transposes.
+  size_t extra() const {
+    const Kind kind = moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+    return panel_bytes(grad.rows, grad.cols, kind) + 2 * panel_bytes(grad.cols, grad.rows, kind);
+  }
+  size_t bytes(const NewtonSchulz* ns, bool refresh) const {
+    const int64_t s = std::min(grad.rows, grad.cols), l = std::max(grad.rows, grad.cols);
+    const size_t iteration = ns == nullptr ? 0 : Workspace::rounded(ns->workspace_bytes(s, l));
+    return RotatedStep::bytes(grad, moment, sides, extra(), iteration, refresh) +
+           Undo::bytes({param, moment, squares}) + sides_bytes(sides);
+  }
+};
+
 class DevaMatrix {
  public:
-  DevaMatrix(const DevaStep& step, const NewtonSchulz& ns, const Matrix& param, const Matrix& grad,
-             const Matrix& moment, const Matrix& squares, const Sides& sides, double scale,
+  DevaMatrix(const DevaStep& step, const NewtonSchulz& ns, const DevaTensors& tensors, double scale,
              double t, int threads)
       : step_(step),
         ns_(ns),
-        param_(param),
-        moment_(moment),
-        squares_(squares),
-        m_(grad.rows),
-        n_(grad.cols),
+        param_(tensors.param),
+        moment_(tensors.moment),
+        squares_(tensors.squares),
+        sides_(tensors.sides),
+        m_(tensors.grad.rows),
+        n_(tensors.grad.cols),
         scale_(scale),
         t_(t),
         threads_(threads),
-        kind_(moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
-        rotated_(grad, step.maximize, moment, sides, step.shampoo_beta,
-                 panel_bytes(m_, n_, kind_) + 2 * panel_bytes(n_, m_, kind_), threads) {}
+        kind_(moment_.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
+        rotated_(tensors.grad, step.maximize, moment_, sides_, step.shampoo_beta, tensors.extra(),
+                 threads) {}
 
   enum class Outcome { kSkipped, kIdle, kUpdated };
 
@@ -88,8 +106,16 @@ class DevaMatrix {
     if (step_.check && !rotated_.finite_input()) return Outcome::kSkipped;
     const bool first = rotated_.uninitialised();
     rotated_.pack_gradient();
+    const bool idle = first && step_.public_schatten();
+    Undo undo({param_, moment_, squares_}, step_.check && !idle);
+    Undo undo_sides({sides_.left, sides_.right, sides_.left_basis, sides_.right_basis},
+                    step_.check && (first || refresh));
     if (first && !rotated_.initialise(step_.check)) return Outcome::kSkipped;
-    if (first && step_.public_schatten()) return Outcome::kIdle;
+    if (idle) {
+      if (step_.check && !all_finite({moment_, squares_}, threads_)) return Outcome::kSkipped;
+      undo_sides.commit();
+      return Outcome::kIdle;
+    }
     Panels g = rotated_.rotated();
     if (step_.check && !(rotated_.squares_fit(g) && (first || rotated_.factors_fit())))
       return Outcome::kSkipped;
@@ -106,10 +132,15 @@ class DevaMatrix {
     const bool halves = step_.schatten && kind_ == Kind::kF32 && ns_.kind() == Kind::kBF16;
     const Kind precision = halves ? Kind::kBF16 : kind_;
     rotated_.move(u, param_, rate, decay, step_.normalize_grads, precision);
+    // The moment is an average of finite numbers; factors fit.
+    if (step_.check && !all_finite({param_, squares_}, threads_)) return Outcome::kSkipped;
     if (!first) {
       rotated_.accumulate();
       if (refresh) rotated_.refresh(has_squares() ? squares_ : Matrix{}, step_.public_schatten());
+      if (step_.check && refresh && !all_finite({moment_}, threads_)) return Outcome::kSkipped;
     }
+    undo.commit();
+    undo_sides.commit();
     return Outcome::kUpdated;
   }
 
@@ -226,7 +257,8 @@ class DevaMatrix {
     if (largest == 0 || std::isnan(largest)) {
       Combine constant;
       constant.a = mix;
-      constant.out = out;  // zeros, or the NaN that the caller asked to propagate
+      constant.alpha = largest == 0 ? 1 : largest;
+      constant.out = out;  // zeros, or throughout the NaN that the caller asked to propagate
       run(constant, threads_);
       return out;
     }
@@ -276,6 +308,7 @@ class DevaMatrix {
   const DevaStep& step_;
   const NewtonSchulz& ns_;
   const Matrix param_, moment_, squares_;
+  const Sides sides_;
   const int64_t m_, n_;
   const double scale_, t_;
   const int threads_;
@@ -290,6 +323,16 @@ Matrix squares_of(const at::Tensor& state, const Item& item, Variance variance) 
   if (variance != Variance::kLowMemory) return MatrixBatch(state)[item.index];
   const at::Tensor rows = state.unsqueeze(-2);
   return MatrixBatch(rows)[item.index];
+}
+
+std::vector<at::Tensor> squares_as_matrices(at::TensorList states, Variance variance) {
+  std::vector<at::Tensor> list = states.vec();
+  for (at::Tensor& state : list)
+    if (variance == Variance::kNone)
+      state = state.new_empty({0});
+    else if (variance == Variance::kLowMemory)
+      state = state.unsqueeze(-2);
+  return list;
 }
 
 void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
@@ -332,12 +375,19 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   const double identity[] = {1, 0, 0};
   const auto make = [&](at::ScalarType type) {
     return NewtonSchulz(rows.empty() && !step.schatten ? at::ArrayRef<double>(identity) : rows,
-                        "auto", {}, type, 0, "schatten8", 1);
+                        "standard", {}, type, 0, "schatten8", 1);
   };
   const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
   const std::vector<Item> items = items_of(params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
+    raise_nonfinite(items, {{"grads", grads},
+                            {"exp_avgs", exp_avgs},
+                            {"exp_avg_sqs", squares_as_matrices(exp_avg_sqs, kind)},
+                            {"lefts", lefts},
+                            {"rights", rights},
+                            {"left_bases", left_bases},
+                            {"right_bases", right_bases},
+                            {"params", params}});
   std::vector<double> work = rotated_work(items, params, lefts, rights, refresh);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
     return params[e].scalar_type() == at::kDouble ? ns64 : ns;
@@ -348,14 +398,23 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
       const int64_t m = params[e].size(-2), n = params[e].size(-1);
       work[i] += newton_schulz_of(e).work(std::min(m, n), std::max(m, n));
     }
+  const auto tensors_of = [&](const Item& item) {
+    const size_t e = size_t(item.entry);
+    return DevaTensors{MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
+                       MatrixBatch(exp_avgs[e])[item.index], squares_of(exp_avg_sqs[e], item, kind),
+                       sides_of(item, lefts, rights, left_bases, right_bases)};
+  };
+  std::vector<size_t> bytes;
+  for (const Item& item : items) {
+    const size_t e = size_t(item.entry);
+    const NewtonSchulz* iteration = step.schatten ? &newton_schulz_of(e) : nullptr;
+    bytes.push_back(tensors_of(item).bytes(iteration, refresh[e] != 0));
+  }
   Progress progress(step_counts, skipped);
-  parallel_matrices(work, [&](int64_t i, int threads) {
+  const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    DevaMatrix matrix(step, newton_schulz_of(e), MatrixBatch(params[e])[item.index],
-                      MatrixBatch(grads[e])[item.index], MatrixBatch(exp_avgs[e])[item.index],
-                      squares_of(exp_avg_sqs[e], item, kind),
-                      sides_of(item, lefts, rights, left_bases, right_bases), scales[e],
+    DevaMatrix matrix(step, newton_schulz_of(e), tensors_of(item), scales[e],
                       progress.step(item) + 1, threads);
     const bool factors = lefts[e].numel() > 0 || rights[e].numel() > 0;
     const bool bounded = !reference && step.relative() && (kind != Variance::kNone || factors);
@@ -364,8 +423,8 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
       progress.skip();
     else if (outcome == DevaMatrix::Outcome::kUpdated)
       progress.updated(item);
-  });
-  progress.finish();
+  };
+  parallel_matrices(work, update, bytes);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ bool overflows(const Panels& x, double largest, double beta, double weight, cons
   if (std::isnan(largest)) return true;
   const double most = factor.dtype == DType::kF64 ? std::numeric_limits<double>::max()
                                                   : double(std::numeric_limits<float>::max());
+  if (std::isnan(max_abs_lower(factor))) return true;
   // The largest element of a positive semidefinite matrix is on its diagonal.
   std::vector<double> diagonal(size_t(factor.rows), 0.0);
   double top = 0;
@@ -118,19 +119,27 @@ struct FactorStep {
   double beta, weight;
 };
 
+Kind kind_of_update(const Matrix& grad, const Matrix& left, const Matrix& right,
+                    const Matrix& left_root, const Matrix& right_root) {
+  const DType factor = left ? left.dtype : right.dtype;
+  if (left_root || right_root) return factor == DType::kF64 ? Kind::kF64 : Kind::kF32;
+  return factor_kind(grad.dtype, factor);
+}
+
+size_t update_bytes(int64_t m, int64_t n, Kind kind) {
+  return 2 * panel_bytes(m, n, kind) + 2 * panel_bytes(n, m, kind) + panel_bytes(m, m, kind) +
+         panel_bytes(n, n, kind);
+}
+
 // One matrix. With a root X_R the left increment is (G X_R)(G X_R)ᵀ / n, and likewise on the right.
 // Returns false, with nothing written, if an increment is not finite.
 bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& left,
                     const Matrix& right, const Matrix& left_root, const Matrix& right_root,
                     int threads) {
   const int64_t m = grad.rows, n = grad.cols;
-  const bool kl = bool(left_root) || bool(right_root);
   if (!left && !right) return true;
-  const DType factor = left ? left.dtype : right.dtype;
-  const Kind kind =
-      kl ? (factor == DType::kF64 ? Kind::kF64 : Kind::kF32) : factor_kind(grad.dtype, factor);
-  Workspace workspace(2 * panel_bytes(m, n, kind) + 2 * panel_bytes(n, m, kind) +
-                      panel_bytes(m, m, kind) + panel_bytes(n, n, kind));
+  const Kind kind = kind_of_update(grad, left, right, left_root, right_root);
+  Workspace workspace(update_bytes(m, n, kind));
   Pack p;
   p.x = grad;
   p.out = take_panels(workspace, m, n, kind);
@@ -177,12 +186,17 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
   const MatrixBatch grads(grad);
   const FactorStep step{beta, weight};
   const double work = 0.5 * double(m) * double(n) * double(m + n);
+  const size_t count = size_t(grads.count());
+  const Kind kind = kind_of_update(grads[0], optional_matrix(left, 0), optional_matrix(right, 0),
+                                   optional_matrix(left_root, 0), optional_matrix(right_root, 0));
   std::atomic<int64_t> skips{0};
-  parallel_matrices(std::vector<double>(size_t(grads.count()), work), [&](int64_t i, int threads) {
+  const auto update = [&](int64_t i, int threads) {
     if (!update_factors(step, grads[i], optional_matrix(left, i), optional_matrix(right, i),
                         optional_matrix(left_root, i), optional_matrix(right_root, i), threads))
       skips++;
-  });
+  };
+  parallel_matrices(std::vector<double>(count, work), update,
+                    std::vector<size_t>(count, update_bytes(m, n, kind)));
   *skipped.data_ptr<int64_t>() += skips.load();
 }
 

@@ -10,7 +10,8 @@ namespace spectral_kernels::cpu {
 // products, which accumulate in fp32; everything else takes the factor's own precision.
 Kind factor_kind(DType grad, DType factor);
 
-// True if beta factor + weight XᵀX has an element that is not finite; X is packed and its largest
+// True if beta factor + weight XᵀX has an element that is not finite, or the factor has (its lower
+// triangle, which is what is read); X is packed and its largest
 // element is `largest` (NaN if one is not finite).
 bool overflows(const Panels& x, double largest, double beta, double weight, const Matrix& factor);
 

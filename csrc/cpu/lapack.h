@@ -1,24 +1,40 @@
 // LAPACK through torch, with the same bits for any number of threads. MKL's threaded factorizations
 // round differently on one and on two threads. So every call is made from an active parallel region
-// of at least two threads, one matrix a thread, with MKL itself set to one.
+// of at least two threads, one matrix a thread, with MKL itself set to one. What comes back is
+// multiplied out on a few probes; what does not fit is computed once more, and counted.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "tiles.h"
 
 namespace spectral_kernels::cpu {
 
-// Calls job(i) for i in [0, jobs) inside such a region. Jobs must not throw.
-void lapack_jobs(int64_t jobs, const std::function<void(int64_t)>& job);
+// Calls job(i) for i in [0, jobs) inside such a region, then once more, on the calling thread and
+// with that thread alone, those that returned false. `routine` is what they are counted under. Jobs
+// must not throw, and what they read must stay as it is.
+void lapack_jobs(const char* routine, int64_t jobs, const std::function<bool(int64_t)>& job);
 
-// From within a job. `a` is a contiguous row-major fp64 matrix. False if LAPACK did not converge.
-// A = V diag(values) Vᵀ, values ascending, V row-major; A may be overwritten.
-bool eigh(int64_t n, double* a, double* values, double* vectors);
+// From within a job. `a` is a contiguous row-major fp64 matrix. False if LAPACK did not converge,
+// or returned what does not multiply to A. A = V diag(values) Vᵀ, values ascending, V row-major.
+bool eigh(int64_t n, const double* a, double* values, double* vectors);
 // The orthogonal factor of A = Q R, with a non-negative diagonal of R.
-bool householder_q(int64_t n, double* a, double* q);
+bool householder_q(int64_t n, const double* a, double* q);
 // The polar factor of an m x n matrix on the singular values above `threshold` times the largest.
 bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* out);
+
+// How MKL is kept to one thread here: "switch", "calling thread" where it hides its switch, or
+// "none" where torch has no MKL.
+const char* mkl_thread_limit();
+
+// For tests. The next `results` results are made wrong.
+void corrupt_lapack(int64_t results);
+// As if MKL hid its switch.
+void hide_mkl_switch(bool on);
+// Holds all workers at a barrier, and says for how many threads MKL would split its work on each;
+// -1 where it does not tell, and nothing if they do not all arrive within ten seconds.
+std::vector<int> mkl_threads_of_workers();
 
 }  // namespace spectral_kernels::cpu

@@ -1,6 +1,7 @@
 #include "list_step.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "parallel.h"
 
@@ -27,16 +28,77 @@ void with_count(const at::Tensor& t, int64_t index, const F& f) {
   }
 }
 
+size_t saved_bytes(const Matrix& m) {
+  return Workspace::rounded(size_t(m.rows * m.cols) * element_size(m.dtype));
+}
+
+size_t total_bytes(std::initializer_list<Matrix> matrices) {
+  size_t sum = 0;
+  for (const Matrix& m : matrices)
+    if (m) sum += saved_bytes(m);
+  return sum;
+}
+
+// Copies between a matrix and dense memory, along whichever dimension is contiguous.
+template <class F>
+void for_each_line(const Matrix& given, char* dense, const F& f) {
+  const Matrix m = given.row_stride == 1 && given.col_stride != 1 ? given.transposed() : given;
+  const int64_t size = int64_t(element_size(m.dtype));
+  char* const data = static_cast<char*>(m.data);
+  for (int64_t i = 0; i < m.rows; i++) {
+    char* const line = data + i * m.row_stride * size;
+    if (m.col_stride == 1) {
+      f(line, dense, size_t(m.cols * size));
+      dense += m.cols * size;
+      continue;
+    }
+    for (int64_t j = 0; j < m.cols; j++, dense += size)
+      f(line + j * m.col_stride * size, dense, size_t(size));
+  }
+}
+
 }  // namespace
+
+Undo::Undo(std::initializer_list<Matrix> matrices, bool on)
+    : workspace_(on ? total_bytes(matrices) : 0) {
+  if (!on) return;
+  copies_.reserve(matrices.size());
+  for (const Matrix& m : matrices) {
+    if (!m) continue;
+    copies_.push_back({m, static_cast<char*>(workspace_.take(saved_bytes(m)))});
+    for_each_line(m, copies_.back().saved, [](const char* line, char* dense, size_t size) {
+      std::memcpy(dense, line, size);
+    });
+  }
+}
+
+Undo::~Undo() {
+  for (const Copy& copy : copies_)
+    for_each_line(copy.matrix, copy.saved, [](char* line, const char* dense, size_t size) {
+      std::memcpy(line, dense, size);
+    });
+}
+
+size_t Undo::bytes(std::initializer_list<Matrix> matrices) {
+  return Workspace::rounded(total_bytes(matrices));
+}
+
+bool all_finite(std::initializer_list<Matrix> matrices, int threads) {
+  for (const Matrix& m : matrices)
+    if (m && std::isnan(max_abs(m, threads))) return false;
+  return true;
+}
 
 void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists) {
   for (const auto& [name, list] : lists)
-    for (const Item& item : items)
+    for (const Item& item : items) {
+      if (list[size_t(item.entry)].numel() == 0) continue;
       TORCH_CHECK_VALUE(!std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index],
                                             available_threads())),
                         name, "[", item.entry, "] has a non-finite element (matrix ", item.index,
                         ")");
+    }
 }
 
 double scalar(const at::Tensor& t) {
@@ -65,7 +127,7 @@ void Progress::updated(const Item& item) {
   if (count.numel() > 1) with_count(count, item.index, [](auto& value) { value += 1; });
 }
 
-void Progress::finish() {
+Progress::~Progress() {
   for (size_t e = 0; e < counts_.size(); e++)
     if (counts_[e].numel() == 1 && updated_[e].load())
       with_count(counts_[e], 0, [](auto& value) { value += 1; });

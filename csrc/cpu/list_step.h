@@ -45,6 +45,32 @@ inline NonFinite nonfinite_policy(const std::string& name) {
                                : NonFinite::kRaise;
 }
 
+// What has been saved of the matrices of one step is put back, unless it is committed: a matrix is
+// skipped, or fails, with every bit of it and its state kept.
+class Undo {
+ public:
+  // Copies the matrices; those without data, and all if not `on`, are left out.
+  Undo(std::initializer_list<Matrix> matrices, bool on);
+  ~Undo();
+  Undo(const Undo&) = delete;
+  Undo& operator=(const Undo&) = delete;
+
+  void commit() { copies_.clear(); }
+  // Scratch memory of an Undo of these.
+  static size_t bytes(std::initializer_list<Matrix> matrices);
+
+ private:
+  struct Copy {
+    Matrix matrix;
+    char* saved;
+  };
+  Workspace workspace_;
+  std::vector<Copy> copies_;
+};
+
+// Whether all elements are finite; a matrix without data has none.
+bool all_finite(std::initializer_list<Matrix> matrices, int threads);
+
 // nonfinite="raise": before anything is written.
 void raise_nonfinite(const std::vector<Item>& items,
                      std::initializer_list<std::pair<const char*, at::TensorList>> lists);
@@ -59,7 +85,10 @@ class Progress {
   double step(const Item& item) const;
   void updated(const Item& item);
   void skip() { skips_.fetch_add(1, std::memory_order_relaxed); }
-  void finish();
+  // Also where a matrix has thrown: what the others did is counted.
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
 
  private:
   at::TensorList counts_;

@@ -12,11 +12,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <tuple>
 
 #include "../check.h"
 #include "../counters.h"
 #include "lapack.h"
 #include "list_step.h"
+#include "neurons.h"
 #include "parallel.h"
 #include "views.h"
 
@@ -57,29 +60,32 @@ struct Cost {
   double standard, gram;
 };
 
-constexpr double kPairRate = 2;  // bf16 dot products against fp32 FMA (measured on Zen 5: 2.0)
+// The step after the last one of the segment that begins with step t.
+size_t segment_end(const NewtonSchulz& ns, size_t t) {
+  do t++;
+  while (t < ns.rows.size() && std::count(ns.restarts.begin(), ns.restarts.end(), int64_t(t)) == 0);
+  return t;
+}
 
 Cost cost_of(const NewtonSchulz& ns, int64_t s, int64_t l) {
   const double square = double(s) * double(s) * double(s), wide = double(s) * double(s) * double(l);
-  const double rate = ns.kind() == Kind::kBF16 ? kPairRate : 1;
+  const bool pairs = ns.kind() == Kind::kBF16;
+  const double rate = pairs ? kernels().pair_rate : 1;
+  const auto step = [&](size_t t) {
+    return (1.5 * wide + (ns.rows[t].c != 0 ? 0.5 * square : 0)) / rate;
+  };
   Cost cost{0, 0};
-  const int64_t steps = int64_t(ns.rows.size());
-  bool fresh = true;  // no Q yet
-  for (int64_t t = 0; t < steps; t++) {
-    const bool quintic = ns.rows[size_t(t)].c != 0;
-    cost.standard += (1.5 * wide + (quintic ? 0.5 * square : 0)) / rate;
-    const bool restart = std::count(ns.restarts.begin(), ns.restarts.end(), t) > 0 && t > 0;
-    const bool next = std::count(ns.restarts.begin(), ns.restarts.end(), t + 1) > 0;
-    if (restart) {
-      cost.gram += 1.5 * wide / rate;
-      fresh = true;
+  for (size_t t = 0; t < ns.rows.size(); t++) cost.standard += step(t);
+  for (size_t t = 0, end; t < ns.rows.size(); t = end) {
+    end = segment_end(ns, t);
+    if (end - t == 1) {
+      cost.gram += step(t);
+      continue;
     }
-    if (quintic) cost.gram += 0.5 * square;
-    if (!fresh) cost.gram += 0.5 * square / rate;
-    if (t + 1 < steps && !next) cost.gram += square;
-    fresh = false;
+    cost.gram += (pairs ? 2.5 : 1.5) * wide / rate;
+    cost.gram += 1.5 * square * double(end - t - 1);  // Q Z, and R twice
+    for (size_t i = t; i < end; i++) cost.gram += ns.rows[i].c != 0 ? 0.5 * square : 0;
   }
-  cost.gram += 1.5 * wide / rate;
   return cost;
 }
 
@@ -87,9 +93,10 @@ Cost cost_of(const NewtonSchulz& ns, int64_t s, int64_t l) {
 
 bool NewtonSchulz::gram(int64_t s, int64_t l) const {
   if (method != "auto") return method == "gram";
-  // The Gram form keeps the accuracy of the standard one only with restarts that are known for the
-  // rows (decided where the rows come from).
-  if (restarts.empty()) return false;
+  // In full precision the Gram form keeps the accuracy of the standard one only with restarts,
+  // which are decided where the rows come from.
+  const bool full = compute_dtype == at::kFloat || compute_dtype == at::kDouble;
+  if (full && restarts.empty()) return false;
   const Cost cost = cost_of(*this, s, l);
   return cost.gram < cost.standard;
 }
@@ -103,8 +110,7 @@ size_t NewtonSchulz::workspace_bytes(int64_t s, int64_t l) const {
   const Kind k = kind(), square = k == Kind::kF64 ? Kind::kF64 : Kind::kF32;
   const size_t x = panel_bytes(s, l, k) + panel_bytes(l, s, k), r = panel_bytes(s, s, square);
   const size_t extra = k == Kind::kBF16 ? panel_bytes(s, s, k) : 0;
-  if (gram(s, l)) return x * (restarts.empty() ? 1 : 2) + 5 * r + 3 * extra;
-  return 2 * x + (schatten8 ? 3 : 2) * r + 2 * extra;
+  return 2 * x + (gram(s, l) ? 5 : schatten8 ? 3 : 2) * r + 2 * extra;
 }
 
 NewtonSchulz::Input NewtonSchulz::take_input(Workspace& workspace, int64_t s, int64_t l) const {
@@ -113,17 +119,12 @@ NewtonSchulz::Input NewtonSchulz::take_input(Workspace& workspace, int64_t s, in
 
 namespace {
 
-Product multiply(const Panels& a, const Panels& b, double alpha = 1) {
+// alpha S B, S symmetric.
+Product multiply(const Panels& s, const Panels& b, double alpha = 1) {
   Product p;
-  p.a = a;
+  p.a = p.a_t = s;
   p.b = b;
   p.alpha = alpha;
-  return p;
-}
-
-Product square(const Panels& a, double alpha = 1) {
-  Product p = multiply(a, a, alpha);
-  p.symmetric = true;
   return p;
 }
 
@@ -134,6 +135,7 @@ class Iteration {
             int threads)
       : ns_(ns),
         kind_(input.x.kind),
+        pairs_(kind_ == Kind::kBF16),
         s_(input.x.rows),
         l_(input.x.cols),
         shift_(shift),
@@ -141,137 +143,119 @@ class Iteration {
         workspace_(workspace),
         x_(input) {}
 
-  void standard(Product last) {
-    const bool pairs = kind_ == Kind::kBF16;
-    NewtonSchulz::Input next = ns_.take_input(workspace_, s_, l_);
-    const Panels r = full(), z = pairs ? halves() : full();
-    const Panels r16 = pairs ? halves() : r;
-    const Panels r2 = ns_.schatten8 ? full() : Panels{};
+  // The standard form takes every step by itself, the Gram form those between two restarts on R.
+  void run_all(bool gram, Product last) {
+    next_ = ns_.take_input(workspace_, s_, l_);
+    r_ = full();
+    z_ = full();
+    r16_ = pairs_ ? halves() : r_;
+    z16_ = pairs_ ? halves() : z_;
+    if (gram) {
+      q_ = full();
+      spare_ = full();
+    }
+    if (gram || ns_.schatten8) half_ = full();
     const size_t steps = ns_.rows.size();
-    for (size_t t = 0; t < steps; t++) {
-      // With 16-bit operands both terms of b R + c R² take the rounded R: near R = I their errors
-      // cancel to (b + 2c) of the rounding. The fp32 R is needed for the norm only.
-      if (!pairs)
-        form_gram(r, Panels{});
-      else if (t == 0)
-        form_gram(r, r16);
+    for (size_t t = 0, end; t < steps; t = end) {
+      end = gram ? segment_end(ns_, t) : t + 1;
+      const Product update = end - t == 1 ? step(t) : segment(t, end);
+      if (end < steps)
+        renew(update);
       else
-        form_gram(r16, Panels{});
-      double inverse = 1;
-      NewtonSchulz::Row row = ns_.rows[t];
-      if (t == 0) {
-        inverse = inverse_norm(r, r16, r2);
-        scale(row, inverse);
-      }
-      // a X stays a term of its own: a diagonal a I would swamp Z where the singular values are
-      // small (measured in fp32 at 512: up to three times the error). A cubic row needs no square
-      // at all.
-      Product update = multiply(r16, x_.x, row.b);
-      if (row.c != 0) {
-        form_polynomial(0, row.b, row.c, r16, t == 0 ? r2 : Panels{}, z);
-        update = multiply(z, x_.x);
-      }
-      update.beta_panels = row.a;
-      update.add_panels = x_.x;
-      if (t + 1 < steps) {
-        update.out = next.x;
-        update.out_t = next.xt;
-        run(update, threads_);
-        std::swap(x_, next);
-      } else {
         finish(update, last);
-      }
     }
   }
 
-  // Below a 16-bit X, R and Q are kept in fp32. Rounded operands are good enough for Q Z, but not
-  // for R and Z: they would no longer commute, and rounding would grow with every step.
-  void gram(Product last) {
-    const bool pairs = kind_ == Kind::kBF16;
-    NewtonSchulz::Input next;
-    if (!ns_.restarts.empty()) next = ns_.take_input(workspace_, s_, l_);
-    Panels r = full(), z = full(), t1 = full(), q = full(), q2 = full();
-    const Panels z16 = pairs ? halves() : z;
-    Panels q16 = pairs ? halves() : Panels{}, next_q16 = pairs ? halves() : Panels{};
-    const size_t steps = ns_.rows.size();
+ private:
+  // One step by itself: a X + (b R + c R²) X. Rows of X that are equal stay equal to the last bit,
+  // so that no rounding noise enters the null space for later steps to amplify.
+  Product step(size_t t) {
+    // With 16-bit operands both terms of b R + c R² take the rounded R: near R = I their errors
+    // cancel to (b + 2c) of the rounding. The fp32 R is needed for the norm only.
+    if (!pairs_)
+      form_gram(r_, Panels{});
+    else if (t == 0)
+      form_gram(r_, r16_);
+    else
+      form_gram(r16_, Panels{});
+    NewtonSchulz::Row row = ns_.rows[t];
+    if (t == 0) scale(row, inverse_norm(r_, r16_, half_));
+    // a X stays a term of its own: a diagonal a I would swamp Z where the singular values are
+    // small (measured in fp32 at 512: up to three times the error). A cubic row needs no square
+    // at all.
+    Product update = multiply(r16_, x_.x, row.b);
+    if (row.c != 0) {
+      form_polynomial(row.b, row.c, r16_, t == 0 && ns_.schatten8 ? half_ : Panels{}, z16_);
+      update = multiply(z16_, x_.x);
+    }
+    update.beta_panels = row.a;
+    update.add_panels = x_.x;
+    return update;
+  }
+
+  // Several steps on R: Z = b R + c R², Q <- a Q + Q Z, R <- (a I + Z) R (a I + Z), a I implicit
+  // but in the first Q; then Q X. R and Q are kept in full precision: rounded operands would no
+  // longer commute, and rounding would grow with every step.
+  Product segment(size_t begin, size_t end) {
     double inverse = 1;  // 1 / norm, until it has been folded into X
-    bool fresh = true;   // no Q yet
-    form_gram(r, Panels{});
-    for (size_t t = 0; t < steps; t++) {
-      const bool ends = t + 1 == steps;
-      const bool restart_next = !ends && restarts_at(t + 1);
+    form_gram(r_, Panels{});
+    for (size_t t = begin; t < end; t++) {
       NewtonSchulz::Row row = ns_.rows[t];
       double gram_scale = 1;
       if (t == 0) {
-        inverse = inverse_norm(r, r, t1);
+        inverse = inverse_norm(r_, r_, half_);
         gram_scale = inverse * inverse;
         row.b *= gram_scale;
         row.c *= gram_scale * gram_scale;
       }
-      // Z = b R + c R²; Q <- a Q + Q Z, R <- (a I + Z) R (a I + Z), a I implicit but in a fresh Q.
       if (row.c != 0)
-        form_polynomial(0, row.b, row.c, r, t == 0 && ns_.schatten8 ? t1 : Panels{}, z);
+        form_polynomial(row.b, row.c, r_, t == 0 && ns_.schatten8 ? half_ : Panels{}, z_);
       else
-        combine(z, r, row.b, {}, 0, 0);
-      if (pairs) combine(z16, z, 1, {}, 0, 0);
-      if (fresh && restart_next) {  // one step by itself: X <- a X + Z X, as in the standard form
-        Product update = multiply(z16, x_.x, inverse);
-        update.beta_panels = row.a * inverse;
-        update.add_panels = x_.x;
-        renew(update, next, r);
-        inverse = 1;
-        continue;
-      }
-      if (fresh) {
-        combine(q, z, 1, {}, 0, row.a);
-        if (pairs) combine(q16, q, 1, {}, 0, 0);
+        combine(z_, r_, row.b, {}, 0, 0);
+      if (t == begin) {
+        combine(q_, z_, 1, {}, 0, row.a);
       } else {
-        Product update = multiply(pairs ? q16 : q, z16);
-        update.symmetric = true;
-        update.beta_panels = row.a;
-        update.add_panels = q;
-        update.out = q2;
-        update.copy = next_q16;
-        run(update, threads_);
-        std::swap(q, q2);
-        std::swap(q16, next_q16);
+        symmetric(q_, z_, 1, row.a, spare_);
+        std::swap(q_, spare_);
       }
-      if (restart_next) {
-        renew(multiply(pairs ? q16 : q, x_.x, inverse), next, r);
-        inverse = 1;
-        fresh = true;
-        continue;
+      if (t + 1 < end) {
+        symmetric(r_, z_, gram_scale, row.a * gram_scale, half_);
+        symmetric(half_, z_, 1, row.a, r_);
       }
-      if (!ends) {
-        symmetric(r, z, gram_scale, row.a * gram_scale, t1);
-        symmetric(t1, z, 1, row.a, r);
-      }
-      fresh = false;
     }
-    finish(multiply(pairs ? q16 : q, x_.x, inverse), last);
+    if (!pairs_) return multiply(q_, x_.x, inverse);
+    // On the null space Q is the product of the a, hundreds of times what it is on the rest, and X
+    // is exactly 0 there where rows or columns repeat: one 16-bit Q would add the rounding of the
+    // large part. Two of them hold 16 bits; what the low one adds may be rounded.
+    const Panels high = r16_, low = z16_;
+    combine(high, q_, 1, {}, 0, 0);
+    combine(low, q_, 1, high, -1, 0);
+    Product rest = multiply(low, x_.x, inverse);
+    rest.out = next_.x;
+    run(rest, threads_);
+    Product update = multiply(high, x_.x, inverse);
+    update.beta_panels = 1;
+    update.add_panels = next_.x;
+    return update;
   }
 
- private:
   Panels full() {
     return take_panels(workspace_, s_, s_, kind_ == Kind::kF64 ? Kind::kF64 : Kind::kF32);
   }
   Panels halves() { return take_panels(workspace_, s_, s_, Kind::kBF16); }
 
-  bool restarts_at(size_t t) const {
-    return std::count(ns_.restarts.begin(), ns_.restarts.end(), int64_t(t)) > 0;
-  }
-
-  // A restart: X and R anew.
-  void renew(Product form, NewtonSchulz::Input& next, const Panels& r) {
-    form.out = next.x;
-    form.out_t = next.xt;
+  void renew(Product form) {
+    form.out = next_.x;
+    form.out_t = next_.xt;
     run(form, threads_);
-    std::swap(x_, next);
-    form_gram(r, Panels{});
+    std::swap(x_, next_);
   }
 
   void form_gram(const Panels& r, const Panels& copy) {
-    Product p = square(x_.xt);
+    Product p;
+    p.a = p.b = x_.xt;
+    p.a_t = x_.x;
+    p.symmetric = true;
     p.out = r;
     p.copy = copy;
     run(p, threads_);
@@ -299,14 +283,13 @@ class Iteration {
     run(c, threads_);
   }
 
-  // out = a I + b R + c R², from R² where that is known already.
-  void form_polynomial(double a, double b, double c, const Panels& r, const Panels& r2,
-                       const Panels& out) {
-    if (r2) return combine(out, r2, c, r, b, a);
-    Product p = square(r, c);
+  // out = b R + c R², from R² where that is known already.
+  void form_polynomial(double b, double c, const Panels& r, const Panels& r2, const Panels& out) {
+    if (r2) return combine(out, r2, c, r, b, 0);
+    Product p = multiply(r, r, c);
+    p.symmetric = true;
     p.beta_panels = b;
     p.add_panels = r;
-    p.gamma = a;
     p.out = out;
     run(p, threads_);
   }
@@ -316,7 +299,8 @@ class Iteration {
   double inverse_norm(const Panels& r, const Panels& operand, const Panels& r2) {
     double value;
     if (ns_.schatten8) {
-      Product p = square(operand);
+      Product p = multiply(operand, operand);
+      p.symmetric = true;
       p.out = r2;
       run(p, threads_);
       value = std::pow(sum_of_squares(r2, threads_), 0.125);
@@ -324,7 +308,7 @@ class Iteration {
       value = std::sqrt(trace(r));
     }
     const double norm = std::max(ns_.norm_factor * value, std::ldexp(ns_.eps, shift_));
-    return norm > 0 ? 1 / norm : 0;
+    return norm == 0 ? 0 : 1 / norm;
   }
 
   static void scale(NewtonSchulz::Row& row, double inverse) {
@@ -336,6 +320,7 @@ class Iteration {
   // last(update): the result times last.alpha, plus what `last` adds itself.
   void finish(const Product& update, Product last) {
     last.a = update.a;
+    last.a_t = update.a_t;
     last.b = update.b;
     last.add_panels = update.add_panels;
     last.beta_panels = last.alpha * update.beta_panels;
@@ -345,21 +330,21 @@ class Iteration {
 
   const NewtonSchulz& ns_;
   const Kind kind_;
+  const bool pairs_;  // 16-bit operands
   const int64_t s_, l_;
   const int shift_, threads_;
   Workspace& workspace_;
-  NewtonSchulz::Input x_;
+  NewtonSchulz::Input x_, next_;
+  Panels r_, z_, half_, q_, spare_;
+  Panels r16_, z16_;  // in the kind of X
 };
 
 }  // namespace
 
 void NewtonSchulz::iterate(Input input, int shift, Product last, Workspace& workspace,
                            int threads) const {
-  Iteration iteration(*this, input, shift, workspace, threads);
-  if (gram(input.x.rows, input.x.cols))
-    iteration.gram(last);
-  else
-    iteration.standard(last);
+  Iteration(*this, input, shift, workspace, threads)
+      .run_all(gram(input.x.rows, input.x.cols), last);
 }
 
 namespace {
@@ -410,35 +395,52 @@ at::Tensor polar(const at::Tensor& x) {
   const double eps = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                     : double(std::numeric_limits<float>::epsilon());
   const double threshold = double(std::max(m, n)) * eps;
-  lapack_jobs(xs.count(), [&](int64_t i) {
+  lapack_jobs("svd", xs.count(), [&](int64_t i) {
     const double largest = max_abs(xs[i], 1);
-    if (largest == 0 || std::isnan(largest)) return fill(outs[i], largest);
+    if (largest == 0 || std::isnan(largest)) {
+      fill(outs[i], largest);
+      return true;
+    }
     std::vector<double> matrix(size_t(m * n)), result(size_t(m * n));
     const Matrix scaled{matrix.data(), m, n, n, 1, DType::kF64};
     copy_scaled(xs[i], -exponent_of(largest), scaled);
     const bool converged = svd_polar(m, n, matrix.data(), threshold, result.data());
-    if (!converged) return fill(outs[i], std::numeric_limits<double>::quiet_NaN());
-    copy_scaled(Matrix{result.data(), m, n, n, 1, DType::kF64}, 0, outs[i]);
+    if (converged)
+      copy_scaled(Matrix{result.data(), m, n, n, 1, DType::kF64}, 0, outs[i]);
+    else
+      fill(outs[i], std::numeric_limits<double>::quiet_NaN());
+    return converged;
   });
   return out;
 }
 
 struct MuonStep {
   double lr, momentum, weight_decay;
-  bool nesterov, maximize;
+  bool nesterov, maximize, cautious;
+  std::optional<double> beta2;
+  double neuron_eps;
+
+  // Whether the update takes more than a multiple of the parameter and one of the polar factor.
+  bool by_rows() const { return beta2.has_value() || (cautious && lr * weight_decay != 0); }
 };
 
+// Scratch of muon_update().
+size_t muon_bytes(const NewtonSchulz& ns, const MuonStep& step, int64_t m, int64_t n) {
+  const size_t iteration = Workspace::rounded(ns.workspace_bytes(std::min(m, n), std::max(m, n)));
+  return iteration + (step.by_rows() ? neuron_bytes(m, n, ns.compute_dtype == at::kDouble) : 0);
+}
+
 // One matrix: momentum while packing, all Newton–Schulz steps, decay and update in the last
-// product's epilogue. Gradient and momentum are read twice, once for their scale; the parameter is
-// read once. Non-finite input (`largest` is NaN) goes into the momentum as the formula says, and
-// the whole update of that matrix is NaN.
+// product's epilogue, or in a pass over its result where that goes by rows. Gradient and momentum
+// are read twice, once for their scale; the parameter is read once. Non-finite input (`largest` is
+// NaN) goes into the momentum as the formula says, and the whole update of that matrix is NaN.
 void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& param,
-                 const Matrix& grad, const Matrix& momentum, double largest, double scale,
-                 int threads) {
+                 const Matrix& grad, const Matrix& momentum, const Matrix& second, double largest,
+                 double scale, int threads) {
   const bool wide = param.rows <= param.cols;
   const auto orient = [&](const Matrix& m) { return wide ? m : m.transposed(); };
   const Matrix g = orient(grad), w = orient(param);
-  Workspace workspace(ns.workspace_bytes(g.rows, g.cols));
+  Workspace workspace(muon_bytes(ns, step, param.rows, param.cols));
   const NewtonSchulz::Input input = ns.take_input(workspace, g.rows, g.cols);
   Pack pack;
   pack.x = g;
@@ -450,29 +452,47 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   pack.out = input.x;
   pack.out_t = input.xt;
   run(pack, threads);
-  if (std::isnan(largest)) return fill(param, largest);
+  if (std::isnan(largest)) {
+    if (second) fill(second, largest);
+    return fill(param, largest);
+  }
   Product last;
-  last.alpha = -step.lr * scale;
-  last.beta = 1 - step.lr * step.weight_decay;
-  last.add = last.store = w;
+  if (!step.by_rows()) {
+    last.alpha = -step.lr * scale;
+    last.beta = 1 - step.lr * step.weight_decay;
+    last.add = last.store = w;
+    return ns.iterate(input, pack.shift, last, workspace, threads);
+  }
+  NeuronStep rows{param, second};
+  rows.rate = step.lr * scale;
+  rows.decay = step.lr * step.weight_decay;
+  rows.cautious = step.cautious;
+  rows.beta2 = step.beta2.value_or(0);
+  rows.eps = step.neuron_eps;
+  const Matrix o = take_neurons(workspace, rows, ns.compute_dtype == at::kDouble);
+  last.store = orient(o);
   ns.iterate(input, pack.shift, last, workspace, threads);
+  run(rows, threads);
 }
 
 void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
-                double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
-                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
-                c10::string_view norm, double norm_factor, bool maximize,
-                c10::string_view nonfinite) {
+                at::TensorList second_moments, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
+                std::optional<double> beta2, double neuron_eps, double weight_decay, bool cautious,
+                at::ArrayRef<double> rows, at::ArrayRef<double> scales, c10::string_view method,
+                at::IntArrayRef restarts, at::IntArrayRef restart_ends,
+                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
+                bool maximize, c10::string_view nonfinite) {
   count_call("muon_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
-  check_distinct({params, momentum_buffers}, grads);
+  check_rows_state(second_moments, "second_moments", params, beta2.has_value());
+  check_distinct({params, momentum_buffers, second_moments}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const MuonStep step{scalar(lr), momentum, weight_decay, nesterov, maximize};
+  const MuonStep step{scalar(lr), momentum, weight_decay, nesterov,
+                      maximize,   cautious, beta2,        neuron_eps};
   std::vector<Item> items = items_of(params);
   check_restart_ends(restarts, restart_ends, params.size());
   std::vector<NewtonSchulz> iterations;  // one an entry
@@ -485,11 +505,21 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
         rows, std::string(method), restarts.slice(size_t(first), size_t(past - first)),
         wide ? at::kDouble : compute_dtype, eps, std::string(norm), norm_factor);
   }
+  const bool check = policy != NonFinite::kPropagate;
+  const auto written = [&](const Item& item) {
+    const size_t e = size_t(item.entry);
+    return std::tuple(MatrixBatch(params[e])[item.index],
+                      MatrixBatch(momentum_buffers[e])[item.index],
+                      optional_matrix(second_moments[e], item.index));
+  };
   std::vector<double> work;
+  std::vector<size_t> bytes;
   for (const Item& item : items) {
-    const at::Tensor& p = params[size_t(item.entry)];
-    const int64_t s = std::min(p.size(-2), p.size(-1)), l = std::max(p.size(-2), p.size(-1));
-    work.push_back(iterations[size_t(item.entry)].work(s, l));
+    const auto [param, buffer, second] = written(item);
+    const NewtonSchulz& ns = iterations[size_t(item.entry)];
+    work.push_back(ns.work(std::min(param.rows, param.cols), std::max(param.rows, param.cols)));
+    bytes.push_back(muon_bytes(ns, step, param.rows, param.cols) +
+                    (check ? Undo::bytes({param, buffer, second}) : 0));
   }
   const auto largest_of = [&](const Item& item, int threads) {
     const double g = max_abs(MatrixBatch(grads[size_t(item.entry)])[item.index], threads);
@@ -499,24 +529,31 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                                           : std::max(g, m);
   };
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
+    raise_nonfinite(items, {{"grads", grads},
+                            {"momentum_buffers", momentum_buffers},
+                            {"second_moments", second_moments},
+                            {"params", params}});
   Progress progress(step_counts, skipped);
-  parallel_matrices(work, [&](int64_t i, int threads) {
+  const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    const Matrix param = MatrixBatch(params[e])[item.index],
-                 grad = MatrixBatch(grads[e])[item.index];
-    const Matrix buffer = MatrixBatch(momentum_buffers[e])[item.index];
+    const auto [param, buffer, second] = written(item);
+    const Matrix grad = MatrixBatch(grads[e])[item.index];
     const double largest = largest_of(item, threads);
-    if (std::isnan(largest) && policy == NonFinite::kSkip) return progress.skip();
+    if (check && (std::isnan(largest) || !all_finite({second}, 1))) return progress.skip();
+    Undo undo({param, buffer, second}, check);
     if (largest == 0) {
+      // No direction disagrees with the parameter.
+      if (second) scale_in_place(second, *step.beta2);
       scale_in_place(param, 1 - step.lr * step.weight_decay);
     } else {
-      muon_update(iterations[e], step, param, grad, buffer, largest, scales[e], threads);
+      muon_update(iterations[e], step, param, grad, buffer, second, largest, scales[e], threads);
     }
+    if (check && !all_finite({param}, threads)) return progress.skip();
+    undo.commit();
     progress.updated(item);
-  });
-  progress.finish();
+  };
+  parallel_matrices(work, update, bytes);
 }
 
 }  // namespace

@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <numeric>
+
+#include "workspace.h"
 
 #ifndef _OPENMP
 #error "compile with -fopenmp: without it at::parallel_for is serial and does not say so"
@@ -35,21 +38,51 @@ int available_threads() {
   return forked_from_threads() || at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>& job) {
-  const int64_t workers = std::min<int64_t>({jobs, threads, available_threads()});
+namespace {
+
+int64_t workers_for(int64_t jobs, int threads) {
+  return std::min<int64_t>({jobs, threads, available_threads()});
+}
+
+// parallel_jobs, with a number below workers_for() that tells the threads apart.
+template <class F>
+void numbered_jobs(int64_t jobs, int threads, const F& job) {
+  const int64_t workers = workers_for(jobs, threads);
   if (workers <= 1) {
-    for (int64_t i = 0; i < jobs; i++) job(i);
+    for (int64_t i = 0; i < jobs; i++) job(i, int64_t(0));
     return;
   }
   mark_threads_used();
   std::atomic<int64_t> next{0};
   constexpr int64_t kOneWorkerEach = 1;
-  at::parallel_for(0, workers, kOneWorkerEach, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) job(i);
+  at::parallel_for(0, workers, kOneWorkerEach, [&](int64_t worker, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) job(i, worker);
   });
 }
 
+}  // namespace
+
+void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>& job) {
+  numbered_jobs(jobs, threads, [&](int64_t i, int64_t) { job(i); });
+}
+
 namespace {
+
+// What every worker needs at most: the first one also takes the leading `wide` matrices.
+std::vector<std::unique_ptr<Reserve>> reserves(const std::vector<int64_t>& order, size_t wide,
+                                               int64_t workers, const std::vector<size_t>& bytes) {
+  std::vector<std::unique_ptr<Reserve>> list;
+  if (bytes.empty()) return list;
+  size_t most = 0, most_of_all = 0;
+  for (size_t k = 0; k < order.size(); k++) {
+    const size_t size = bytes[size_t(order[k])];
+    most_of_all = std::max(most_of_all, size);
+    if (k >= wide) most = std::max(most, size);
+  }
+  list.push_back(std::make_unique<Reserve>(most_of_all));
+  for (int64_t w = 1; w < workers; w++) list.push_back(std::make_unique<Reserve>(most));
+  return list;
+}
 
 // A matrix alone on all threads runs at this share of perfect scaling (measured on two cores: 0.91
 // to 0.95 for 512 and up); below the grain it gains nothing from a second thread.
@@ -73,14 +106,24 @@ double side_by_side(const std::vector<double>& work, size_t first, int threads) 
 }  // namespace
 
 void parallel_matrices(const std::vector<double>& work,
-                       const std::function<void(int64_t, int)>& body) {
+                       const std::function<void(int64_t, int)>& body,
+                       const std::vector<size_t>& bytes) {
   const int threads = available_threads();
   std::vector<int64_t> order(work.size());
   std::iota(order.begin(), order.end(), 0);
-  if (threads <= 1) {
-    for (int64_t i : order) body(i, 1);
-    return;
-  }
+  const auto run_list = [&](size_t wide) {
+    const int64_t rest = int64_t(order.size() - wide);
+    const auto set_aside = reserves(order, wide, workers_for(rest, threads), bytes);
+    const auto call = [&](int64_t i, int given, int64_t worker) {
+      if (set_aside.empty()) return body(i, given);
+      const Reserve::Use use(*set_aside[size_t(worker)]);
+      body(i, given);
+    };
+    for (size_t i = 0; i < wide; i++) call(order[i], threads, 0);
+    numbered_jobs(rest, threads,
+                  [&](int64_t i, int64_t worker) { call(order[wide + size_t(i)], 1, worker); });
+  };
+  if (threads <= 1) return run_list(0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return work[size_t(a)] > work[size_t(b)]; });
   std::vector<double> sorted;
@@ -98,9 +141,7 @@ void parallel_matrices(const std::vector<double>& work,
       wide = k;
     }
   }
-  for (size_t i = 0; i < wide; i++) body(order[i], threads);
-  parallel_jobs(int64_t(order.size() - wide), threads,
-                [&](int64_t i) { body(order[wide + size_t(i)], 1); });
+  run_list(wide);
 }
 
 }  // namespace spectral_kernels::cpu

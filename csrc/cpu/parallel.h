@@ -2,6 +2,7 @@
 // at::parallel_for, so torch.set_num_threads is obeyed and nested calls run serially.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -23,8 +24,11 @@ void parallel_jobs(int64_t jobs, int threads, const std::function<void(int64_t)>
 
 // Calls body(i, threads) for every matrix i of a list or batch. A matrix that would keep the others
 // waiting gets all threads, one after another; the rest run side by side with one thread each, the
-// largest first. `work` estimates the multiply-adds of each.
+// largest first. `work` estimates the multiply-adds of each. `bytes`, if given, is the scratch
+// memory of each: it is set aside for every thread before the first call, so that none fails for
+// want of it.
 void parallel_matrices(const std::vector<double>& work,
-                       const std::function<void(int64_t, int)>& body);
+                       const std::function<void(int64_t, int)>& body,
+                       const std::vector<size_t>& bytes = {});
 
 }  // namespace spectral_kernels::cpu

@@ -2,8 +2,8 @@
 
 namespace spectral_kernels::cpu {
 
-std::vector<double> Probes::signs(int64_t n) {
-  std::vector<double> signs(size_t(n * kCount));
+std::vector<double> Probes::signs(int64_t n, int64_t count) {
+  std::vector<double> signs(size_t(n * count));
   uint32_t state = 1;
   for (double& sign : signs) {
     state = state * 1664525u + 1013904223u;
@@ -13,8 +13,9 @@ std::vector<double> Probes::signs(int64_t n) {
 }
 
 Probes::Probes(int64_t n, Kind kind)
-    : workspace(3 * panel_bytes(n, kCount, kind)),
+    : workspace(bytes(n, kind)),
       columns(take_panels(workspace, n, kCount, kind)),
+      weighted(take_panels(workspace, n, kCount, kind)),
       image(take_panels(workspace, n, kCount, kind)),
       next(take_panels(workspace, n, kCount, kind)) {
   std::vector<double> values = signs(n);

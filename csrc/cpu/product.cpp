@@ -17,49 +17,95 @@
 namespace spectral_kernels::cpu {
 namespace {
 
-// Edge of the largest tile that one job computes. 192 fp32 numbers square are 147 KB, which stay in
-// an L2 of 512 KiB or more beside the two operands' stretches.
-constexpr int64_t kTileEdge = 192;
-constexpr int64_t kTileEdgeF64 = 128;
+constexpr size_t kPage = 4096;
 
-// The tile buffer of this thread, allocated at its first product.
-void* tile_buffer() {
+// The scratch memory of this thread for a job of `edge` blocks, kept from its first product on;
+// null if there is no memory.
+void* scratch_of_thread(const Jobs& jobs) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
   static thread_local std::unique_ptr<void, Free> buffer;
-  if (!buffer) {
-    constexpr size_t kBytes = std::max(kTileEdge * kTileEdge * sizeof(float),
-                                       kTileEdgeF64 * kTileEdgeF64 * sizeof(double));
-    buffer.reset(std::aligned_alloc(4096, (kBytes + 4095) / 4096 * 4096));
-    if (!buffer) throw std::bad_alloc();
+  static thread_local size_t size = 0;
+  const size_t bytes = jobs.scratch_bytes(jobs.edge);
+  if (size < bytes && !workspace_fails()) {
+    buffer.reset();
+    buffer.reset(std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage));
+    size = buffer ? bytes : 0;
   }
-  return buffer.get();
+  return size < bytes ? nullptr : buffer.get();
 }
 
-// Blocks along the edge of a tile. One thread takes the largest tile; several take smaller ones, so
-// that all are busy to the end.
-int64_t tile_blocks(const Product& p, int64_t P, int threads) {
-  const int64_t most = (p.a.kind == Kind::kF64 ? kTileEdgeF64 : kTileEdge) / P;
-  int64_t edge = most;
-  constexpr int64_t kJobsPerThread = 8;
-  if (threads > 1)
-    while (edge > 1) {
-      const int64_t rows = ceil_div(ceil_div(p.a.cols, P), edge);
-      const int64_t cols = ceil_div(ceil_div(p.b.cols, P), edge);
-      const int64_t jobs = p.symmetric ? rows * (rows + 1) / 2 : rows * cols;
-      if (jobs >= kJobsPerThread * threads) break;
-      edge--;
-    }
-  return edge;
+// A product in the middle of a list step must not fail: without memory it goes block by block and
+// takes the stack.
+constexpr size_t kStackBytes = 64 << 10;
+
+template <class F>
+__attribute__((noinline)) void with_stack_buffer(const F& f) {
+  alignas(4096) char buffer[kStackBytes];
+  f(static_cast<void*>(buffer));
 }
 
-constexpr double kPackGrain = 1 << 16;  // elements a thread
-
-struct Tile {
+struct Job {
   int64_t i, j;
   double cost;
 };
+
+std::vector<Job> jobs_of(const Product& p, const Jobs& jobs, int64_t m, int64_t n, int64_t edge) {
+  std::vector<Job> list;
+  for (int64_t i = 0; i < m; i += edge)
+    for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge) {
+      const double rows = double(std::min(edge, m - i)), cols = double(std::min(edge, n - j));
+      const double area = p.symmetric && i == j ? rows * (rows + 1) / 2 : rows * cols;
+      list.push_back({i, j, area + jobs.row_cost * rows + jobs.col_cost * cols});
+    }
+  std::stable_sort(list.begin(), list.end(),
+                   [](const Job& a, const Job& b) { return a.cost > b.cost; });
+  return list;
+}
+
+// When the last of the jobs (the dearest first) is done if each takes the first free thread. A
+// thread that comes late, or is interrupted, keeps the others waiting for a part of its job.
+double end_of(const std::vector<Job>& list, int threads) {
+  constexpr double kLate = 1;
+  std::vector<double> busy(size_t(threads), 0.0);
+  for (const Job& job : list) *std::min_element(busy.begin(), busy.end()) += job.cost;
+  return *std::max_element(busy.begin(), busy.end()) + kLate * list.front().cost;
+}
+
+// For several threads: such jobs as bring the end nearest, and their edge.
+std::vector<Job> jobs_of(const Product& p, const Jobs& jobs, int64_t m, int64_t n, int threads,
+                         int64_t& edge) {
+  constexpr size_t kEnough = 32;  // jobs a thread
+  edge = jobs.edge;
+  std::vector<Job> best = jobs_of(p, jobs, m, n, edge);
+  double end = end_of(best, threads);
+  for (int64_t e = jobs.edge - 1; e >= 1; e--) {
+    std::vector<Job> list = jobs_of(p, jobs, m, n, e);
+    if (list.size() > kEnough * size_t(threads)) break;
+    const double time = end_of(list, threads);
+    if (time >= end) continue;
+    end = time;
+    edge = e;
+    best = std::move(list);
+  }
+  return best;
+}
+
+// Blocks [i0, i1) x [j0, j1) on this thread.
+void multiply(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Kernels& k = kernels();
+  const int kind = int(p.a.kind);
+  if (void* const scratch = scratch_of_thread(k.jobs[kind]))
+    return k.product[kind](p, i0, i1, j0, j1, scratch);
+  with_stack_buffer([&](void* scratch) {
+    for (int64_t i = i0; i < i1; i++)
+      for (int64_t j = j0; j < (p.symmetric ? std::min(i + 1, j1) : j1); j++)
+        k.product[kind](p, i, i + 1, j, j + 1, scratch);
+  });
+}
+
+constexpr double kPackGrain = 1 << 16;  // elements a thread
 
 }  // namespace
 
@@ -98,20 +144,18 @@ void run(const Product& p, int threads) {
       double(p.a.cols) * double(p.b.cols) * double(p.a.rows) / (p.symmetric ? 2 : 1);
   if (work < 2 * kThreadGrain) threads = 1;
   threads = std::min(threads, available_threads());
-  const int64_t edge = tile_blocks(p, P, threads);
-  std::vector<Tile> tiles;
-  for (int64_t i = 0; i < m; i += edge)
-    for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge) {
-      const double area = double(std::min(edge, m - i) * std::min(edge, n - j));
-      tiles.push_back({i, j, p.symmetric && i == j ? area / 2 : area});
-    }
-  if (threads > 1)
-    std::stable_sort(tiles.begin(), tiles.end(),
-                     [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
-  parallel_jobs(int64_t(tiles.size()), threads, [&](int64_t t) {
-    const Tile& tile = tiles[size_t(t)];
-    k.product[kind](p, tile.i, std::min(tile.i + edge, m), tile.j, std::min(tile.j + edge, n),
-                    tile_buffer());
+  const Jobs& jobs = k.jobs[kind];
+  int64_t edge = jobs.edge;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < m; i += edge)
+      for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge)
+        multiply(p, i, std::min(i + edge, m), j, std::min(j + edge, n));
+    return;
+  }
+  const std::vector<Job> list = jobs_of(p, jobs, m, n, threads, edge);
+  parallel_jobs(int64_t(list.size()), threads, [&](int64_t t) {
+    const Job& job = list[size_t(t)];
+    multiply(p, job.i, std::min(job.i + edge, m), job.j, std::min(job.j + edge, n));
   });
 }
 
@@ -205,6 +249,24 @@ Panels part(const Panels& p, int64_t r0, int64_t rows, int64_t c0, int64_t cols)
   return {data, rows, cols, p.kind, p.stride};
 }
 
+namespace {
+
+// The number that max_abs_bits found, NaN for one that is not finite.
+double value_of(uint64_t bits, DType dtype) {
+  double value;
+  if (dtype == DType::kF64) {
+    std::memcpy(&value, &bits, sizeof value);
+  } else {
+    const uint32_t low = uint32_t(bits);
+    float single;
+    std::memcpy(&single, &low, sizeof single);
+    value = single;
+  }
+  return std::isfinite(value) ? value : std::numeric_limits<double>::quiet_NaN();
+}
+
+}  // namespace
+
 double max_abs(const Matrix& m, int threads) {
   if (m.rows == 0 || m.cols == 0) return 0;
   const Kernels& k = kernels();
@@ -216,17 +278,7 @@ double max_abs(const Matrix& m, int threads) {
   parallel_jobs(jobs, threads, [&](int64_t i) {
     most[size_t(i)] = k.max_abs_bits(view, view.rows * i / jobs, view.rows * (i + 1) / jobs);
   });
-  const uint64_t bits = *std::max_element(most.begin(), most.end());
-  double value;
-  if (m.dtype == DType::kF64) {
-    std::memcpy(&value, &bits, sizeof value);
-  } else {
-    const uint32_t low = uint32_t(bits);
-    float single;
-    std::memcpy(&single, &low, sizeof single);
-    value = single;
-  }
-  return std::isfinite(value) ? value : std::numeric_limits<double>::quiet_NaN();
+  return value_of(*std::max_element(most.begin(), most.end()), m.dtype);
 }
 
 int exponent_of(double x) { return x > 0 ? std::ilogb(x) : 0; }
@@ -340,6 +392,19 @@ void copy_scaled(const Matrix& from, int shift, const Matrix& to) {
                   *static_cast<decltype(target)*>(address(to, i, j)));
     });
   });
+}
+
+double max_abs_lower(const Matrix& m) {
+  const Kernels& k = kernels();
+  uint64_t most = 0;
+  for (int64_t i = 0; i < m.rows; i++) {
+    Matrix row = m;
+    row.data = address(m, i, 0);
+    row.rows = 1;
+    row.cols = i + 1;
+    most = std::max(most, k.max_abs_bits(row, 0, 1));
+  }
+  return value_of(most, m.dtype);
 }
 
 double element(const Matrix& m, int64_t i, int64_t j) {

@@ -37,6 +37,8 @@ constexpr double kThreadGrain = 1 << 20;
 
 // Largest absolute value of a matrix (0 for an empty one), or NaN if an element is not finite.
 double max_abs(const Matrix& m, int threads);
+// The same of the triangle on and below the diagonal.
+double max_abs_lower(const Matrix& m);
 // e such that 2^e <= x < 2^(e+1); 0 for x = 0.
 int exponent_of(double x);
 // All of a packed matrix, zeros included, as one row of numbers.

@@ -51,6 +51,7 @@ enum class Triangle : int { kNone, kUpper, kLower };
 // their lower triangles are read.
 struct Product {
   Panels a, b;
+  Panels a_t;  // Aᵀ, where the caller has it: what reads rows of it need not transpose A
   bool symmetric = false;
   // Blocks of a triangular operand on its zero side are never read.
   Triangle a_shape = Triangle::kNone, b_shape = Triangle::kNone;
@@ -166,13 +167,25 @@ struct SignAdaptation {
   Panels out, out_t;
 };
 
+// How a product is cut into jobs, each a rectangle of blocks of the result.
+struct Jobs {
+  int64_t edge;  // blocks along the longest side of a job
+  // What a job does once for each of its block rows and block columns, in units of the work on one
+  // of its blocks.
+  double row_cost, col_cost;
+  // Scratch memory of a job of `edge` blocks a side.
+  size_t (*scratch_bytes)(int64_t edge);
+};
+
 struct Kernels {
   const char* name;
+  const char* fp32;   // how F32 products are computed: "fma" or "tiles"
+  double pair_rate;   // of BF16 products, where F32 ones have 1
   int panel[kKinds];  // P of each kind, 0 where the kind is not available
-  // Blocks [i0, i1) x [j0, j1) of a product, in units of P; `scratch` holds scratch_bytes(kind,
-  // blocks).
+  // Blocks [i0, i1) x [j0, j1) of a product, in units of P, a job of at most jobs.edge a side.
   void (*product[kKinds])(const Product&, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                           void* scratch);
+  Jobs jobs[kKinds];
   // Block rows [i0, i1) of a pack.
   void (*pack[kKinds])(const Pack&, int64_t i0, int64_t i1);
   // Block columns [j0, j1) of a combination, from fp32 [0] or fp64 [1] numbers.

@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -25,7 +26,9 @@ std::mutex mutex;
 std::vector<Chunk> idle;  // sorted by size
 size_t kept = 0, lent = 0, peak = 0;
 size_t limit = size_t(512) << 20;
-bool poison = false;
+std::atomic<bool> poison{false};
+std::atomic<int64_t> grants{-1};  // before a request fails; negative: none does
+thread_local Reserve* current = nullptr;
 
 Chunk allocate(size_t bytes) {
   const bool huge = bytes >= kHugePage;
@@ -49,8 +52,22 @@ void trim(size_t to) {
 
 }  // namespace
 
+Reserve::Use::Use(Reserve& reserve) : before_(current) { current = &reserve; }
+
+Reserve::Use::~Use() { current = before_; }
+
 Workspace::Workspace(size_t bytes) {
   if (bytes == 0) return;
+  const size_t size = rounded(bytes);
+  if (current != nullptr && current->used_ + size <= current->size_) {
+    reserve_ = current;
+    data_ = current->data_ + current->used_;
+    size_ = size;
+    current->used_ += size;
+    if (poison) std::memset(data_, 0xff, size);
+    return;
+  }
+  if (workspace_fails()) throw std::bad_alloc();
   std::unique_lock<std::mutex> lock(mutex);
   const auto fits =
       std::find_if(idle.begin(), idle.end(), [&](const Chunk& c) { return c.size >= bytes; });
@@ -76,6 +93,10 @@ Workspace::Workspace(size_t bytes) {
 
 Workspace::~Workspace() {
   if (data_ == nullptr) return;
+  if (reserve_ != nullptr) {
+    reserve_->used_ -= size_;
+    return;
+  }
   const std::lock_guard<std::mutex> lock(mutex);
   lent -= size_;
   const auto place =
@@ -117,9 +138,10 @@ void release_workspace() {
   const std::lock_guard<std::mutex> lock(mutex);
   trim(0);
 }
-void poison_workspace(bool on) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  poison = on;
-}
+void poison_workspace(bool on) { poison = on; }
+
+int64_t fail_workspace(int64_t count) { return grants.exchange(count); }
+
+bool workspace_fails() { return grants.load() >= 0 && grants.fetch_sub(1) == 0; }
 
 }  // namespace spectral_kernels::cpu

@@ -34,17 +34,10 @@ __global__ void __launch_bounds__(kThreads)
     write_at(e.new_squares, at.matrix, row, column, v);
     most = larger(most, larger(size_bits(m), size_bits(v)));
   });
-  most = largest_of_block<kThreads>(most, warps);
-  if (threadIdx.x == 0) atomicMax(largest + e.first + at.matrix, most);
+  raise_largest<kThreads>(most, warps, largest + e.first + at.matrix);
 }
 
 // numbers
-
-constexpr int kTableCounters = 64;
-
-struct CounterTable {
-  Counter counters[kTableCounters];
-};
 
 DEVICE double steps_of(const Counter& c, int64_t i) {
   const int64_t at = c.each ? i : 0;
@@ -100,6 +93,42 @@ __global__ void __launch_bounds__(kThreads)
     inverse[matrix] = float(1 / (sqrt(total / double(e.rows * e.columns)) + 1e-30));
 }
 
+// The size of x once it is rounded to a type, as far as it is not finite.
+DEVICE uint32_t lost_bits(Type type, float x) {
+  const uint32_t bits = size_bits(x);
+  const uint32_t most = type == Type::kF16    ? bits_of(65520.f)
+                        : type == Type::kBF16 ? 0x7f7f8000u
+                                              : kInfinityBits;
+  return bits < most ? 0 : kInfinityBits;
+}
+
+// W of one matrix: what becomes of an element.
+struct Move {
+  float decay, rate;
+
+  DEVICE Move(const Numbers& numbers, const float* inverse, int64_t matrix)
+      : decay(numbers.decay), rate(numbers.rate * (inverse != nullptr ? inverse[matrix] : 1.f)) {}
+  DEVICE float operator()(const Adapted& e, int64_t matrix, int64_t row, int64_t column) const {
+    const float u = read(e.update, index(e.update, matrix, row, column));
+    return decay * read(e.param, index(e.param, matrix, row, column)) - rate * u;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    outlook_kernel(const __grid_constant__ TableOf<Adapted> table, const Numbers* numbers,
+                   const float* inverse, uint32_t* largest) {
+  DYNAMIC_SHARED(uint32_t, warps);
+  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
+  const Adapted& e = *at.entry;
+  const int64_t matrix = e.first + at.matrix;
+  const Move move(numbers[matrix], inverse, matrix);
+  uint32_t most = 0;
+  each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
+    most = larger(most, lost_bits(e.param.type, move(e, at.matrix, row, column)));
+  });
+  raise_largest<kThreads>(most, warps, largest + matrix);
+}
+
 __global__ void __launch_bounds__(kThreads)
     commit_kernel(const __grid_constant__ TableOf<Adapted> table, const Adam adam,
                   const Numbers* numbers, const float* inverse, NonFinite nonfinite,
@@ -108,8 +137,7 @@ __global__ void __launch_bounds__(kThreads)
   const Adapted& e = *at.entry;
   const int64_t matrix = e.first + at.matrix;
   if (kept(largest[matrix], nonfinite)) return;
-  const float decay = numbers[matrix].decay;
-  const float rate = numbers[matrix].rate * (inverse != nullptr ? inverse[matrix] : 1.f);
+  const Move move(numbers[matrix], inverse, matrix);
   each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
     if (e.moment.data != nullptr) {
       const float g = gradient_of(e, adam, at.matrix, row, column);
@@ -117,9 +145,7 @@ __global__ void __launch_bounds__(kThreads)
       if (e.squares.data != nullptr)
         write_at(e.squares, at.matrix, row, column, new_square(e, adam, g, at.matrix, row, column));
     }
-    const int64_t to = index(e.param, at.matrix, row, column);
-    const float u = read(e.update, index(e.update, at.matrix, row, column));
-    write(e.param, to, decay * read(e.param, to) - rate * u);
+    write_at(e.param, at.matrix, row, column, move(e, at.matrix, row, column));
   });
 }
 
@@ -147,16 +173,11 @@ int launch_adam(const std::vector<Adapted>& entries, const Adam& adam, uint32_t*
 
 int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedule, Numbers* numbers,
                    uint32_t* largest, void* stream) {
-  for (size_t begin = 0; begin < counters.size(); begin += kTableCounters) {
-    CounterTable table;
-    unsigned count = 0;
-    for (size_t i = begin; i < counters.size() && count < kTableCounters; i++)
-      table.counters[count++] = counters[i];
-    LAUNCH(numbers_kernel, dim3(count), dim3(kThreads), 0, stream, table, schedule, numbers,
+  return for_each_counter_table(counters, [&](const CounterTable& table, unsigned blocks) {
+    LAUNCH(numbers_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, schedule, numbers,
            largest);
-    if (const int error = launched(); error != 0) return error;
-  }
-  return 0;
+    return launched();
+  });
 }
 
 int64_t place_sums(std::vector<Adapted>& entries) {
@@ -173,6 +194,15 @@ int launch_inverse_rms(const std::vector<Adapted>& entries, double* sums, uint32
   return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
     LAUNCH(inverse_rms_kernel, dim3(blocks), dim3(kThreads), kReduceBytes<kThreads>, stream, table,
            sums, arrived, inverse);
+    return launched();
+  });
+}
+
+int launch_outlook(const std::vector<Adapted>& entries, const Numbers* numbers,
+                   const float* inverse, uint32_t* largest, void* stream) {
+  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
+    LAUNCH(outlook_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t), stream,
+           table, numbers, inverse, largest);
     return launched();
   });
 }

@@ -61,6 +61,11 @@ int64_t place_sums(std::vector<Adapted>& entries);
 int launch_inverse_rms(const std::vector<Adapted>& entries, double* sums, uint32_t* arrived,
                        float* inverse, void* stream);
 
+// largest[i] becomes that of something not finite where an element of decay W - rate U, rounded to
+// W's type, is not.
+int launch_outlook(const std::vector<Adapted>& entries, const Numbers* numbers,
+                   const float* inverse, uint32_t* largest, void* stream);
+
 // M <- M' and V <- V' as launch_adam has them, and W <- decay W - rate U, rounded once, of the
 // matrices that are not kept; `inverse` may be null. Absent moments and squares stay.
 int launch_commit(const std::vector<Adapted>& entries, const Adam& adam, const Numbers* numbers,

@@ -53,11 +53,6 @@ DEVICE float ratio(const Deva& deva, float top, float v, float eps) {
   return bottom == 0 && top == 0 ? 1.f : top / bottom;
 }
 
-DEVICE void see(uint32_t most, uint32_t* warps, uint32_t* largest) {
-  most = largest_of_block<kThreads>(most, warps);
-  if (threadIdx.x == 0) atomicMax(largest, most);
-}
-
 constexpr size_t kTileBytes = kWarps * kAcross * 2 * sizeof(double);
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -121,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     squares = sum_of_block<kThreads>(squares, warps);
     if (threadIdx.x == 0) sums[t.of_fast() + t.of_slow() + at.part] = squares;
   }
-  see(most, reinterpret_cast<uint32_t*>(warps + kWarps), buffers.largest + e.first + at.matrix);
+  raise_largest<kThreads>(most, reinterpret_cast<uint32_t*>(warps + kWarps),
+                          buffers.largest + e.first + at.matrix);
 }
 
 // The energies of M' and G' on one line, added over tiles in their order.
@@ -168,7 +164,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     buffers.lines[e.line + at.matrix * lines_of(e) + line] = {seen, float(top)};
   }
-  see(most, reinterpret_cast<uint32_t*>(warps + 4 * kWarps), buffers.largest + matrix);
+  raise_largest<kThreads>(most, reinterpret_cast<uint32_t*>(warps + 4 * kWarps),
+                          buffers.largest + matrix);
   float* eps = buffers.eps + 2 * matrix;
   if (!deva.relative) {
     if (at.part == 0 && threadIdx.x < 2) eps[threadIdx.x] = deva.adam.eps;
@@ -229,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float o = read(e.direction, index(e.direction, at.matrix, i, j));
     write_at(e.direction, at.matrix, i, j, e.scale * gamma * o);
   });
-  see(most, warps, buffers.largest + matrix);
+  raise_largest<kThreads>(most, warps, buffers.largest + matrix);
 }
 
 // One element of norm "linf".
@@ -294,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_at(e.new_squares, at.matrix, i, j, x.v);
     most = larger(most, larger(size_bits(x.m), size_bits(x.v)));
   });
-  see(most, warps, buffers.largest + matrix);
+  raise_largest<kThreads>(most, warps, buffers.largest + matrix);
 }
 
 template <auto kKernel, class Parts>

@@ -1,9 +1,14 @@
+#include <algorithm>
 #include <atomic>
 
 #include "device.h"
 
 #ifndef CUDA_EMULATION
 #include <cuda_runtime.h>
+
+#ifndef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
+#define SPECTRAL_KERNELS_CUDA_ARCHITECTURES ""  // a file compiled by itself
+#endif
 #endif
 
 namespace spectral_kernels::cuda {
@@ -32,6 +37,15 @@ void prefer_wgmma(bool on) { wgmma_preferred = on; }
 void prefer_queue(std::optional<bool> on) { queue_wish = on; }
 bool queue_preferred(bool by_model) { return queue_wish.load().value_or(by_model); }
 
+bool names_wgmma(std::string_view architectures) {
+  for (size_t begin = 0; begin <= architectures.size();) {
+    const size_t end = std::min(architectures.find(',', begin), architectures.size());
+    if (architectures.substr(begin, end - begin) == "90a") return true;
+    begin = end + 1;
+  }
+  return false;
+}
+
 #ifdef CUDA_EMULATION
 const char* error_text(int) { return "emulated launch failed"; }
 int64_t shared_memory_limit(int) { return emulation::shared_limit; }
@@ -45,7 +59,8 @@ int64_t shared_memory_limit(int device) {
 }
 
 int wgmma_multiprocessors(int device) {
-  return wgmma_preferred && capability(device) == 90
+  return wgmma_preferred && names_wgmma(SPECTRAL_KERNELS_CUDA_ARCHITECTURES) &&
+                 capability(device) == 90
              ? attribute(cudaDevAttrMultiProcessorCount, device, 132)
              : 0;
 }

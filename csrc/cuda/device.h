@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace spectral_kernels::cuda {
 
@@ -13,7 +14,10 @@ int64_t shared_memory_limit(int device);
 // Multiprocessors of the largest card of a device's architecture, which is what schedules are made
 // for: bits must not depend on the card. 132 if there is no such device.
 int multiprocessors_of_kind(int device);
-// Multiprocessors of a device whose processors have wgmma, if `prefer_wgmma` asked for it; else 0.
+// Whether a list of built architectures, as "80,90a", has the one with wgmma: plain 90 is without.
+bool names_wgmma(std::string_view architectures);
+// Multiprocessors of a device whose processors have wgmma and that this library holds the machine
+// code for, if `prefer_wgmma` asked for it; else 0.
 int wgmma_multiprocessors(int device);
 // The wgmma products have run on no card yet: off by default, for the checks of `make gpu`.
 void prefer_wgmma(bool on);

@@ -17,6 +17,7 @@ constexpr float kUnitRoundoff = 0x1p-24f;
 constexpr float kMScale = 0x1p14f;  // |M| <= 1
 constexpr int kProbes = 8;
 constexpr float kResidualLimit = 0.25f;
+constexpr float kWeightedLimit = 256;  // units of roundoff, see the specification
 
 // The larger one, NaN if either is.
 DEVICE float larger(float a, float b) { return b <= a || a != a ? a : b; }
@@ -136,12 +137,13 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       frobenius * float(sqrt(sqrt(chip.sum_of_squares(acc, scratch)))) * (1 + 4 * kUnitRoundoff);
   const bool bounded = delta >= 4 * kUnitRoundoff * nu;
   if (call.never || (!bounded && !call.always)) return finish(kRootUnbounded, 0, 0, shown);
-  const int level_of_low = -exponent_of(bits_of(bounded ? delta / nu : 4 * kUnitRoundoff));
+  const float end = bounded ? delta / nu : 4 * kUnitRoundoff;
+  const float weighted_limit =
+      kWeightedLimit * kUnitRoundoff * (p + float(pow(double(end), -1.0 / p)));
+  const int level_of_low = -exponent_of(bits_of(end));
   const int lowest = level_of_low > 1 ? level_of_low : 1;  // one step at least
 
-  // A schedule that goes down further than the spectrum loses accuracy. The root that the ridge's
-  // own schedule leads to bounds the spectrum from below, and may call for a second one; where it
-  // fails, the second is longer.
+  // Where the ridge's own schedule fails, a longer one is tried.
   int level = lowest;
   for (int attempt = 0; attempt < 2; attempt++) {
     const int steps = schedules.steps[level];
@@ -150,8 +152,9 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       if (chip.row(low) >= n && chip.diagonal(d, h, low, 0)) u = 1;
       if (chip.row(low) >= n && chip.diagonal(d, h, low, 1)) v = 1;
     });
-    // The first row of every schedule is linear: M is read after the barriers that N needs.
     chip.store(acc, shared + kM, kMScale);
+    // A linear first row reads M only after the barriers that N needs.
+    if (schedules.rows[level][0].c != 0) __syncthreads();
     float x_scale = 1;
     for (int t = 0; t < steps; t++) {
       const RootStep& s = schedules.rows[level][t];
@@ -222,34 +225,19 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       put(i, j, u * back);
       put(i, j + 1, v * back);
     });
-    // log2 of a bound on the largest eigenvalue of X, || X^4 ||_F^(1/4)
-    float exponent_of_x = 0;
-    if (attempt == 0) {
-      for (int squared = 0; squared < 3; squared++) {
-        const float norm = float(sqrt(chip.sum_of_squares(acc, scratch)));
-        exponent_of_x += log2f(norm) / float(1 << squared);
-        if (squared == 2) break;
-        Chip::scale(acc, 1 / norm);
-        chip.store(acc, shared + kN, kMScale);
-        __syncthreads();
-        Chip::zero(acc);
-        chip.product(acc, kN, kN);
-        Chip::scale(acc, 1 / (kMScale * kMScale));  // the next sum keeps the next store apart
-      }
-    }
     load(1 / nu);
     chip.store(acc, shared + kM, kMScale);
 
-    // || (X^floor(p/2) (B / nu) X^ceil(p/2) - I) Omega ||_F / || Omega ||_F
     float *y = vectors, *z = vectors + Memory::kRows * kProbes;
-    const auto omega = [&](int i) { return schedules.signs[i / 32] >> i % 32 & 1 ? -1.f : 1.f; };
-    for (int i = tid; i < Memory::kRows * kProbes; i += Chip::kThreads)
-      y[i] = i < n * kProbes ? omega(i) : 0.f;
-    __syncthreads();
-    for (int factor = 0; factor <= p; factor++) {
-      const bool middle = factor == p - p / 2;
-      const char* m = shared + (middle ? kM : kX);
-      const float unscale = 1 / (middle ? kMScale : final_scale);
+    float* of = reinterpret_cast<float*>(shared + kN);
+    const auto start = [&] {  // Y = Omega, the fixed signs
+      for (int i = tid; i < Memory::kRows * kProbes; i += Chip::kThreads)
+        y[i] = i >= n * kProbes ? 0.f : schedules.signs[i / 32] >> i % 32 & 1 ? -1.f : 1.f;
+      __syncthreads();
+    };
+    const auto multiply = [&](bool by_m) {  // Y <- B / nu Y, or X Y
+      const char* m = shared + (by_m ? kM : kX);
+      const float unscale = 1 / (by_m ? kMScale : final_scale);
       constexpr int kShare = kProbes / 2;  // columns a thread makes of its row
       const int row = tid / 2, column = tid % 2 * kShare;
       float out[kShare] = {};
@@ -264,25 +252,31 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       float* other = y;
       y = z;
       z = other;
-    }
-    double error = 0;
-    for (int i = tid; i < n * kProbes; i += Chip::kThreads) {
-      const double difference = double(y[i]) - double(omega(i));
-      error += difference * difference;
-    }
-    const float residual = float(sqrt(chip.sum(error, scratch) / (n * kProbes)));
-    __syncthreads();
+    };
+    const auto change = [&](int before, int after) {  // ||X^after (B / nu) X^before Y - Y|| / ||Y||
+      for (int i = tid; i < n * kProbes; i += Chip::kThreads) of[i] = y[i];  // read by this thread
+      for (int i = 0; i <= before + after; i++) multiply(i == before);
+      double error = 0, all = 0;
+      for (int i = tid; i < n * kProbes; i += Chip::kThreads) {
+        const double difference = double(y[i]) - double(of[i]);
+        error += difference * difference;
+        all += double(of[i]) * double(of[i]);
+      }
+      error = chip.sum(error, scratch);
+      __syncthreads();
+      all = chip.sum(all, scratch);
+      __syncthreads();
+      return float(sqrt(error / all));
+    };
+    start();
+    const float residual = change(p - p / 2, p / 2);
+    start();
+    multiply(true);
+    const float weighted = change(p, 0);
     const double negative = chip.sum(least > 0 ? 0 : 1, scratch);
-    const bool accepted = residual <= kResidualLimit && negative == 0;
-    if (accepted) finish(kRootConverged, steps, residual, shown);
-    if (attempt == 1 && accepted) return;
-    if (!accepted) {
-      level = lowest + 4 < kRootLevels ? lowest + 4 : kRootLevels - 1;
-      continue;
-    }
-    const int measured = 1 + int(ceilf(float(p) * exponent_of_x));
-    if (measured + 1 >= level) return;
-    level = measured > 1 ? measured : 1;
+    if (residual <= kResidualLimit && weighted <= weighted_limit && negative == 0)
+      return finish(kRootConverged, steps, residual, shown);
+    level = lowest + 4 < kRootLevels ? lowest + 4 : kRootLevels - 1;
   }
   finish(kRootFailed, 0, 0, shown);
 }
@@ -313,7 +307,7 @@ RootSchedules root_schedules(int p) {
   all.p = p;
   for (int level = 0; level < kRootLevels; level++) {
     const double low = std::ldexp(1.0, -level);
-    const auto rows = root_schedule(low, p, root_tolerance(low, kUnitRoundoff));
+    const auto rows = root_schedule(low, p, root_tolerance(kUnitRoundoff));
     all.steps[level] = int(rows.size());
     constexpr int kPoints = 512;
     std::vector<double> m, x(kPoints + 1, 1.0);

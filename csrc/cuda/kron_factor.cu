@@ -1,6 +1,7 @@
 // The guard of factors that are updated in place.
 #include "kron_factor.h"
 #include "launch.h"
+#include "reduce.h"
 #include "table.h"
 
 namespace spectral_kernels::cuda {
@@ -13,7 +14,7 @@ HOST_DEVICE int64_t parts_of(const Entry& e) { return (e.rows + kRows - 1) / kRo
 
 // The largest element of a semidefinite matrix is on its diagonal, and its sum of squares is only
 // formed where a bound leaves it open.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     overflow_kernel(const __grid_constant__ Table table, const uint32_t* largest,
                     uint32_t* overflow) {
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return parts_of(e); });
@@ -24,10 +25,14 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const double bound = double(e.scale) * double(float_of(most)) * float_of(most) * e.columns;
   bool bad = !finite(most);
+  uint32_t known = 0;  // this thread's share of the lower triangle, which is what is read
   for (int64_t row = at.part * kRows + warp; row < e.rows && !bad; row += kThreads / 32) {
     if (row >= (at.part + 1) * kRows) break;
     const int64_t corner = at.matrix * factor.batch + row * (factor.row + factor.column);
     const double old = e.keep == 0 ? 0 : fabs(double(e.keep) * read(factor, corner));
+    for (int64_t i = lane; i <= row && e.keep != 0; i += 32)
+      known = larger(known, size_bits(read(factor, at.matrix * factor.batch + row * factor.row +
+                                                       i * factor.column)));
     double sum = 0;
     if (!(old + bound <= kMost / 2)) {
       for (int64_t i = lane; i < e.columns; i += 32) {
@@ -38,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     bad = !(old + e.scale * sum <= kMost);
   }
-  if (bad && lane == 0) atomicMax(overflow + matrix, kInfinityBits);
+  if ((bad && lane == 0) || !finite(known)) atomicMax(overflow + matrix, kInfinityBits);
 }
 
 }  // namespace

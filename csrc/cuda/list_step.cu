@@ -37,6 +37,7 @@ HOST_DEVICE int64_t scan_parts(const Entry& e, Of of) {
   int64_t parts = 0;
   if (of != Of::kMomentum) parts += scan_parts(scan_of(e, e.source));
   if (of != Of::kSource && e.momentum.data != nullptr) parts += scan_parts(scan_of(e, e.momentum));
+  if (of == Of::kAll) parts += scan_parts(scan_of(e, e.target));
   return parts;
 }
 
@@ -45,9 +46,10 @@ __global__ void __launch_bounds__(kThreads)
   DYNAMIC_SHARED(uint32_t, warps);
   const Place at = place(table, blockIdx.x, [&](const Entry& e) { return scan_parts(e, of); });
   const int64_t of_source = of == Of::kMomentum ? 0 : scan_parts(*at.entry, Of::kSource);
-  const bool second = at.part >= of_source;
-  const int64_t part = second ? at.part - of_source : at.part;
-  const Matrices& m = second ? at.entry->momentum : at.entry->source;
+  const int64_t of_both = of == Of::kAll ? scan_parts(*at.entry, Of::kBoth) : at.part + 1;
+  const bool second = at.part >= of_source, third = at.part >= of_both;
+  const int64_t part = at.part - (third ? of_both : second ? of_source : 0);
+  const Matrices& m = third ? at.entry->target : second ? at.entry->momentum : at.entry->source;
   const Scan s = scan_of(*at.entry, m);
   const int64_t across = (s.length + kScanColumns - 1) / kScanColumns;
   const int64_t line0 = part / across * kScanLines, column0 = part % across * kScanColumns;
@@ -72,8 +74,8 @@ __global__ void __launch_bounds__(kThreads)
     for (; j < columns; j += kThreads)
       most = larger(most, size_bits(read(m, start + j * s.element)));
   }
-  most = largest_of_block<kThreads>(most, warps);
-  if (threadIdx.x == 0) atomicMax(largest + at.entry->first + at.matrix, most);
+  if (third && finite(most)) most = 0;
+  raise_largest<kThreads>(most, warps, largest + at.entry->first + at.matrix);
 }
 
 // prologue
@@ -109,10 +111,8 @@ DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f
   if (!last_total<kThreads>(share, shares, at.part, parts, norms.arrived + matrix, warps, total))
     return;
   if (threadIdx.x != 0) return;
-  const double least = ldexp(double(norms.eps), pack_shift(largest, f16)),
-               wanted = sqrt(total) * norms.norm_factor;
-  const double used = wanted > least ? wanted : least;
-  norms.factor[matrix] = used > 0 ? float(1 / used) : 0.f;
+  norms.factor[matrix] =
+      inverse_of(divisor_of(sqrt(total) * norms.norm_factor, norms.eps, pack_shift(largest, f16)));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -173,13 +173,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // count
-
-constexpr int kTableCounters = 64;
-
-struct CounterTable {
-  int count = 0;
-  Counter counters[kTableCounters];
-};
 
 DEVICE void add_one(const Counter& c, int64_t i) {
   if (c.integer)
@@ -244,15 +237,11 @@ int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
 
 int launch_count(const std::vector<Counter>& counters, NonFinite nonfinite, const uint32_t* largest,
                  unsigned long long* skipped, void* stream) {
-  for (size_t begin = 0; begin < counters.size(); begin += kTableCounters) {
-    CounterTable table;
-    for (size_t i = begin; i < counters.size() && table.count < kTableCounters; i++)
-      table.counters[table.count++] = counters[i];
-    LAUNCH(count_kernel, dim3(unsigned(table.count)), dim3(kThreads),
-           kThreads / 32 * sizeof(int64_t), stream, table, nonfinite, largest, skipped);
-    if (const int error = launched(); error != 0) return error;
-  }
-  return 0;
+  return for_each_counter_table(counters, [&](const CounterTable& table, unsigned blocks) {
+    LAUNCH(count_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(int64_t), stream,
+           table, nonfinite, largest, skipped);
+    return launched();
+  });
 }
 
 }  // namespace spectral_kernels::cuda

@@ -9,7 +9,8 @@ namespace spectral_kernels::cuda {
 
 enum class NonFinite : int { kSkip, kPropagate };
 
-enum class Of : int { kSource, kMomentum, kBoth };
+// kAll: both, and of the target only whether it is finite.
+enum class Of : int { kSource, kMomentum, kBoth, kAll };
 
 // largest[i] <- max of itself and the bits of max |element| of matrix i: at least kInfinityBits
 // where one is not finite. The maximum of integers does not depend on the order it is taken in.

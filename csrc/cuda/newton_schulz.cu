@@ -241,10 +241,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       norm *= sqrt(sqrt(sqrt(sum)));
     }
     const int shift = shift_of(e, largest[e.first + at.matrix], f16);
-    const double floor_ = ldexp(double(segment.eps), shift);
-    const double wanted = norm * segment.norm_factor;
-    const double used = wanted > floor_ ? wanted : floor_;
-    inverse = used > 0 ? float(1 / used) : 0.f;
+    const double used = divisor_of(norm * segment.norm_factor, segment.eps, shift);
+    inverse = inverse_of(used);
     Chip::scale(acc, used > 0 ? float(trace / (used * used)) : 0.f);
   } else {
     inverse = 1 / segment.before;

@@ -32,8 +32,10 @@ class Iteration {
     gram.alpha = r_scale * (factor != nullptr ? 1.f : before * before);
     gram.factor = factor;
     gram.power = 2;
-    gram.lower_d = plan_.wgmma != 0;  // R is read by products of square matrices only
+    // R is read by products of square matrices only, and by wgmma from one triangle.
+    gram.d_format.lower = plan_.wgmma != 0;
     products.push_back(gram);
+    Format r_format = gram.d_format;
 
     for (int t = 0; t < segment.steps; t++) {
       const OnChipStep& s = segment.step[t];
@@ -43,11 +45,10 @@ class Iteration {
       const float w_scale = alone && ends ? s.q_scale : s.w_scale;
       Product product = squares(r, r, w);
       product.c = r;
-      product.c_format = format_;
+      product.format = product.c_format = r_format;
       product.alpha = s.c * w_scale / (r_scale * r_scale);
       product.beta = s.b * w_scale / r_scale;
       product.gamma = segment.apart ? 0.f : s.a * w_scale;
-      product.lower_ab = gram.lower_d;
       if (alone && ends) product.d_format = x_format_;
       products.push_back(product);
       if (alone) {
@@ -57,17 +58,26 @@ class Iteration {
         product.alpha = s.q_scale / (q_scale * w_scale);
         if (ends) product.d_format = x_format_;
         products.push_back(product);
+        if (ends && plan_.planes == 1) {  // what the 16-bit Q leaves
+          product.c = spare;
+          product.c_format = x_format_;
+          product.beta = -1;
+          product.d = half;
+          products.push_back(product);
+        }
         q_scale = s.q_scale;
         std::swap(q, spare);
       }
       if (!ends) {
         product = squares(r, w, half);
+        product.format = r_format;
         product.alpha = s.t_scale / (r_scale * w_scale);
         products.push_back(product);
         product = squares(half, w, r);
         product.alpha = s.r_scale / (s.t_scale * w_scale);
         products.push_back(product);
         r_scale = s.r_scale;
+        r_format = format_;
       }
       if (alone) std::swap(q, w);
     }
@@ -83,6 +93,20 @@ class Iteration {
     if (segment.apart) {
       apply.c = x_;
       apply.beta = scale * segment.step[0].a;
+    }
+    // On a null space Q is the product of the a, hundreds of times what it is on the rest, and X is
+    // exactly 0 there where rows or columns repeat: one 16-bit Q would add the rounding of the
+    // large part. What the low half adds may be rounded; kRoom keeps it within fp16.
+    if (plan_.planes == 1 && segment.steps > 1) {
+      constexpr float kRoom = 1 << 14;
+      Product low = apply;
+      low.a = half;
+      low.d = next_;
+      low.factor = nullptr;
+      low.alpha = 1 / (kRoom * q_scale);
+      products.push_back(low);
+      apply.c = next_;
+      apply.beta = scale * kRoom;
     }
     apply.d = last ? nullptr : next_;
     apply.update = update_;

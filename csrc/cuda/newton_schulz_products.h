@@ -11,8 +11,8 @@ namespace spectral_kernels::cuda {
 // Square matrices are held as X is. Two planes of fp16 keep fp32 accuracy at three times the cost
 // of a product; 16-bit X is iterated on in its own format in the standard form, which costs less
 // than the Gram form in two planes unless a matrix is this much longer than it is wide: five steps
-// take 7.5 r + 2.5 against 1.5 r + 25.5 times n³ multiplications with columns = r rows.
-constexpr int kLeastGramRatio = 4;
+// take 7.5 r + 2.5 against 2.5 r + 26 times n³ multiplications with columns = r rows.
+constexpr int kLeastGramRatio = 5;
 
 // Workspaces for the large matrices of a list, in elements; X is `packed`, as in OnChipSizes.
 struct ProductPlan {

@@ -138,19 +138,25 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
     constexpr int kSize = kTile * kTile;
     const int64_t counter = e.tile + at.matrix * tiles_of(e, p.shape, kTile) + tile;
     float* parts = buffers.parts + counter * kMostChunks * kSize;
-    // The last block need not write its own part, if it knows that it is the last.
-    if (tid == 0) *turn = int(fresh(buffers.arrived + counter));
+    // The last block need not write its own part, if it knows that it is the last. One thread's
+    // fence is one for all that stands before its barrier, and for all that comes behind the next.
+    if (tid == 0) {
+      *turn = int(fresh(buffers.arrived + counter));
+      __threadfence();
+    }
     BARRIER(kThreads);
     if (*turn + 1 != int(chunks)) {
       for (int i = tid; i < kSize; i += kThreads)
         parts[chunk * kSize + i] = staged<kTile>(shared, i / kTile, i % kTile);
-      __threadfence();
       BARRIER(kThreads);
-      if (tid == 0) *turn = int(atomicAdd(buffers.arrived + counter, 1u));
+      if (tid == 0) {
+        __threadfence();
+        *turn = int(atomicAdd(buffers.arrived + counter, 1u));
+        __threadfence();
+      }
       BARRIER(kThreads);
       if (*turn + 1 != int(chunks)) return;
     }
-    __threadfence();
     if (tid == 0) buffers.arrived[counter] = 0;
     for (int i = tid; i < kSize; i += kThreads) {
       float& own = staged<kTile>(shared, i / kTile, i % kTile);
@@ -169,15 +175,30 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
   const int64_t c_plane = kWide ? x_plane : square_plane;
   // Both mirror images of an element are one number: a tile on the diagonal shows its lower half.
   const auto result = [&](int row, int column) {
-    return alpha * (diagonal && row < column ? staged<kTile>(shared, column, row)
-                                             : staged<kTile>(shared, row, column));
+    return rounded_product(alpha, diagonal && row < column ? staged<kTile>(shared, column, row)
+                                                           : staged<kTile>(shared, row, column));
   };
   if (p.d != nullptr) {
     const int64_t offset = kWide ? of_x : of_square;
+    if (!kWide && p.c != nullptr) {
+      // C is read once, from the triangle that is stored in every format, and both images of D are
+      // written from what is staged then.
+      for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
+        const int fast = i % (kTile / 2) * 2, slow = i / (kTile / 2);
+        const int64_t row = row0 + slow, column = column0 + fast;
+        if (row >= e.rows || column > row) continue;
+        const float2 old = load_pair(p.c + offset + row * line + column, c_plane, p.c_format);
+        float &u = staged<kTile>(shared, slow, fast), &v = staged<kTile>(shared, slow, fast + 1);
+        u = fmaf(beta, old.x, rounded_product(alpha, u));
+        v = fmaf(beta, old.y, rounded_product(alpha, v));
+      }
+      BARRIER(kThreads);
+      alpha = 1;
+    }
     const auto put = [&](int64_t row, int64_t column, float u, float v) {
       if (row >= e.rows || column >= line) return;
       const int64_t place_of_pair = offset + row * line + column;
-      if (p.c != nullptr) {
+      if (kWide && p.c != nullptr) {
         const float2 old = load_pair(p.c + place_of_pair, c_plane, p.c_format);
         u = fmaf(beta, old.x, u);
         v = fmaf(beta, old.y, v);
@@ -189,7 +210,7 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
     for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
       const int fast = i % (kTile / 2) * 2, slow = i / (kTile / 2);
       put(row0 + slow, column0 + fast, result(slow, fast), result(slow, fast + 1));
-      if (!kWide && !diagonal && !p.lower_d)
+      if (!kWide && !diagonal && !p.d_format.lower)
         put(column0 + slow, row0 + fast, result(fast, slow), result(fast + 1, slow));
     }
     return;
@@ -230,9 +251,10 @@ DEVICE void finish_tile(const Unit& unit, const Product& p, const ProductBuffers
       // The scale comes between both steps: with either end it may overflow.
       own = alpha * own * unshifted.first * e.scale * unshifted.second;
       if (e.keep != 0)
-        own +=
-            e.keep * read(e.momentum, at.matrix * e.momentum.batch + (row0 + row) * e.momentum.row +
-                                          (column0 + column) * e.momentum.column);
+        own = fmaf(e.keep,
+                   read(e.momentum, at.matrix * e.momentum.batch + (row0 + row) * e.momentum.row +
+                                        (column0 + column) * e.momentum.column),
+                   own);
     }
     BARRIER(kThreads);
     alpha = 1;

@@ -109,6 +109,8 @@ DEVICE int own_thread() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
+// a b, rounded: never a part of a fused multiply-add, whatever stands around it.
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 

@@ -22,6 +22,13 @@ DEVICE uint32_t largest_of_block(uint32_t most, uint32_t* warps) {
   return most;
 }
 
+// largest[0] <- max of itself and every thread's value: integers need no order.
+template <int kThreads>
+DEVICE void raise_largest(uint32_t most, uint32_t* warps, uint32_t* largest) {
+  most = largest_of_block<kThreads>(most, warps);
+  if (threadIdx.x == 0) atomicMax(largest, most);
+}
+
 // The sum over the block of every thread's value, the same in all threads; `warps` is free again
 // after the next barrier.
 template <int kThreads>
@@ -40,10 +47,10 @@ DEVICE bool last_to_arrive(uint32_t* arrived, int64_t parts, int* turn) {
   if (threadIdx.x == 0) {
     __threadfence();
     *turn = int(atomicAdd(arrived, 1u));
+    __threadfence();
   }
   __syncthreads();
   if (*turn + 1 != int(parts)) return false;
-  __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
   return true;
 }

@@ -20,11 +20,13 @@
 
 #include "../check.h"
 #include "../counters.h"
+#include "../root_rows.h"
 #include "eigen_root.h"
 #include "eigenbasis.h"
 #include "inverse_root.h"
 #include "list_step.h"
 #include "newton_schulz.h"
+#include "slices.h"
 #include "tensors.h"
 
 namespace spectral_kernels::cuda {
@@ -40,29 +42,6 @@ void check_square_onchip(const at::Tensor& a, const char* op) {
 }
 
 constexpr int64_t kMostVectorBytes = 64 << 20;
-
-// Entries in groups of at most so many matrices, with places for n x n numbers each.
-std::vector<std::vector<Entry>> parts_of(const std::vector<Entry>& entries, int64_t most) {
-  std::vector<std::vector<Entry>> parts(1);
-  int64_t left = most;
-  for (const Entry& whole : entries)
-    for (int64_t begin = 0; begin < whole.count;) {
-      if (left == 0) {
-        parts.emplace_back();
-        left = most;
-      }
-      Entry e = whole;
-      e.count = std::min(left, whole.count - begin);
-      e.first += begin;
-      e.square = (most - left) * e.rows * e.rows;
-      for (Matrices* m : {&e.source, &e.target})
-        m->data = static_cast<char*>(m->data) + begin * m->batch * int64_t(sizeof(float));
-      parts.back().push_back(e);
-      begin += e.count;
-      left -= e.count;
-    }
-  return parts;
-}
 
 const RootSchedules& schedules_of(int64_t p) {
   static const std::array<RootSchedules, 8> all = [] {
@@ -106,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   call.ridge = float(ridge);
   call.relative_ridge = float(relative_ridge);
   call.always = how == "iteration";
-  call.never = how == "eigen";
+  call.never = how == "eigen" || (how == "auto" && side <= kMostRootRowsDecomposed);
   const RootResults results{status.data_ptr<int64_t>(), steps.data_ptr<int64_t>(),
                             residual.data_ptr<float>(), delta.data_ptr<float>()};
   const RootSchedules& schedules = schedules_of(p);
@@ -121,10 +100,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   const at::Tensor sweeps = at::empty({leading(a)}, a.options().dtype(at::kLong));
   const EigenResults eigen{values.data_ptr<double>(), vectors.data_ptr<double>(),
                            sweeps.data_ptr<int64_t>()};
-  for (const std::vector<Entry>& part : parts_of(entries, most)) {
+  const auto bytes_of_vectors = [&](const Entry&) { return n * n * 8; };
+  in_slices(entries, kMostVectorBytes, bytes_of_vectors, [&](std::vector<Entry> part) {
+    int64_t placed = 0;
+    for (Entry& e : part) {
+      e.square = placed * n * n;
+      placed += e.count;
+    }
     check_launch(launch_eigenbasis(part, bits, results.status, eigen, stream_of(a)), kOp);
     check_launch(launch_eigen_root(part, schedules, eigen, results, stream_of(a)), kOp);
-  }
+  });
   return {root, status, steps, residual, delta};
 }
 

@@ -1,6 +1,7 @@
 // gram, newton_schulz and muon_step_ on CUDA tensors: workspaces, and which kernels serve what.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -73,13 +74,12 @@ struct Plan {
   }
 
   // Steps before which X is formed anew. In full precision the Gram form keeps the accuracy of the
-  // standard one only with restarts that were measured for the rows; with a 16-bit X the 22 bits
-  // of its Gram matrix are enough without.
+  // standard one only with restarts.
   std::vector<int64_t> cuts(at::IntArrayRef restarts) const {
     std::vector<int64_t> steps;
     if (method == "standard" || (method == "auto" && full && restarts.empty()))
       for (size_t t = 1; t < rows.size(); t++) steps.push_back(int64_t(t));
-    else if (method == "gram" || full)
+    else
       steps.assign(restarts.begin(), restarts.end());
     return steps;
   }
@@ -90,9 +90,9 @@ struct Plan {
     const bool gram =
         method == "gram" || (method == "auto" && e.columns >= kLeastGramRatio * e.rows);
     route.square_planes = full || gram ? 2 : 1;
-    if (full || method == "gram")
+    if (full || gram)
       route.cuts = cuts(restarts);
-    else if (!gram)
+    else
       for (size_t t = 1; t < rows.size(); t++) route.cuts.push_back(int64_t(t));
     return route;
   }
@@ -388,28 +388,29 @@ at::Tensor gram(const at::Tensor& x) {
 }
 
 void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                at::TensorList step_counts, const at::Tensor& skipped, const at::Tensor& lr,
-                double momentum, bool nesterov, double weight_decay, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
-                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
-                c10::string_view norm, double norm_factor, bool maximize,
-                c10::string_view nonfinite) {
+                at::TensorList second_moments, at::TensorList step_counts,
+                const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
+                std::optional<double> beta2, double /*neuron_eps*/, double weight_decay,
+                bool cautious, at::ArrayRef<double> rows, at::ArrayRef<double> scales,
+                c10::string_view method, at::IntArrayRef restarts, at::IntArrayRef restart_ends,
+                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
+                bool maximize, c10::string_view nonfinite) {
   constexpr const char* kOp = "muon_step_";
   count_call(kOp, "cuda");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !beta2.has_value() && !cautious, kOp,
+      ": the CUDA C++ kernels have no second moments of neurons and no cautious weight decay");
+  check_rows_state(second_moments, "second_moments", params, false);
   check_distinct({params, momentum_buffers}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   const std::string policy(nonfinite);
   check_one_of(policy, "nonfinite", {"skip", "propagate", "raise"});
-  TORCH_CHECK_TYPE(lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble,
-                   "lr must be float32 or float64, got ", lr.scalar_type());
   const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
   check_restart_ends(restarts, restart_ends, params.size());
   if (params.empty()) return;
-  TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
-                    ", the other tensors are on ", params[0].device());
   const c10::DeviceGuard guard(params[0].device());
   Lists lists(plan, params[0]);
   std::vector<Counter> counters;
@@ -451,8 +452,13 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
 
   if (policy == "raise") {
     raise_nonfinite(lists.entries, params, "momentum_buffers", scratch.largest_bits(), kOp);
+    raise_nonfinite(params, "params", kOp);
   } else {
-    check_launch(launch_largest(lists.entries, Of::kBoth, scratch.largest(), stream), kOp);
+    const Of of = policy == "skip" ? Of::kAll : Of::kBoth;
+    check_launch(launch_largest(lists.entries, of, scratch.largest(), stream), kOp);
+    if (rate.defined() && policy == "skip")
+      scratch.largest_bits().masked_fill_(at::isfinite(rate.view({})).logical_not(),
+                                          int32_t(kRefused));
   }
   check_launch(launch_prologue(lists.entries, prologue, scratch.largest(), scratch.buffers.packed,
                                scratch.norms, stream),

@@ -72,11 +72,7 @@ void RotatedLists::check(const char* op) const {
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
   check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
-  TORCH_CHECK_TYPE(lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble,
-                   "lr must be float32 or float64, got ", lr.scalar_type());
   if (params.empty()) return;
-  TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
-                    ", the other tensors are on ", params[0].device());
   for (const at::TensorList& list :
        {params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases})
     for (const at::Tensor& t : list)
@@ -219,6 +215,16 @@ void RotatedStep::begin() {
     raise_nonfinite(entries, lists_.params, "exp_avgs",
                     at::zeros({last.first + last.count}, items_[0].param.options().dtype(at::kInt)),
                     op_);
+    std::vector<at::Tensor> squares = lists_.exp_avg_sqs.vec();
+    for (at::Tensor& t : squares)
+      if (options_.squares == Squares::kLine) t = t.unsqueeze(-2);
+    if (options_.squares == Squares::kNone) squares.clear();
+    raise_nonfinite(squares, "exp_avg_sqs", op_);
+    raise_nonfinite(lists_.lefts, "lefts", op_);
+    raise_nonfinite(lists_.rights, "rights", op_);
+    raise_nonfinite(lists_.left_bases, "left_bases", op_);
+    raise_nonfinite(lists_.right_bases, "right_bases", op_);
+    raise_nonfinite(lists_.params, "params", op_);
   }
   find_first();
   number();
@@ -344,9 +350,8 @@ void RotatedStep::rotate() {
   for (size_t i = begin_; i < end_; i++) {
     const Rotated& item = items_[i];
     if (item.idle || !item.has_sides()) continue;
-    const bool started = item.new_left_basis.defined() || item.new_right_basis.defined();
-    list.push_back({item.grad, transposed(started ? item.new_left_basis : item.left_basis),
-                    started ? item.new_right_basis : item.right_basis, item.rotated});
+    list.push_back(
+        {item.grad, transposed(item.left_rotation()), item.right_rotation(), item.rotated});
   }
   two_sided(list, op_);
 }
@@ -369,11 +374,9 @@ void RotatedStep::finish() {
   const double beta = options_.shampoo_beta;
   for (size_t i = begin_; i < end_; i++) {
     const Rotated& item = items_[i];
-    if (!item.idle && item.has_sides()) {
-      const bool started = item.new_left_basis.defined() || item.new_right_basis.defined();
-      back.push_back({item.direction, started ? item.new_left_basis : item.left_basis,
-                      transposed(started ? item.new_right_basis : item.right_basis), item.update});
-    }
+    if (!item.idle && item.has_sides())
+      back.push_back(
+          {item.direction, item.left_rotation(), transposed(item.right_rotation()), item.update});
     if (!item.first && item.left.defined())
       factors.push_back({item.grad, true, item.left, item.new_left, beta, 1 - beta});
     if (!item.first && item.right.defined())
@@ -407,6 +410,8 @@ void RotatedStep::finish() {
                              reinterpret_cast<uint32_t*>(arrived.data_ptr()), normalized, stream_),
           op_);
     }
+    if (nonfinite_ == NonFinite::kSkip)
+      check_launch(launch_outlook(adapted_, numbers(), normalized, largest(), stream_), op_);
     check_launch(launch_commit(adapted_, options_.adam, numbers(), normalized, nonfinite_,
                                largest(), stream_),
                  op_);

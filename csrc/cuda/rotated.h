@@ -59,6 +59,10 @@ struct Rotated {
   at::Tensor rotated, direction, update, new_moment, new_squares;
 
   bool has_sides() const { return left.defined() || right.defined(); }
+  // Those of this step: a first call's are new.
+  bool started() const { return new_left_basis.defined() || new_right_basis.defined(); }
+  const at::Tensor& left_rotation() const { return started() ? new_left_basis : left_basis; }
+  const at::Tensor& right_rotation() const { return started() ? new_right_basis : right_basis; }
 };
 
 class RotatedStep {

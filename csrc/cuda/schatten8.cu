@@ -34,10 +34,8 @@ __global__ void __launch_bounds__(kThreads)
   const float frobenius = norms.factor[matrix];
   if (threadIdx.x != 0 || !(frobenius > 0)) return;
   const double own = sqrt(sqrt(sqrt(total) / double(scale))) / double(frobenius);
-  const double least = ldexp(double(norms.eps), pack_shift(largest[matrix], x_f16)),
-               wanted = own * norms.norm_factor;
-  const double used = wanted > least ? wanted : least;
-  norms.factor[matrix] = used > 0 ? float(1 / used) : 0.f;
+  norms.factor[matrix] = inverse_of(
+      divisor_of(own * norms.norm_factor, norms.eps, pack_shift(largest[matrix], x_f16)));
 }
 
 }  // namespace
@@ -48,11 +46,6 @@ int launch_schatten8(const ProductPlan& plan, const ProductWorkspaces& workspace
   const Format format = plan.square_planes == 2 ? Format{2, true} : x_format;
   // Elements of X Xᵀ are at most 1, and those of its square may be as small as 1 / n².
   const float scale = format.f16 ? 32768.f : 1.f;
-  const auto go = [&](const Product& product) {
-    if (plan.wgmma != 0)
-      return launch_product_wgmma(plan.entries, product, workspaces.buffers, plan.wgmma, stream);
-    return launch_product(plan.entries, product, plan.tiling.tile, workspaces.buffers, stream);
-  };
   Product gram;
   gram.shape = Shape::kGram;
   gram.format = x_format;
@@ -62,15 +55,16 @@ int launch_schatten8(const ProductPlan& plan, const ProductWorkspaces& workspace
   gram.alpha = scale;
   gram.factor = norms.factor;
   gram.power = 2;
-  gram.lower_d = plan.wgmma != 0;
+  gram.d_format.lower = plan.wgmma != 0;
   Product square;
-  square.format = square.d_format = format;
+  square.format = gram.d_format;
+  square.d_format = format;
   square.a = square.b = gram.d;
   square.d = workspaces.squares + plan.tiling.squares;
   square.alpha = 1 / scale;
-  square.lower_ab = gram.lower_d;
   for (const Product* product : {&gram, &square})
-    if (const int error = go(*product); error != 0) return error;
+    if (const int error = launch_product(plan, *product, workspaces.buffers, stream); error != 0)
+      return error;
   Norms wanted = norms;
   wanted.norm_factor = norm_factor;
   wanted.eps = eps;

@@ -17,4 +17,7 @@ Counter counter_of(const at::Tensor& steps, int64_t first, int64_t count);
 void raise_nonfinite(const std::vector<Entry>& entries, at::TensorList params,
                      const char* momentum_name, const at::Tensor& largest, const char* op);
 
+// The same for one list of states or parameters; those without elements are left out.
+void raise_nonfinite(at::TensorList list, const char* name, const char* op);
+
 }  // namespace spectral_kernels::cuda

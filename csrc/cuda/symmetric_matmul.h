@@ -19,6 +19,7 @@ enum class Shape : int {
 struct Format {
   int planes = 1;
   bool f16 = false;
+  bool lower = false;  // of a symmetric matrix only the tiles on and below the diagonal
 };
 
 // D = (alpha A B + beta C) factor^power + gamma I. A, B, C and D are workspaces: X has rows of
@@ -32,9 +33,7 @@ struct Product {
   float alpha = 1, beta = 0, gamma = 0;
   const float* factor = nullptr;  // one a matrix; null: 1
   int power = 1;
-  bool exact = false;     // X Xᵀ of one plane of fp16 has the accuracy of fp32, as two planes have
-  bool lower_ab = false;  // of A and B only the tiles of the lower triangle are stored
-  bool lower_d = false;   // and of D
+  bool exact = false;  // X Xᵀ of one plane of fp16 has the accuracy of fp32, as two planes have
   int unshift = 0;     // how often a target is freed from the power of two that X was packed with
   bool x_f16 = false;  // X was packed as fp16
   // Largest elements of other matrices that this is a product of, packed as fp16, one a matrix:

@@ -20,6 +20,7 @@ int launch_product_wgmma(const std::vector<Entry>&, const Product&, const Produc
 #include <cuda.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "product_tile.h"
 #include "ptx_sm90.h"
@@ -58,9 +59,11 @@ DEVICE void for_each_unit(const Table& table, int64_t item, const Product& p, Go
   });
 }
 
-// Whether columns k of these rows lie above the diagonal tile, where nothing is stored.
-DEVICE bool above(const Product& p, int64_t tile, int step) {
-  return p.shape == Shape::kSquare && p.lower_ab && step / (kTile / kStep) > tile;
+// Where the columns of a tile's rows leave the stored triangle, in steps; `end` if they never do.
+DEVICE int above(const Product& p, int64_t tile, int end) {
+  const bool lower = p.shape == Shape::kSquare && p.format.lower;
+  const int64_t first = (tile + 1) * (kTile / kStep);
+  return lower && first < end ? int(first) : end;
 }
 
 // Swizzled lines of 128 bytes. Rows are K-major: groups of 8 lines are 1024 bytes apart. Columns
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (tid == 0) {
     for (int i = 0; i < kStages; i++) {
       mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, kConsumers / 128);
+      mbarrier_init(empty + i, kConsumers / 32);  // each warp for itself: warps drift apart
     }
     mbarrier_init_fence();
   }
@@ -119,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int number = int(u.at.entry - table.entries), z = int(u.at.matrix);
       const int row = int(u.cell.row) * kTile, column = int(u.cell.column) * kTile;
       const bool same = u.diagonal && p.a == p.b;
+      const int above_row = above(p, u.cell.row, end), above_column = above(p, u.cell.column, end);
       for (int step = begin; step < end; step++) {
         mbarrier_wait(empty + stage, phase ^ 1);
         mbarrier_expect(full + stage, same ? kOperand : kStage);
@@ -131,9 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             else
               tma_load(operand + i * kBox, map, full + stage, k, first + i * 64, z);
         };
-        load(to, maps.a + number, row, above(p, u.cell.row, step));
-        if (!same)
-          load(to + kOperand, maps.b + number, column, kWide || above(p, u.cell.column, step));
+        load(to, maps.a + number, row, step >= above_row);
+        if (!same) load(to + kOperand, maps.b + number, column, kWide || step >= above_column);
         advance();
       }
     };
@@ -147,28 +150,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto multiply_unit = [&](const Unit& u, int begin, int end) {
     const bool same = u.diagonal && p.a == p.b;
     float acc[64] = {};
-    int before = -1;  // the stage that the previous step still reads
-    for (int step = begin; step < end; step++) {
-      mbarrier_wait(full + stage, phase);
-      const char* operand = shared + stage * kStage;
-      const char *a = operand + warpgroup * kBox, *b = same ? operand : operand + kOperand;
-      const bool columns_a = above(p, u.cell.row, step);
-      const bool columns_b = kWide || above(p, u.cell.column, step);
-      wgmma_fence();
-      if (kWide || (columns_b && !columns_a))
-        multiply_step<kF16, 0, 1>(acc, a, b);
-      else if (!columns_a)
-        multiply_step<kF16, 0, 0>(acc, a, b);
-      else
-        multiply_step<kF16, 1, 1>(acc, a, b);  // the row's tile is not left of the column's
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (before >= 0 && tid % 128 == 0) mbarrier_arrive(empty + before);
-      before = stage;
-      advance();
+    // Steps up to `to` whose operands are all read one way: with a branch between them, ptxas would
+    // wait for every single wgmma.
+    int at = begin;
+    const auto multiply_up_to = [&](int to, auto columns_a, auto columns_b) {
+      int before = -1;  // the stage that the previous step still reads
+#pragma unroll 1
+      for (; at < to; at++) {
+        mbarrier_wait(full + stage, phase);
+        const char* operand = shared + stage * kStage;
+        const char *a = operand + warpgroup * kBox, *b = same ? operand : operand + kOperand;
+        wgmma_fence();
+        multiply_step<kF16, columns_a, columns_b>(acc, a, b);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
+        before = stage;
+        advance();
+      }
+      wgmma_wait<0>();
+      if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
+    };
+    constexpr std::integral_constant<int, 0> kRows;
+    constexpr std::integral_constant<int, 1> kColumns;
+    if constexpr (kWide) {
+      multiply_up_to(end, kRows, kColumns);
+    } else {
+      // The row's tile is not left of the column's, so its triangle ends later.
+      multiply_up_to(above(p, u.cell.column, end), kRows, kRows);
+      multiply_up_to(above(p, u.cell.row, end), kRows, kColumns);
+      multiply_up_to(end, kColumns, kColumns);
     }
-    wgmma_wait<0>();
-    if (before >= 0 && tid % 128 == 0) mbarrier_arrive(empty + before);
 
     char* result = shared + kStaged;
     BARRIER(kConsumers);  // the last tile has left
@@ -183,6 +195,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x)
     for_each_unit(table, item, p, multiply_unit);
+#else
+  __trap();  // without the "a" there is no wgmma, and an empty kernel would leave what was there
 #endif
 }
 

@@ -78,6 +78,25 @@ int for_each_table(const std::vector<E>& entries, Parts parts, Go go) {
   return 0;
 }
 
+// The same of counters, a block each.
+constexpr int kTableCounters = 64;
+
+struct CounterTable {
+  Counter counters[kTableCounters];
+};
+
+template <class Go>
+int for_each_counter_table(const std::vector<Counter>& counters, Go go) {
+  for (size_t begin = 0; begin < counters.size(); begin += kTableCounters) {
+    CounterTable table;
+    unsigned count = 0;
+    for (size_t i = begin; i < counters.size() && count < kTableCounters; i++)
+      table.counters[count++] = counters[i];
+    if (const int error = go(table, count); error != 0) return error;
+  }
+  return 0;
+}
+
 DEVICE float read(const Matrices& m, int64_t at) {
   switch (m.type) {
     case Type::kBF16:
@@ -141,6 +160,13 @@ constexpr int kTopExponentF16 = 13;
 DEVICE int pack_shift(uint32_t largest, bool f16) {
   return finite(largest) && largest != 0 ? (f16 ? kTopExponentF16 : 0) - exponent_of(largest) : 0;
 }
+
+// What a matrix is divided by that was packed with this power of two: its norm, at least eps.
+DEVICE double divisor_of(double norm, float eps, int shift) {
+  const double least = ldexp(double(eps), shift);
+  return norm > least ? norm : least;
+}
+DEVICE float inverse_of(double divisor) { return divisor > 0 ? float(1 / divisor) : 0.f; }
 
 // A bf16 matrix that is read in place needs no scaling between these: its Gram matrix neither
 // overflows nor loses to underflow what fp64 could see of its trace. Squares of fp16 always fit.

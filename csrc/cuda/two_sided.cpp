@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "newton_schulz.h"
+#include "slices.h"
 #include "symmetric_matmul.h"
 #include "tensors.h"
 
@@ -35,45 +36,10 @@ Matrices turned(Matrices m) {
   return m;
 }
 
-void advance(Matrices& m, int64_t index) {
-  const int64_t size = m.type == Type::kF64 ? 8 : m.type == Type::kF32 ? 4 : 2;
-  if (m.data != nullptr) m.data = static_cast<char*>(m.data) + index * m.batch * size;
-}
-
 Run part_of(Run run, int64_t index, int64_t count) {
   for (Matrices* m : {&run.x, &run.left, &run.right, &run.out}) advance(*m, index);
   run.count = count;
   return run;
-}
-
-Entry part_of(Entry entry, int64_t index, int64_t count) {
-  for (Matrices* m : {&entry.source, &entry.momentum, &entry.target}) advance(*m, index);
-  entry.first += index;
-  entry.count = count;
-  return entry;
-}
-
-// Calls `go` with consecutive parts of a list whose workspaces, `bytes` a matrix, are limited.
-template <class Item, class Bytes, class Go>
-void in_slices(const std::vector<Item>& items, Bytes bytes, Go go) {
-  const int64_t most = workspace_limit;
-  std::vector<Item> slice;
-  int64_t used = 0;
-  for (const Item& item : items)
-    for (int64_t at = 0; at < item.count;) {
-      const int64_t each = bytes(item), fitting = (most - used) / each;
-      if (fitting <= 0 && !slice.empty()) {
-        go(slice);
-        slice.clear();
-        used = 0;
-        continue;
-      }
-      const int64_t count = std::min(item.count - at, std::max<int64_t>(fitting, 1));
-      slice.push_back(part_of(item, at, count));
-      used += count * each;
-      at += count;
-    }
-  if (!slice.empty()) go(slice);
 }
 
 // Places X row by row; returns the elements of the workspace.
@@ -222,7 +188,8 @@ void two_sided(const std::vector<TwoSided>& list, const char* op) {
       runs.push_back(run);
     }
   }
-  in_slices(runs, bytes_of, [&](const std::vector<Run>& slice) { multiply(slice, list[0].x, op); });
+  in_slices(runs, workspace_limit.load(), bytes_of,
+            [&](const std::vector<Run>& slice) { multiply(slice, list[0].x, op); });
 }
 
 Accumulation::Accumulation(const std::vector<Accumulate>& list, const char* op) : op_(op) {
@@ -259,7 +226,7 @@ void Accumulation::run(const std::vector<Entry>& list, int planes, NonFinite non
   const auto bytes = [](const Entry& e) {
     return e.rows * (padded(e.columns) * 4 + padded(e.rows) * 8);
   };
-  in_slices(list, bytes, [&](std::vector<Entry> slice) {
+  in_slices(list, workspace_limit.load(), bytes, [&](std::vector<Entry> slice) {
     const int64_t packed = place_packed(slice, planes);
     const Tiling tiling =
         place_products(slice, planes, planes, multiprocessors_of_kind(device_number(largest)));

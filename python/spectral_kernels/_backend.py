@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -26,10 +28,16 @@ def operator(function: Callable[P, R]) -> Callable[P, R]:
             first = first[0] if first else None
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         on_card = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), on_card:
+        kind = "cpu" if device.type == "meta" else device.type
+        with torch.no_grad(), torch.autocast(kind, enabled=False), on_card:
             return function(*args, **kwargs)
 
     return plain
+
+
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph, so that nothing can be read back."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_matrix(name: str, x: Tensor) -> None:
@@ -44,10 +52,55 @@ def check_matrix(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least two dimensions, not shape {tuple(x.shape)}")
 
 
+def check_tensors(
+    name: str, values: Sequence[Tensor | None], count: int, *, optional: bool = False
+) -> None:
+    """A list of tensors, or of tensors and None if `optional`, one entry a parameter."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
+    check_list(name, values, count)
+    for i, x in enumerate(values):
+        if not (isinstance(x, Tensor) or (optional and x is None)):
+            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
+
+
+def may_overlap(x: Tensor) -> bool:
+    """Whether two elements of a strided tensor may have one place.
+
+    They have not if every dimension steps beyond all that the shorter steps reach together, which
+    is so of everything that torch makes by slicing and permuting. A few layouts by `as_strided` are
+    without overlap and yet not of this kind.
+    """
+    reach = 0
+    steps = sorted((step, n) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1)
+    for step, n in steps:
+        if step <= reach:
+            return x.numel() > 0
+        reach += step * (n - 1)
+    return False
+
+
 def check_writable(name: str, x: Tensor) -> None:
     """Every element of a tensor that is written needs a place of its own."""
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{name} is written in place but has strides {x.stride()}")
+    if may_overlap(x):
+        raise ValueError(
+            f"{name} is written in place but its elements overlap in memory: shape "
+            f"{tuple(x.shape)}, strides {x.stride()}"
+        )
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """Everything that a step writes is on one device."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the other tensors are on {like.device}")
+
+
+def check_rate(lr: Tensor) -> None:
+    """A learning rate whose value is at hand has to be a number of at least 0."""
+    if lr.numel() != 1:
+        raise ValueError(f"lr must be one number, not of shape {tuple(lr.shape)}")
+    if lr.device.type == "cpu" and not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"lr must be in [0, inf), not {float(lr)!r}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -74,12 +127,17 @@ def check_step_lists(
     check_list("step_counts", step_counts, len(params))
     if skipped.dtype != torch.int64 or skipped.numel() != 1:
         raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
-    if lr.numel() != 1:
-        raise ValueError(f"lr must be one number, not of shape {tuple(lr.shape)}")
+    check_rate(lr)
+    if len(params):
+        check_device("skipped", skipped, params[0])
+        if lr.device.type != "cpu":
+            check_device("lr", lr, params[0])
     for i, (param, grad, count) in enumerate(zip(params, grads, step_counts, strict=True)):
         check_matrix(f"params[{i}]", param)
         check_matrix(f"grads[{i}]", grad)
         check_writable(f"params[{i}]", param)
+        for name, x in (("params", param), ("grads", grad), ("step_counts", count)):
+            check_device(f"{name}[{i}]", x, params[0])
         if param.shape != grad.shape:
             raise ValueError(
                 f"grads[{i}] has shape {tuple(grad.shape)}, params[{i}] {tuple(param.shape)}"
@@ -89,3 +147,55 @@ def check_step_lists(
                 f"step_counts[{i}] must be 0-dim or have the batch's shape "
                 f"{tuple(param.shape[:-2])}, not {tuple(count.shape)}"
             )
+
+
+def check_rows_state(
+    name: str, state: Sequence[Tensor], params: Sequence[Tensor], *, present: bool
+) -> None:
+    """One number a row, (..., m, 1), of every parameter if `present`, else of none."""
+    check_list(name, state, len(params))
+    for i, (x, param) in enumerate(zip(state, params, strict=True)):
+        if not param.numel():
+            continue
+        check_device(f"{name}[{i}]", x, param)
+        if not present:
+            if x.numel():
+                raise ValueError(
+                    f"{name}[{i}] must have no element: there is no beta2, got {tuple(x.shape)}"
+                )
+            continue
+        expected = (*param.shape[:-1], 1)
+        if x.shape != expected:
+            raise ValueError(f"{name}[{i}] must have shape {expected}, got {tuple(x.shape)}")
+        full = torch.float64 if param.dtype == torch.float64 else torch.float32
+        if x.dtype != full:
+            raise TypeError(f"{name}[{i}] must be {full}, not {x.dtype}")
+        check_writable(f"{name}[{i}]", x)
+
+
+def check_distinct(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> None:
+    """No tensor that is written shares memory with another."""
+    spans = []
+    for is_written, tensors in [(True, x) for x in written] + [(False, read)]:
+        for x in tensors:
+            if x.numel():
+                size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+                begin = x.data_ptr()
+                end = begin + size * x.element_size()
+                spans.append((begin, end, is_written, size == x.numel(), x))
+    spans.sort(key=lambda span: span[:2])
+    for (begin, end, first, dense, x), (next_begin, *_, second, _, y) in itertools.pairwise(spans):
+        # Slices of one tensor may interleave without sharing an element.
+        if (first or second) and next_begin < end and (begin == next_begin or dense):
+            raise ValueError(
+                f"tensors of shapes {tuple(x.shape)} and {tuple(y.shape)} overlap in memory, or "
+                "are the same, and one of them is written"
+            )
+
+
+def raise_if_nonfinite(**lists: Sequence[Tensor]) -> None:
+    """ValueError with the place of the first tensor that is not finite throughout."""
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"{name}[{i}] has a non-finite element")

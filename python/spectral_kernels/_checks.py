@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._backend import check_tensors
+
+tensors = check_tensors
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FULL = (torch.float64, torch.float32)
@@ -63,23 +67,38 @@ def same_device(**tensors: Tensor | None) -> None:
 
 def number(
     name: str,
-    value: float,
+    value: object,
     low: float = 0.0,
     high: float = math.inf,
     *,
     include_high: bool = False,
 ) -> float:
     """A real number with low <= value < high (<= high if include_high)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        else:
-            raise TypeError(f"{name} must be a number, not {value!r}")
-    value = float(value)
-    if not (low <= value < high or (include_high and value == high)):
+    found = real(name, value)
+    if not (low <= found < high or (include_high and found == high)):
         end = "]" if include_high else ")"
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, not {value!r}")
-    return value
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, not {found!r}")
+    return found
+
+
+def real(name: str, value: object) -> float:
+    """A real number, or a tensor of one that is not on the meta device, as a float."""
+    given = value
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {given!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, not {value}") from None
+
+
+def flag(name: str, value: bool | int) -> bool:
+    """True or False, or 1 or 0."""
+    if not isinstance(value, Integral | bool) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
 
 
 def integer(name: str, value: int, low: int, high: int | None = None) -> int:
@@ -100,20 +119,22 @@ def choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def learning_rate(lr: float | Tensor) -> Tensor:
-    """`lr` as a 0-dim float64 tensor on the CPU, or as it is if it is a tensor already."""
+    """`lr` as a 0-dim float64 tensor on the CPU, or as it is if it is a tensor already.
+
+    The operators look at the value of a tensor on the CPU; one on a device is not waited for.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
             raise ValueError(f"lr must be one floating-point number, not {lr!r}")
         return lr if lr.dtype in FULL else lr.to(torch.float64)
-    return torch.tensor(number("lr", lr), dtype=torch.float64)
+    return torch.tensor(number("lr", lr), dtype=torch.float64, device="cpu")
 
 
 def factor_list(
     name: str, factors: Sequence[Tensor | None], params: Sequence[Tensor]
 ) -> list[Tensor]:
     """Factors of a list step: a size-0 tensor where a side is None."""
-    if len(factors) != len(params):
-        raise ValueError(f"{name} has {len(factors)} entries, params has {len(params)}")
+    tensors(name, factors, len(params), optional=True)
     return [
         param.new_empty(0, dtype=state_dtype(param.dtype)) if factor is None else factor
         for factor, param in zip(factors, params, strict=True)
@@ -122,11 +143,13 @@ def factor_list(
 
 def flags(name: str, value: bool | Sequence[bool | int], count: int) -> list[int]:
     """One 0 or 1 an entry."""
-    if isinstance(value, (bool, int)):
-        return [int(bool(value))] * count
+    if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.int64):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [int(flag(name, value))] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries, params has {count}")
-    return [int(bool(flag)) for flag in value]
+    return [int(flag(f"{name}[{i}]", each)) for i, each in enumerate(value)]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

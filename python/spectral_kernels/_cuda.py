@@ -111,12 +111,32 @@ THRESHOLDS = (
 )
 
 
-def unavailable() -> str | None:
-    """Why the CUDA C++ kernels cannot run anything here, or None."""
+def not_built() -> str | None:
+    """Why there are no CUDA C++ kernels, or None."""
     if _extension.MODULE is None:
         return _extension.REASON
     if not architectures():
-        return "the CUDA C++ kernels were not built"
+        return (
+            "the CUDA C++ kernels were not built: that takes a torch for CUDA and nvcc, or "
+            "SPECTRAL_KERNELS_CUDA=1"
+        )
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the CUDA C++ kernels cannot run anything here, or None."""
+    reason = not_built()
+    if reason is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    # Asking whether CUDA is there takes longer than a small step; where it runs, it is.
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return "torch sees no card"
+    cards = [_capability_of(i) for i in range(torch.cuda.device_count())]
+    if not any(runs_on(*card) for card in cards):
+        found = ", ".join(f"sm_{major}{minor}" for major, minor in cards)
+        return f"the CUDA C++ kernels were built for {', '.join(architectures())}, cards: {found}"
     return None
 
 
@@ -158,6 +178,8 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
         if not runs_on(major, minor):
             built = ", ".join(architectures())
             return f"the CUDA C++ kernels were built for {built}, and a card is sm_{major}{minor}"
+    if options.get("cautious") or (op == "muon_step_" and options.get("beta2") is not None):
+        return "second moments of neurons and cautious weight decay have no CUDA C++ kernel"
     tensors = [tensor for tensor in tensors if tensor.ndim >= 2]  # no counters, no learning rate
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _extension, _native, reference
+from ._backend import check_device, check_distinct, check_writable, raise_if_nonfinite
 
 __all__ = ["Explanation", "call_counts", "explain", "run", "use_backend"]
 
@@ -207,7 +209,8 @@ def explain(op: str, *tensors: Tensor, backend: str | None = None, **options: An
 
     Args:
         op: the name of an operator, such as "newton_schulz" or "muon_step_".
-        tensors: its tensors (only device, dtype and shape matter).
+        tensors: its tensors (only device, dtype and shape matter). Of a list step that is one
+            parameter: every entry of a list has the backend that it would have by itself.
         backend: as for the operator itself.
         options: options of the operator that decide, such as method="newton" of inverse_root.
 
@@ -245,7 +248,99 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
             key = f"{op}/{chosen.backend}"
             _python_counts[key] = _python_counts.get(key, 0) + 1
         function = _python_operator(chosen.backend, op)
-    return function(*args, **options)
+    result = function(*args, **options)
+    if chosen.backend == "cpu" and not torch.compiler.is_compiling():
+        _extension.warn_of_faults()
+    return result
+
+
+def run_step(op: str, backend: str | None, *args: Any, **options: Any) -> None:
+    """Runs a list step, every entry on the backend that it would have by itself.
+
+    So an entry's bits do not depend on its neighbours. `args` are the operator's own: lists with
+    one tensor an entry, parameters first and gradients second, then `skipped` and `lr`.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run an entry.
+        TypeError, ValueError: as the operator. Nothing is written then.
+    """
+    params = args[0]
+    groups = _entries_by_backend(op, params, backend, options)
+    if len(groups) < 2:
+        run(op, params, backend, *args, **options)
+        return
+    if None in groups:
+        run(op, [params[i] for i in groups[None]], backend, *args, **options)
+    lists, rest = args[:-2], args[-2:]
+    _check_together(op, lists, rest, options)
+    for name, entries in groups.items():
+        chosen = [[tensors[i] for i in entries] for tensors in lists]
+        own = {
+            key: [value[i] for i in entries] if key in _PER_ENTRY and len(value) else value
+            for key, value in options.items()
+        }
+        run(op, chosen[0], name, *chosen, *rest, **own)
+
+
+# Options of list steps with one value an entry.
+_PER_ENTRY = ("refresh", "restarts", "scales")
+
+
+def _entries_by_backend(
+    op: str, params: Sequence[Tensor], backend: str | None, options: Mapping[str, Any]
+) -> dict[str | None, list[int]]:
+    """The numbers of a list's entries, by the backend that each would have alone."""
+    kinds = {(x.device, x.dtype, x.shape) for x in params}
+    devices = {device for device, *_ in kinds}
+    # On a CPU no choice depends on the shape; several devices are for the operator to refuse.
+    if len(kinds) < 2 or len(devices) > 1 or devices == {torch.device("cpu")}:
+        return {}
+    groups: dict[str | None, list[int]] = {}
+    known: dict[object, str | None] = {}
+    for i, x in enumerate(params):
+        kind = x.dtype, x.shape
+        if kind not in known:
+            known[kind] = _choose(op, (x,), backend, options).backend
+        groups.setdefault(known[kind], []).append(i)
+    return groups
+
+
+def _check_together(
+    op: str, lists: Sequence[Any], rest: Sequence[Tensor], options: Mapping[str, Any]
+) -> None:
+    """What the specification asks of a whole list, before the first of several calls writes."""
+    specification = getattr(reference, op)
+    skipped, lr = rest
+    # No matrix is left in these, and none is on a device, which is not waited for.
+    empty = [[_without_matrices(x) for x in tensors] for tensors in lists]
+    rate = lr if lr.device.type == "cpu" else torch.zeros((), dtype=lr.dtype, device="cpu")
+    count = torch.zeros(skipped.shape, dtype=skipped.dtype, device="cpu")
+    try:
+        specification(*empty, count, rate, **options)
+    except (TypeError, ValueError):
+        # The same once more, on copies of what was given: its message names shapes and values.
+        copies = [[x.clone() for x in tensors] for tensors in lists]
+        specification(*copies, *(x.clone() for x in rest), **options)
+        raise
+    named = dict(zip(inspect.signature(specification).parameters, lists, strict=False))
+    like = lists[0][0]
+    for name, tensors in [*named.items(), ("skipped", [skipped])]:
+        for i, x in enumerate(tensors):
+            if x.numel():
+                check_device(f"{name}[{i}]", x, like)
+            if name != "grads":
+                check_writable(f"{name}[{i}]", x)
+    if lr.device.type != "cpu":
+        check_device("lr", lr, like)
+    check_distinct([lists[0], *lists[2:]], lists[1])
+    if options["nonfinite"] == "raise":
+        raise_if_nonfinite(**named)
+
+
+def _without_matrices(x: Tensor) -> Tensor:
+    """No matrix of x's shape, on the CPU; a single number is one."""
+    shape = (0, *x.shape) if x.ndim else ()
+    return torch.zeros(shape, dtype=x.dtype, device="cpu")
 
 
 def _python_operator(backend: str, op: str) -> Callable[..., Any]:

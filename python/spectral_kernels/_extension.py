@@ -8,6 +8,7 @@ without a word otherwise.
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -44,3 +45,25 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 MODULE, REASON = _load()
+_warned_of_faults = False
+
+
+def warn_of_faults() -> None:
+    """Says once in a process that a result of LAPACK was wrong and had to be computed again."""
+    global _warned_of_faults
+    if MODULE is None or _warned_of_faults or not MODULE.faults():
+        return
+    _warned_of_faults = True
+    warnings.warn(
+        f"LAPACK's results did not multiply to the matrix ({faults()}): they were computed again "
+        "on one thread, and count as failures where that did not help either. `python -m "
+        "spectral_kernels.info` and a report of what it prints are welcome",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def faults() -> str:
+    """How many results of LAPACK were computed again, by routine; "none"."""
+    counts = {} if MODULE is None else MODULE.fault_counts()
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"

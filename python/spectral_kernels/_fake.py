@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from ._backend import check_device
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -19,8 +20,33 @@ def _like(x: Tensor, *args: object, **options: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _nothing(*args: object, **options: object) -> None:
-    return None
+def _in_place(name: str) -> Callable[..., None]:
+    """Nothing but a look at the devices.
+
+    A call of which one tensor is on the meta device comes here and not to a kernel. If that is not
+    so of the others, it would return with nothing done.
+    """
+
+    def fake(*args: Any, **options: Any) -> None:
+        schema = getattr(torch.ops.spectral_kernels, name).default._schema
+        names = [argument.name for argument in schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **options}
+        tensors = [
+            (key if isinstance(value, Tensor) else f"{key}[{i}]", x)
+            for key, value in given.items()
+            if isinstance(value, Tensor | list | tuple)
+            for i, x in enumerate([value] if isinstance(value, Tensor) else value)
+            if isinstance(x, Tensor)
+        ]
+        if not given.get("params", tensors):
+            return
+        like = given["params"][0] if "params" in given else given["grad"]
+        for key, x in tensors:
+            allowed = key == "lr" and x.device.type == "cpu"
+            if x.device != like.device and not allowed and x.numel():
+                check_device(key, x, like)
+
+    return fake
 
 
 def _kron_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -54,15 +80,15 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gram": _gram,
     "newton_schulz": _like,
     "polar": _like,
-    "muon_step_": _nothing,
-    "kron_factors_update_": _nothing,
+    "muon_step_": _in_place("muon_step_"),
+    "kron_factors_update_": _in_place("kron_factors_update_"),
     "kron_precondition": _kron_precondition,
     "inverse_root": _inverse_root,
-    "shampoo_step_": _nothing,
+    "shampoo_step_": _in_place("shampoo_step_"),
     "eigenbasis": _eigenbasis,
     "refresh_eigenbasis": _refresh_eigenbasis,
-    "soap_step_": _nothing,
-    "deva_step_": _nothing,
+    "soap_step_": _in_place("soap_step_"),
+    "deva_step_": _in_place("deva_step_"),
 }
 
 if _extension.MODULE is not None:

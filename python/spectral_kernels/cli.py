@@ -1,19 +1,21 @@
-"""The command `spectral-kernels`: info, bench, demo, run. Nothing imports this module."""
+"""The command `spectral-kernels`: info, doctor, bench, demo, run. Nothing imports this module."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import importlib.util
-import runpy
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 __all__ = ["main"]
 
 _EXTRA = ("rich", "matplotlib", "numpy")
+# Holds the `sitecustomize` of the processes that `run` starts.
+_STARTUP = Path(__file__).parent / "swap" / "_startup"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit status: 0, 1 where a benchmark broke the accuracy rule or could not run, 2 for
-        arguments that make no sense.
+        The exit status: 0, 1 where a benchmark broke the accuracy rule or could not run or the
+        doctor found something, 2 for arguments that make no sense.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
@@ -32,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = importlib.import_module("spectral_kernels.info")
         return info.main(["--json"] if options.json else [])
     if options.command == "run":
-        return _run(options.target, module=options.module, report=options.report)
+        return _run(options)
+    if options.command == "doctor":
+        return importlib.import_module("spectral_kernels.doctor").main(options, arguments)
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -55,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what is installed, what runs here and why")
     info.add_argument("--json", action="store_true", help="print JSON")
 
+    doctor = commands.add_parser("doctor", help="try here what can go wrong, and give a verdict")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--quick", action="store_true", help="fewer processes, one instruction set")
+    doctor.add_argument(
+        "--impl",
+        default="ours",
+        metavar="NAMES",
+        help="whose optimizers, by comma: ours, torch, soap, deva, distributed-shampoo, heavyball, "
+        "pytorch-optimizer",
+    )
+    _add_peers(doctor)
+
     bench = commands.add_parser("bench", help="measure every family against its peers")
     what = bench.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="a few shapes, a minute or so")
@@ -68,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="time against n up to N (2048 if not given; 4096 takes long), batch and threads",
     )
+    what.add_argument(
+        "--ranks",
+        metavar="N,N",
+        help="optimizers spread over so many processes, 1,2,4 say: predicted and measured steps, "
+        "then costs on paper of cards",
+    )
     bench.add_argument("--list", action="store_true", help="name the cases and stop")
     bench.add_argument("--op", help="operators, by comma: gram,newton_schulz")
     bench.add_argument("--shape", help="shapes for --op, by comma: 768x3072,64x128x128")
@@ -78,13 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cap torch and us: baseline, avx2, avx512, avx512bf16 or amx; several, by comma, or "
         "'all' of them go one after another into one result file",
     )
-    bench.add_argument(
-        "--peers",
-        nargs="+",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="where checkouts of public peers lie; 'none': torch only",
-    )
+    _add_peers(bench)
     bench.add_argument("--json", metavar="FILE", help="the result file (default: ./results)")
     # One set of several: its rows are written for the command that started this one.
     bench.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
@@ -98,44 +114,94 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", dest="module", action="store_true", help="TARGET is a module")
     run.add_argument("--report", action="store_true", help="say at exit what was replaced")
     run.add_argument(
+        "--function",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also replace this function, of the script or as module.name, if it is a "
+        "Newton-Schulz iteration; may be given again",
+    )
+    run.add_argument(
         "target", nargs=argparse.REMAINDER, metavar="script.py ...", help="with its arguments"
     )
     return parser
 
 
-def _run(target: list[str], *, module: bool, report: bool) -> int:
-    """The script as `python script.py ...` would run it, but for the kernels."""
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="where checkouts of public peers lie; 'none': torch only",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Becomes `python script.py ...`, which swaps at its start, as do the processes it starts.
+
+    The process itself goes on as that Python, so that signals, terminal and exit status are its
+    own; nothing of this program is left in it.
+    """
+    target, module = options.target, options.module
+    if target[:1] == ["--"]:
+        target = target[1:]
     if not target:
         print("spectral-kernels run: which script?", file=sys.stderr)
         return 2
     name = target[0]
-    if not module and not Path(name).exists():
+    if not module and name != "-" and not Path(name).exists():
         print(f"spectral-kernels run: there is no script {name!r}", file=sys.stderr)
         return 2
-    swap = importlib.import_module("spectral_kernels.swap")
-    swap.swap_in(report=report)
-    sys.argv[:] = target
-    sys.excepthook = _without_our_frames
-    if module:
-        sys.path[0] = str(Path.cwd())
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(name).resolve().parent)
-        runpy.run_path(name, run_name="__main__")
-    return 0
+    obstacle = _obstacle()
+    if obstacle is not None:
+        print(
+            f"spectral-kernels run: the swap cannot reach the script: {obstacle}", file=sys.stderr
+        )
+        return 2
+    wrong = [name for name in options.function if not name.replace(".", "_").isidentifier()]
+    if wrong:
+        print(f"spectral-kernels run: {wrong[0]!r} names no function", file=sys.stderr)
+        return 2
+    folder = tempfile.mkdtemp(prefix="spectral-kernels-") if options.report else ""
+    environment = os.environ | startup_environment(os.getpid(), folder, options.function)
+    arguments = [*_python_options(), *(["-m"] if module else []), *target]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
-def _without_our_frames(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """Shows a script's error as if nobody had run the script for it."""
-    frame = traceback
-    while frame is not None and frame.tb_frame.f_code is not _run.__code__:
-        frame = frame.tb_next
-    script = frame.tb_next if frame is not None else traceback
-    while script is not None and script.tb_frame.f_globals.get("__name__") == "runpy":
-        script = script.tb_next
-    sys.__excepthook__(kind, error.with_traceback(script), script)
+def startup_environment(
+    script: int, reports: str = "", functions: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables with which a Python process, and those that it starts, swap at their start.
+
+    Args:
+        script: the process id of the script.
+        reports: the folder where all processes leave their reports; empty: none is asked for.
+        functions: names of functions to replace, too.
+    """
+    path = [str(_STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = {"PYTHONPATH": os.pathsep.join(path), "SPECTRAL_KERNELS_RUN": f"{script}:{reports}"}
+    if functions:
+        found["SPECTRAL_KERNELS_RUN_FUNCTIONS"] = ",".join(functions)
+    return found
+
+
+def _obstacle() -> str | None:
+    """Why Python would not import `sitecustomize` from PYTHONPATH, or None."""
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        return "Python runs with -E, -I or -S"
+    if os.pathsep in str(_STARTUP):
+        return f"PYTHONPATH cannot name {str(_STARTUP)!r}"
+    return None
+
+
+def _python_options() -> list[str]:
+    """Python's own options in front of this program, such as -O, -u, -W and -X."""
+    before = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    program = 2 if before[-2:-1] in (["-m"], ["-c"]) else 1
+    return before[:-program]
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TypeAlias
+
+from . import _checks
 
 __all__ = [
     "Coefficients",
@@ -22,12 +24,16 @@ __all__ = [
     "polar_express",
     "quadratic_root_row",
     "resolve",
+    "root_products",
     "root_schedule",
     "root_tolerance",
 ]
 
 Row: TypeAlias = tuple[float, float, float]
 Rows: TypeAlias = tuple[Row, ...]
+
+# Far beyond any use, and few enough to be listed.
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -108,23 +114,25 @@ _SETS: dict[str, Rows] = {
     "convergent": ((1.875, -1.25, 0.375),) * 12,
 }
 
-# By number of elements of the matrix, the first limit that is not exceeded counts. Measured with
-# the CPU kernels: the worst error over nine spectra (Gaussian, singular values 1 to 1e-4, linear,
-# two clusters) is at most 1.95 times that of the standard iteration in plain torch, from 16 x 17 to
-# 768 x 3072 (2026-11-22).
-_ANY_SIZE = 2**63
+# Method "auto" of the inverse roots decomposes matrices up to this size: rounding errors of two
+# rows do not average out, and an iteration has up to three times the error of another one.
+MOST_ROOT_ROWS_DECOMPOSED = 2
+
 SMALLEST_GRAM = 16  # below, rounding errors do not average out: up to 12 times the error
-_GRAM_RESTARTS: dict[Rows, tuple[tuple[int, tuple[int, ...]], ...]] = {
-    _SETS["muon"]: ((2**16, (2, 3)), (2**19 - 1, (2, 3, 4)), (_ANY_SIZE, (3,))),
-    _SETS["quintic"]: ((2**16, (2, 3)), (_ANY_SIZE, (3,))),
-    _SETS["polar_express"]: ((_ANY_SIZE, (2, 3)),),
-    _SETS["polar_express_8"]: (
-        (2**16, (1, 2, 3, 5)),
-        (2**20, (2, 3, 5)),
-        (_ANY_SIZE, (1, 3, 5)),
-    ),
-    _SETS["deepseekv4"]: ((2**18, (2, 4, 6)),),
-}
+
+# What the slopes at 0 of the steps that the Gram form takes on R alone may multiply to. Rounding of
+# R in its null space grows with the square of this product; measured with the CPU kernels and with
+# simulated 16-bit operands, on spectra that decay and on matrices with repeated, scaled or zero
+# rows and columns, the error then is below twice that of the standard iteration in plain torch.
+FULL_GROWTH = 12.0  # fp32 and fp64
+BFLOAT16_GROWTH = 1100.0
+FLOAT16_GROWTH = 500.0
+# In fp32 the noise in R is as large as that of the standard iteration, so that it depends on the
+# rows whether its growth is seen. With `muon` and `aol` the error of a matrix with zero columns is
+# up to 3.4 times that of plain torch, and `cans` amplifies any rounding where s = 1.
+_GRAM_IN_FULL = frozenset(
+    _SETS[name] for name in ("quintic", "polar_express", "polar_express_8", "deepseekv4", "cubic")
+)
 
 _POLAR_EXPRESS_CALL = re.compile(r"polar_express\(\s*([^\s,()]+)\s*,\s*(\d+)\s*\)")
 
@@ -148,14 +156,11 @@ def resolve(
 
     Raises:
         TypeError: coefficients or steps of another type.
-        ValueError: an unknown name, a row that has not three finite numbers, steps < 1, or steps
-            that differ from the number that the rows fix.
+        ValueError: an unknown name, a row that has not three finite numbers, steps < 1 or above
+            `MOST_STEPS`, or steps that differ from the number that the rows fix.
     """
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"steps must be an int or None, not {steps!r}")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, not {steps}")
+        _checks.integer("steps", steps, 1, MOST_STEPS)
     if isinstance(coefficients, str):
         rows = _SETS.get(coefficients)
         if rows is not None:
@@ -189,22 +194,44 @@ def resolve(
 
 
 def gram_restarts(
-    coefficients: Coefficients | str | Sequence[float] | Sequence[Sequence[float]], m: int, n: int
+    coefficients: Coefficients | str | Sequence[float] | Sequence[Sequence[float]],
+    m: int,
+    n: int,
+    growth: float = FULL_GROWTH,
 ) -> tuple[int, ...] | None:
-    """Steps before which the fp32 Gram iteration on an m x n matrix restarts to stay accurate.
+    """Steps before which the Gram iteration on an m x n matrix restarts to stay accurate.
 
-    Without restarts the Gram form in fp32 is 27 to 80 times less accurate than the standard form
-    on decaying spectra; with these its error is at most twice that of plain torch.
+    The last steps are taken on R alone, as many as have a product of slopes |a| of at most
+    `growth`; every step before them is one by itself, as in the standard form. A null space is
+    then exact when the last steps begin, also where rows or columns of X repeat, and no later step
+    amplifies the rounding noise that those leave in it.
+
+    Args:
+        coefficients: whatever `resolve` takes, or what it returned.
+        m, n: the shape.
+        growth: see above; the default is for fp32 and fp64.
 
     Returns:
-        The restart steps, or None where no set was found: use the standard form there.
+        The restart steps, or None where the Gram form saves nothing or is not accurate: no two
+        steps are below `growth`, min(m, n) < 16, or, in fp32 and fp64, rows other than those of
+        quintic, polar_express, polar_express_8, deepseekv4 and cubic.
     """
     if not isinstance(coefficients, Coefficients):
         coefficients = resolve(coefficients)
-    for limit, restarts in _GRAM_RESTARTS.get(coefficients.rows, ()):
-        if min(m, n) >= SMALLEST_GRAM and m * n <= limit:
-            return restarts
-    return None
+    if growth <= FULL_GROWTH and coefficients.rows not in _GRAM_IN_FULL:
+        return None
+    alone = steps_alone(coefficients.rows, growth)
+    if min(m, n) < SMALLEST_GRAM or alone >= len(coefficients.rows) - 1:
+        return None
+    return tuple(range(1, alone + 1))
+
+
+def steps_alone(rows: Sequence[Row], growth: float) -> int:
+    """How many steps come before the last ones whose slopes multiply to at most `growth`."""
+    product, first = 1.0, len(rows)
+    while first > 0 and (product := product * abs(rows[first - 1][0])) <= growth:
+        first -= 1
+    return first
 
 
 def polar_express(
@@ -330,20 +357,29 @@ def quadratic_root_row(low: float, p: int) -> tuple[Row, float]:
     return row, _coupled(row, low, p)
 
 
-def root_tolerance(low: float, unit_roundoff: float) -> float:
-    """The gap 1 - l at which an inverse-root schedule from `low` stops.
+def root_tolerance(unit_roundoff: float) -> float:
+    """The gap 1 - l at which an inverse-root schedule stops: 4u.
 
-    min(4e-4, max(4u, u / (20 low))): the last step squares the error, and rounding in the
-    iteration costs some u / low anyway.
+    Every eigenvalue may be left with this gap, the well-conditioned ones too, whose roots rounding
+    leaves exact to some u. The smallest eigenvalue's error, u / low, is no measure for them.
     """
-    return min(4e-4, max(4.0 * unit_roundoff, unit_roundoff / (20.0 * low)))
+    return 4.0 * unit_roundoff
 
 
 def root_schedule(low: float, p: int, tolerance: float) -> Rows:
-    """Rows that take the spectrum [low, 1] to [1 - tolerance, 1]: two linear, the rest quadratic.
+    """Rows that take the spectrum [low, 1] to [1 - tolerance, 1].
 
-    Quadratic rows throughout would need fewer steps, but the cancellation in their first two
-    leaves residuals in fp32 that no check accepts.
+    The best row for [low, 1] maps large eigenvalues to its new lower bound too, for a small `low`
+    far below where they came from, and adds numbers far above their sum. Rounding in M and N then
+    costs these eigenvalues digits that later rows, which see M alone, do not bring back: with
+    m_k(x) the values that an eigenvalue x passes through, the root's relative error is about
+    (u / p) sum_k 1 / m_k. Therefore a row is made for no longer a spectrum than [0.12 / sqrt(p), 1]
+    (rows for [s, 1] are positive and below 1 on [0, s] too, where they grow): nothing then falls
+    below a quarter of where it was, and a row's coefficients add up to less than 30 for p = 1, and
+    to 8 for p = 4.
+
+    The first rows are linear, the others quadratic, and the last is linear again where that is
+    enough: as many of the first as give the fewest products, and the most of them.
 
     Args:
         low: lower bound of the spectrum, in (0, 1].
@@ -353,11 +389,47 @@ def root_schedule(low: float, p: int, tolerance: float) -> Rows:
     Returns:
         The rows N_k of M <- N_k^p M, X <- N_k X; empty where the interval is already small enough.
     """
+    best = _mixed_schedule(low, p, tolerance, 0)
+    for linear in range(1, _MOST_LINEAR_ROWS + 1):
+        rows = _mixed_schedule(low, p, tolerance, linear)
+        if root_products(rows, p) <= root_products(best, p):
+            best = rows
+    return best
+
+
+def root_products(rows: Rows, p: int) -> int:
+    """Products of matrices that a schedule takes: M^2, N X and N^p M, the last of which is not
+    formed after the last row, and X is N after the first.
+    """
+    power = p.bit_length() - 1 + p.bit_count()  # squarings, and a product for every bit
+    quadratic = sum(c != 0.0 for _, _, c in rows)
+    return quadratic + max(len(rows) - 1, 0) * (1 + power)
+
+
+_MOST_LINEAR_ROWS = 4
+
+
+def _mixed_schedule(low: float, p: int, tolerance: float, linear: int) -> Rows:
+    """`linear` linear rows, then quadratic ones, the last of them linear if that is enough."""
     rows: list[Row] = []
     while 1.0 - low > tolerance:
-        row, low = (linear_root_row if len(rows) < 2 else quadratic_root_row)(low, p)
+        row, after = _shortened(linear_root_row, low, p)
+        if len(rows) >= linear and 1.0 - after > tolerance:
+            row, after = _shortened(quadratic_root_row, low, p)
         rows.append(row)
+        low = after
     return tuple(rows)
+
+
+def _shortened(
+    best: Callable[[float, int], tuple[Row, float]], low: float, p: int
+) -> tuple[Row, float]:
+    """The best row for no longer a spectrum than rounding allows, and the next lower bound."""
+    shortest = 0.12 / math.sqrt(p)
+    if low >= shortest:
+        return best(low, p)
+    row, _ = best(shortest, p)
+    return row, _coupled(row, low, p)
 
 
 def _alternating(low: float, x1: float, x2: float, q: float) -> tuple[float, float, float, float]:
@@ -392,11 +464,12 @@ def _quintic(row: Row, x: float) -> float:
 
 
 def _as_row(row: object) -> Row:
-    if not isinstance(row, Sequence) or not all(isinstance(value, Real) for value in row):
+    if not isinstance(row, Sequence) or isinstance(row, str):
         raise TypeError(f"a row of coefficients must be three numbers, not {row!r}")
-    if len(row) != 3 or not all(math.isfinite(value) for value in row):
+    values = [_checks.real("a coefficient", value) for value in row]
+    if len(values) != 3 or not all(map(math.isfinite, values)):
         raise ValueError(f"a row of coefficients must be three finite numbers, not {row!r}")
-    return float(row[0]), float(row[1]), float(row[2])
+    return values[0], values[1], values[2]
 
 
 def _check_steps_fixed(steps: int | None, rows: Rows) -> None:

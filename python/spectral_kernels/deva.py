@@ -87,7 +87,8 @@ def deva_step_(
         lefts, left_bases: L and Q_L, (..., m, m), or None (or size 0) for no left side. Bases start
             as zeros.
         rights, right_bases: R and Q_R, (..., n, n), likewise.
-        lr: a number or a tensor of one number.
+        lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
+            waited for: one that is not finite makes every update so, see `nonfinite`.
         beta1, beta2: in [0, 1).
         shampoo_beta: in [0, 1); default beta2.
         eps: at least 0.
@@ -104,9 +105,10 @@ def deva_step_(
             update, an idle first call, sorted bases with V permuted. Variance "momentum", or
             "instant" for "schatten", only.
         maximize: ascend.
-        nonfinite: a matrix whose gradient or momentum is not finite, or whose state would not stay
-            so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before anything is
-            written ("raise").
+        nonfinite: a matrix whose gradient or momentum is not finite, or whose state or parameter
+            would not stay so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before
+            anything is written ("raise": if something given is not finite; a matrix that becomes so
+            in the step is skipped).
         refresh: whether bases are refreshed after the update, one for all entries or one for each.
         step_counts: one tensor an entry, 0-dim or of the batch's shape, advanced by applied steps.
         skipped: one int64, advanced by skipped matrices.
@@ -124,9 +126,11 @@ def deva_step_(
     code, commit 2e4d26e, for `reference`.
     """
     counts, skips = counters(params, step_counts, skipped)
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs)):
+        _checks.tensors(name, tensors, len(params))
     rows = _coefficients.resolve(coefficients, steps)
     beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
-    reference = bool(reference)
+    reference = _checks.flag("reference", reference)
     if eps_mode is None:
         eps_mode = "inside" if reference else "relative"
     check_variant(norm=norm, variance=variance, eps_mode=eps_mode, reference=reference)
@@ -136,9 +140,8 @@ def deva_step_(
         raise TypeError(
             f"compute_dtype must be float64, float32, bfloat16 or float16, not {compute_dtype!r}"
         )
-    _dispatch.run(
+    _dispatch.run_step(
         "deva_step_",
-        params,
         backend,
         params,
         grads,
@@ -161,15 +164,15 @@ def deva_step_(
         weight_decay=_checks.number("weight_decay", weight_decay),
         norm=norm,
         variance=variance,
-        nesterov=bool(nesterov),
-        sign=bool(sign),
-        correct_bias=bool(correct_bias),
-        normalize_grads=bool(normalize_grads),
+        nesterov=_checks.flag("nesterov", nesterov),
+        sign=_checks.flag("sign", sign),
+        correct_bias=_checks.flag("correct_bias", correct_bias),
+        normalize_grads=_checks.flag("normalize_grads", normalize_grads),
         rows=rows.rows,
         scales=scales_of(params, scale),
         compute_dtype=torch.bfloat16 if compute_dtype is None else compute_dtype,
         reference=reference,
-        maximize=bool(maximize),
+        maximize=_checks.flag("maximize", maximize),
         nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
         refresh=_checks.flags("refresh", refresh, len(params)),
     )

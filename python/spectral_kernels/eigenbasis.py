@@ -73,7 +73,8 @@ def refresh_eigenbasis(
     if q.dtype != a.dtype:
         raise TypeError(f"q is {q.dtype}, a {a.dtype}")
     _checks.same_device(q=q, a=a)
-    values, vectors = _dispatch.run("refresh_eigenbasis", (a,), backend, q, a, sort=bool(sort))
+    sort = _checks.flag("sort", sort)
+    values, vectors = _dispatch.run("refresh_eigenbasis", (a,), backend, q, a, sort=sort)
     return values, vectors
 
 
@@ -122,7 +123,8 @@ def soap_step_(
         lefts, left_bases: L and Q_L, (..., m, m), or None (or size 0) for no left side. Bases start
             as zeros.
         rights, right_bases: R and Q_R, (..., n, n), likewise.
-        lr: a number or a tensor of one number.
+        lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
+            waited for: one that is not finite makes every update so, see `nonfinite`.
         beta1, beta2: in [0, 1).
         shampoo_beta: in [0, 1); default beta2.
         eps: at least 0, absolute, so the update depends on the gradient's scale.
@@ -133,9 +135,10 @@ def soap_step_(
         permute_squares: sort the columns of new bases and permute V with them, as the public code
             does, where by default column j follows column j.
         maximize: ascend.
-        nonfinite: a matrix whose gradient or momentum is not finite, or whose state would not stay
-            so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before anything is
-            written ("raise").
+        nonfinite: a matrix whose gradient or momentum is not finite, or whose state or parameter
+            would not stay so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before
+            anything is written ("raise": if something given is not finite; a matrix that becomes so
+            in the step is skipped).
         refresh: whether bases are refreshed after the update, one for all entries or one for each.
         step_counts: one tensor an entry, 0-dim or of the batch's shape, advanced by applied steps.
         skipped: one int64, advanced by skipped matrices.
@@ -150,10 +153,11 @@ def soap_step_(
     Source: Vyas et al., arXiv 2409.11321, algorithm 3; github.com/nikhilvyas/SOAP.
     """
     counts, skips = counters(params, step_counts, skipped)
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _checks.tensors(name, tensors, len(params))
     beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
-    _dispatch.run(
+    _dispatch.run_step(
         "soap_step_",
-        params,
         backend,
         params,
         grads,
@@ -173,11 +177,11 @@ def soap_step_(
         ),
         eps=_checks.number("eps", eps),
         weight_decay=_checks.number("weight_decay", weight_decay),
-        correct_bias=bool(correct_bias),
-        normalize_grads=bool(normalize_grads),
-        skip_first=bool(skip_first),
-        permute_squares=bool(permute_squares),
-        maximize=bool(maximize),
+        correct_bias=_checks.flag("correct_bias", correct_bias),
+        normalize_grads=_checks.flag("normalize_grads", normalize_grads),
+        skip_first=_checks.flag("skip_first", skip_first),
+        permute_squares=_checks.flag("permute_squares", permute_squares),
+        maximize=_checks.flag("maximize", maximize),
         nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
         refresh=_checks.flags("refresh", refresh, len(params)),
     )

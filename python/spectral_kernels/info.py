@@ -148,7 +148,10 @@ def _cpu() -> dict[str, Any]:
         "instruction_sets_refused": _or_reason(partial(_refused, module)),
         "instruction_set_in_use": _or_reason(module.current_isa),
         "instruction_set_cap": f"{_PREFIX}CPU_ISA={cap}" if cap else "none",
+        "float32_products_by": _or_reason(module.fp32_products),
         "instruction_set_of_torch": _or_reason(torch.backends.cpu.get_cpu_capability),
+        "mkl_kept_to_one_thread_by": _or_reason(module.mkl_thread_limit),
+        "lapack_results_computed_again": _or_reason(_extension.faults),
     }
 
 
@@ -176,7 +179,7 @@ def _device() -> str:
 
 
 def _cuda_operators() -> str:
-    reason = _cuda.unavailable()
+    reason = _cuda.not_built()
     if reason is not None:
         return reason
     return f"{', '.join(_cuda.OPERATORS)} for {', '.join(_cuda.architectures())}"
@@ -184,7 +187,7 @@ def _cuda_operators() -> str:
 
 def _cuda_kernels() -> dict[str, str]:
     """Every kernel's variants; what they take is known on a device only."""
-    reason = _cuda.unavailable()
+    reason = _cuda.not_built()
     if reason is not None:
         return {"none": reason}
     variants: dict[str, list[tuple[int, int]]] = {}

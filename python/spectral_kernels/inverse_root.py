@@ -24,8 +24,8 @@ class RootInfo(NamedTuple):
 
     Attributes:
         status: int64, 0 converged, 1 stagnated (also: the matrix is not semidefinite), 2 fell back
-            from an iteration to an eigendecomposition, 3 rank-deficient (a pseudo-inverse root),
-            4 non-finite input.
+            from an iteration to an eigendecomposition or the other way, 3 rank-deficient (a
+            pseudo-inverse root), 4 non-finite input.
         steps: int64, steps of the iteration that was accepted, 0 for an eigendecomposition.
         residual: ||(X^floor(p/2) (A + delta I) X^ceil(p/2) - I) Omega||_F / ||Omega||_F for a fixed
             n x 8 sign matrix Omega.
@@ -85,11 +85,11 @@ def inverse_root(
         p: the root, 1 to 8. Rational exponents are powers of a root.
         ridge: an absolute ridge, at least 0.
         relative_ridge: a ridge relative to A's largest absolute row sum, at least 0.
-        method: "iteration", products only: two linear and then quadratic equi-oscillating rows
-            (on the CPU also of degree 4, for fewer products);
+        method: "iteration", products only: linear and then quadratic equi-oscillating rows;
             "eigen", a float64 eigendecomposition; "auto", the first where the ridge is large enough
-            to bound the spectrum (delta >= 4 u ||A + delta I||), else the second; "newton" and
-            "newton_db" (p = 2, 4, 8), coupled Newton and Denman-Beavers for comparison, on backend
+            to bound the spectrum (delta >= 4 u ||A + delta I||) and n > 2, as rounding errors of
+            two rows do not average out, else the second; "newton" and "newton_db" (p = 2, 4, 8),
+            coupled Newton and Denman-Beavers for comparison, on backend
             "reference" only.
         return_info: also return how it went.
         backend: "cpu", "cuda", "triton", "reference"; None chooses.
@@ -103,14 +103,21 @@ def inverse_root(
         TypeError, ValueError: an argument out of its range, naming the value.
         RuntimeError: a requires grad, or the backend that was asked for cannot run.
 
-    Accuracy: first order, the relative error is some u cond(A + delta I) / p. Every iteration is
-    checked by its residual, at most 0.25 in fp32 and 1e-6 in float64; one that fails is run longer,
-    and then replaced by an eigendecomposition.
+    Accuracy: first order, the relative error is some u cond(A + delta I) / p, and that of a block
+    or of a range of eigenvalues some u times its own condition, wherever the rest of the spectrum
+    ends. Every iteration is checked by its residual, at most 0.25 in fp32 and 1e-6 in float64, and
+    by one that is weighted with A, at most 256u (p + cond^(1/p)), which the large eigenvalues
+    dominate; a root that fails is iterated on for longer, and then replaced by an
+    eigendecomposition.
+    An eigendecomposition is in float64; on the CPU it is multiplied out on a few probes, and
+    computed once more where it is wrong. With method="eigen", where LAPACK fails all the same, the
+    iteration takes over if the ridge bounds the spectrum.
 
     Source: coupled iterations: Guo and Higham (2006); the rows: `spectral_kernels.coefficients`.
     """
     _checks.square("a", a)
     _checks.no_autograd("a", a, "inverse_root")
+    return_info = _checks.flag("return_info", return_info)
     root, *info = _dispatch.run(
         "inverse_root",
         (a,),
@@ -178,7 +185,8 @@ def shampoo_step_(
             as the identity.
         rights, right_roots: R and X_R, (..., n, n), likewise.
         graft_squares: V, shapes of the params; None for graft "none" and "sgd".
-        lr: a number or a tensor of one number.
+        lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
+            waited for: one that is not finite makes every update so, see `nonfinite`.
         beta1: in [0, 1).
         beta2: in [0, 1]; 1 is AdaGrad's sum.
         graft_beta2: in [0, 1); default beta2, or 0.999 if that is 1.
@@ -194,9 +202,10 @@ def shampoo_step_(
             other uses it; "simultaneous" takes both from the old roots, as public code does.
         debias: see above; KL factors never are.
         maximize: ascend.
-        nonfinite: a matrix whose gradient or momentum is not finite, or whose state would not stay
-            so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before anything is
-            written ("raise").
+        nonfinite: a matrix whose gradient or momentum is not finite, or whose state or parameter
+            would not stay so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before
+            anything is written ("raise": if something given is not finite; a matrix that becomes so
+            in the step is skipped).
         refresh: whether roots are taken anew, one for all entries or one for each.
         root_failures: one (..., 2) int64 tensor an entry, advanced by roots that failed, left and
             right.
@@ -208,14 +217,17 @@ def shampoo_step_(
         TypeError, ValueError: bad input, naming the value, before anything is written.
         RuntimeError: the backend that was asked for cannot run.
 
-    Accuracy: factors accumulate in fp32; roots as `inverse_root`. With relative_ridge or kl a
-    gradient scaled by a power of two gives the same update while max |G| is in 2^-50 .. 2^50 (its
-    square has to fit into the state); outside of that the matrix is skipped and counted.
+    Accuracy: factors accumulate in fp32; roots as `inverse_root`. A gradient scaled by a power of
+    two gives the same update while max |G| is in 2^-50 .. 2^50 (its square has to fit into the
+    state; outside of that the matrix is skipped and counted) if nothing absolute enters: ridge = 0
+    or kl, and either a graft of "adagrad", "rmsprop" or "adam" with a relative eps, or "none" with
+    kl or with a root of twice the number of sides. Otherwise the update scales as the formula does:
+    with "sgd" as G, with "none" as G^(1 - 2 sides / root).
 
     Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497; KL: arXiv 2509.03378.
     """
     counts, skips = counters(params, step_counts, skipped)
-    kl = bool(kl)
+    kl = _checks.flag("kl", kl)
     root = (2 if kl else 4) if root is None else _checks.integer("root", root, 1, 8)
     if kl and root != 2:
         raise ValueError(
@@ -228,9 +240,14 @@ def shampoo_step_(
         root_failures = [
             torch.zeros(*p.shape[:-2], 2, dtype=torch.int64, device=p.device) for p in params
         ]
-    _dispatch.run(
+    for name, tensors in (
+        ("grads", grads),
+        ("momentum_buffers", momentum_buffers),
+        ("root_failures", root_failures),
+    ):
+        _checks.tensors(name, tensors, len(params))
+    _dispatch.run_step(
         "shampoo_step_",
-        params,
         backend,
         params,
         grads,
@@ -257,8 +274,8 @@ def shampoo_step_(
         graft_eps_mode=_checks.choice("graft_eps_mode", graft_eps_mode, GRAFT_EPS_MODES),
         kl=kl,
         kl_order=_checks.choice("kl_order", kl_order, KL_ORDERS),
-        debias=bool(debias),
-        maximize=bool(maximize),
+        debias=_checks.flag("debias", debias),
+        maximize=_checks.flag("maximize", maximize),
         nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
         refresh=_checks.flags("refresh", refresh, len(params)),
     )

@@ -39,7 +39,8 @@ def kron_factors_update_(
         left_root: X_L, (..., m, m), for the right factor's increment.
         right_root: X_R, (..., n, n), for the left factor's.
         skipped: one int64, advanced by every matrix that was skipped: a matrix of the batch whose
-            gradient has a non-finite element or whose product overflows keeps every bit.
+            gradient, factor or root has a non-finite element or whose product overflows keeps every
+            bit.
         backend: "cpu", "cuda", "triton", "reference"; None chooses.
 
     Raises:
@@ -62,8 +63,15 @@ def kron_factors_update_(
         ("right_root", right_root, n),
     ):
         _side(name, factor, grad, size)
+    if skipped is not None and not isinstance(skipped, Tensor):
+        raise TypeError(f"skipped must be a tensor, not {type(skipped).__name__}")
     _checks.same_device(
-        left=left, right=right, grad=grad, left_root=left_root, right_root=right_root
+        left=left,
+        right=right,
+        grad=grad,
+        left_root=left_root,
+        right_root=right_root,
+        skipped=skipped,
     )
     beta = _checks.number("beta", beta, 0.0, 1.0, include_high=True)
     absent = (left if left is not None else right).new_empty(0)  # type: ignore[union-attr]

@@ -18,7 +18,9 @@ CoefficientsLike = str | Sequence[float] | Sequence[Sequence[float]]
 METHODS = ("auto", "standard", "gram")
 NORMS = ("frobenius", "schatten8")
 NONFINITE = ("skip", "propagate", "raise")
-SCALES = ("original", "match_rms_adamw", "none")
+# Of the roots of second moments, as in the public code of NorMuon.
+NEURON_EPS = 1e-8
+SCALES = ("original", "match_rms_adamw", "spectral_unclamped", "none")
 
 
 def newton_schulz(
@@ -49,9 +51,10 @@ def newton_schulz(
         steps: number of steps of a named set or a single row (default: its length; 5). A sequence
             of rows fixes it.
         method: "standard", "gram", or "auto": the cheaper one that keeps the accuracy below.
-        restarts: steps before which the Gram form recomputes X and R (fp32 loses up to two digits
-            without); None takes the set measured for the coefficients, or every second step where
-            none was measured and method is "gram". With 16-bit operands none is needed.
+        restarts: steps before which the Gram form recomputes X and R. None: before each but the
+            last steps, those whose slopes a multiply to at most 12 (fp32, fp64), 1100 (bf16) or
+            500 (fp16); a step by itself is that of the standard form. Where slopes multiply to more
+            than 1100 between two given restarts, more are added: rounding noise would overflow.
         compute_dtype: what products are computed in, None: x's dtype. 16-bit means 16-bit operands
             with fp32 accumulation where the hardware has them, else fp32.
         eps: the norm's floor, X / max(|X|, eps), as in torch.optim.Muon.
@@ -68,8 +71,9 @@ def newton_schulz(
 
     Accuracy: the error against the same polynomial in float64 is at most twice that of the standard
     iteration in plain torch at the same storage dtype: about 2e-6 in fp32 and 1e-2 in bf16 on
-    Gaussian input, more on spectra that decay. Singular values below the coefficients' range, and
-    rounding noise in a null space, are not brought to 1.
+    Gaussian input, more on spectra that decay. It holds for repeated, scaled and zero rows and
+    columns, too. Singular values below the coefficients' range, and rounding noise in a null space,
+    are not brought to 1.
 
     Source: Jordan, "Muon" (2024); the Gram form: Dao-AILab/gram-newton-schulz.
     """
@@ -125,6 +129,9 @@ def muon_step_(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    cautious: bool = False,
+    second_moments: Sequence[Tensor] | None = None,
+    beta2: float = 0.95,
     coefficients: CoefficientsLike = "muon",
     steps: int | None = None,
     scale: str | float | Sequence[float] = "original",
@@ -143,23 +150,36 @@ def muon_step_(
 
         M <- momentum M + (1 - momentum) G
         N = (1 - momentum) G + momentum M if nesterov, else M
-        W <- (1 - lr weight_decay) W - lr scale newton_schulz(N)
+        O = newton_schulz(N)
+        W <- (1 - lr weight_decay) W - lr scale O
+
+    With second moments v of the rows, its neurons (NorMuon), W moves by U in the place of O:
+
+        v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
+        D_ij = O_ij / (sqrt(v_i) + 1e-8)
+        U = D |O|_F / |D|_F
 
     Args:
         params, grads: (..., m, n) each, of one shape; leading dimensions are a batch of matrices.
             Flatten convolution weights first.
         momentum_buffers: shapes of the params, float32 (float64 for float64).
-        lr: a number or a tensor of one number.
+        lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
+            waited for: one that is not finite makes every update so, see `nonfinite`.
         momentum: in [0, 1).
         nesterov: mix the gradient in once more.
         weight_decay: decoupled, applied before the update.
+        cautious: elements of W whose sign is against that of O, or U, do not decay.
+        second_moments: (..., m, 1) for every param, float32 (float64 for float64), zeros at first.
+        beta2: in [0, 1); how much of a second moment stays.
         coefficients, steps, method, restarts, norm, eps: see `newton_schulz`.
-        scale: "original" sqrt(max(1, m / n)), "match_rms_adamw" 0.2 sqrt(max(m, n)), "none" 1, one
-            number, or one for every entry.
+        scale: "original" sqrt(max(1, m / n)), "match_rms_adamw" 0.2 sqrt(max(m, n)),
+            "spectral_unclamped" sqrt(m / n), "none" 1, one number, or one for every entry.
         compute_dtype: None: bfloat16, as torch.optim.Muon, but float64 for float64 params.
         maximize: ascend.
-        nonfinite: a matrix whose gradient or momentum has a non-finite element keeps every bit
-            ("skip"), becomes NaN ("propagate"), or raises before anything is written ("raise").
+        nonfinite: a matrix whose gradient or state is not finite, or whose parameter would not
+            stay so, keeps every bit ("skip"), becomes NaN ("propagate"), or raises before anything
+            is written ("raise": if something given is not finite; a matrix that becomes so in the
+            step is skipped).
         step_counts: one tensor an entry, 0-dim or of the batch's shape, advanced by applied steps.
         skipped: one int64, advanced by skipped matrices.
         backend: "cpu", "cuda", "triton", "reference"; None chooses.
@@ -168,26 +188,38 @@ def muon_step_(
         TypeError, ValueError: bad input, naming the value, before anything is written.
         RuntimeError: the backend that was asked for cannot run.
 
-    Accuracy: as `newton_schulz`. Gradients are not modified.
+    Accuracy: as `newton_schulz`. Gradients are not modified. An element near 0 may be taken to
+    agree in sign where exact arithmetic has it disagree: its decay is then lr weight_decay |W| off.
 
-    Source: Jordan, "Muon" (2024); torch.optim.Muon.
+    Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
+    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
     """
     rows = _coefficients.resolve(coefficients, steps)
     dtype = torch.bfloat16 if compute_dtype is None else _compute_dtype(compute_dtype)
     counts, skips = counters(params, step_counts, skipped)
-    _dispatch.run(
+    for name, tensors in (("grads", grads), ("momentum_buffers", momentum_buffers)):
+        _checks.tensors(name, tensors, len(params))
+    beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
+    moments = second_moments
+    if moments is None:
+        moments = [params[0].new_empty(0)] * len(params) if params else []
+    _checks.tensors("second_moments", moments, len(params))
+    _dispatch.run_step(
         "muon_step_",
-        params,
         backend,
         params,
         grads,
         momentum_buffers,
+        moments,
         counts,
         skips,
         _checks.learning_rate(lr),
         momentum=_checks.number("momentum", momentum, 0.0, 1.0),
-        nesterov=bool(nesterov),
+        nesterov=_checks.flag("nesterov", nesterov),
+        beta2=None if second_moments is None else beta2,
+        neuron_eps=NEURON_EPS,
         weight_decay=_checks.number("weight_decay", weight_decay),
+        cautious=_checks.flag("cautious", cautious),
         rows=rows.rows,
         scales=scales_of(params, scale),
         method=_checks.choice("method", method, METHODS),
@@ -196,7 +228,7 @@ def muon_step_(
         eps=_checks.number("eps", eps),
         norm=_checks.choice("norm", norm, NORMS),
         norm_factor=rows.norm_factor,
-        maximize=bool(maximize),
+        maximize=_checks.flag("maximize", maximize),
         nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
     )
 
@@ -204,24 +236,27 @@ def muon_step_(
 def scale_factor(scale: str, m: int, n: int) -> float:
     """The factor of the polar factor of an m x n matrix.
 
-    "original" is KellerJordan/Muon's, "match_rms_adamw" arXiv 2502.16982's; the names are those of
-    torch.optim.Muon's `adjust_lr_fn`.
+    "original" is KellerJordan/Muon's, "match_rms_adamw" arXiv 2502.16982's, "spectral_unclamped"
+    that of Bernstein, "Deriving Muon" (2025); the names are those of torch.optim.Muon's
+    `adjust_lr_fn`.
     """
     _checks.choice("scale", scale, SCALES)
     if scale == "none" or m == 0 or n == 0:
         return 1.0
-    return math.sqrt(max(1.0, m / n)) if scale == "original" else 0.2 * math.sqrt(max(m, n))
+    if scale == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(m, n))
+    return math.sqrt(max(1.0, m / n) if scale == "original" else m / n)
 
 
 def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) -> list[float]:
     """One factor an entry."""
     if isinstance(scale, str):
         return [scale_factor(scale, p.shape[-2], p.shape[-1]) for p in params]
-    if isinstance(scale, Sequence):
-        if len(scale) != len(params):
-            raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
-        return [_checks.number("scale", float(value)) for value in scale]
-    return [_checks.number("scale", scale)] * len(params)
+    if not isinstance(scale, Sequence):
+        return [_checks.number("scale", scale)] * len(params)
+    if len(scale) != len(params):
+        raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
+    return [_checks.number(f"scale[{i}]", value) for i, value in enumerate(scale)]
 
 
 def restarts_for(
@@ -231,21 +266,38 @@ def restarts_for(
     dtype: torch.dtype,
     restarts: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """Steps before which the Gram form of a matrix of x's shape restarts."""
+    """Steps before which the Gram form of a matrix of x's shape restarts.
+
+    Before every step means the standard form.
+    """
     count = len(rows.rows)
     if restarts is not None:
-        return tuple(_checks.integer("restarts", step, 1, count - 1) for step in restarts)
-    if dtype not in _checks.FULL:
-        if method == "auto" and min(x.shape[-2:]) < _coefficients.SMALLEST_GRAM:
-            return ()
-        # The rounding noise of a rank-deficient Gram matrix, negative eigenvalues included, grows
-        # with every step: three steps keep it below that of plain torch, five need not.
-        return tuple(range(2, count, 3))
-    measured = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1])
-    if measured is not None:
-        return measured
-    # Without a measurement: two steps after a restart are safe, three are not (gram-newton-schulz).
-    return tuple(range(2, count, 2)) if method == "gram" else ()
+        given = {_checks.integer("restarts", step, 1, count - 1) for step in restarts}
+        return _bounded(rows.rows, given)
+    if method == "gram":
+        alone = _coefficients.steps_alone(rows.rows, _GROWTH[dtype])
+        return tuple(range(1, min(alone + 1, count)))
+    found = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1], _GROWTH[dtype])
+    return tuple(range(1, count)) if found is None else found
+
+
+_GROWTH = {
+    torch.float64: _coefficients.FULL_GROWTH,
+    torch.float32: _coefficients.FULL_GROWTH,
+    torch.bfloat16: _coefficients.BFLOAT16_GROWTH,
+    torch.float16: _coefficients.FLOAT16_GROWTH,
+}
+
+
+def _bounded(rows: Sequence[_coefficients.Row], restarts: set[int]) -> tuple[int, ...]:
+    """The restarts, and further ones where rounding noise could outgrow the matrix."""
+    kept, growth = [], 1.0
+    for step, (a, _, _) in enumerate(rows):
+        growth *= abs(a)
+        if step > 0 and (step in restarts or growth > _coefficients.BFLOAT16_GROWTH):
+            kept.append(step)
+            growth = abs(a)
+    return tuple(kept)
 
 
 def restarts_of(
@@ -266,13 +318,18 @@ def counters(
     params: Sequence[Tensor], step_counts: Sequence[Tensor] | None, skipped: Tensor | None
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The counters of a list step, or throw-away ones."""
+    if not isinstance(params, Sequence):
+        raise TypeError(f"params must be a list of tensors, not {type(params).__name__}")
     for i, param in enumerate(params):
         _checks.matrix(f"params[{i}]", param)
     device = params[0].device if len(params) else torch.device("cpu")
     if step_counts is None:
-        step_counts = [torch.zeros((), device=device) for _ in params]
+        step_counts = [torch.zeros((), dtype=torch.float32, device=device) for _ in params]
+    _checks.tensors("step_counts", step_counts, len(params))
     if skipped is None:
         skipped = torch.zeros((), dtype=torch.int64, device=device)
+    if not isinstance(skipped, Tensor):
+        raise TypeError(f"skipped must be a tensor, not {type(skipped).__name__}")
     return step_counts, skipped
 
 

@@ -12,6 +12,7 @@
 #include "emulation.h"
 // What kernels include needs the emulation before it.
 #include "../../csrc/cuda/stream_k.h"
+#include "../../csrc/cuda/symmetric_matmul.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
                               int residents, int queue, int multiprocessors) {
@@ -21,7 +22,7 @@ extern "C" void set_emulation(int order, int truncation, const char* left_out, i
   spectral_kernels::cuda::prefer_queue(queue < 0 ? std::nullopt : std::optional<bool>(queue > 0));
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
-  emulation::left_out = left_out;
+  emulation::leave_out(left_out);
 }
 
 // Pieces of a matrix in the order of its stretches, six numbers each; how many there are.
@@ -37,6 +38,37 @@ extern "C" int64_t stream_k_pieces(int64_t tiles, int64_t steps, int multiproces
       count++;
     });
   return count;
+}
+
+extern "C" int names_wgmma(const char* architectures) {
+  return int(spectral_kernels::cuda::names_wgmma(architectures));
+}
+
+// D = A A + beta C + I of symmetric bf16 matrices of `rows`, padded to `line` columns; of C and D
+// there may be one triangle only.
+extern "C" int product_with_c(int64_t rows, int64_t line, int tile, int64_t chunks, int lower_c,
+                              int lower_d, float beta, const uint16_t* a, const uint16_t* c,
+                              uint16_t* d, float* parts, uint32_t* arrived) {
+  using namespace spectral_kernels::cuda;
+  Entry e;
+  e.rows = rows;
+  e.columns = e.line = line;
+  e.count = 1;
+  e.chunks = e.square_chunks = chunks;
+  Product p;
+  p.a = p.b = a;
+  p.c = c;
+  p.d = d;
+  p.beta = beta;
+  p.gamma = 1;
+  p.c_format.lower = lower_c != 0;
+  p.d_format.lower = lower_d != 0;
+  const uint32_t largest = 1;
+  ProductBuffers buffers;
+  buffers.parts = parts;
+  buffers.arrived = arrived;
+  buffers.largest = &largest;
+  return launch_product({e}, p, tile, buffers, nullptr);
 }
 
 extern "C" void limit_workspace(int64_t bytes) { spectral_kernels::cuda::limit_workspace(bytes); }

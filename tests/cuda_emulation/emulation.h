@@ -18,7 +18,6 @@
 // seed. set_truncation(true): mma results are rounded toward zero, as tensor cores do.
 #pragma once
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -30,6 +29,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -64,6 +64,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+// Nobody else's symbols: calls need not go through the linker's tables.
+#pragma GCC visibility push(hidden)
 namespace emulation {
 
 [[noreturn]] inline void die(const char* what);
@@ -98,25 +100,33 @@ struct Barrier {
 
 struct PendingCopy {
   char* to;
+  unsigned group;
   char bytes[16];
 };
 
 constexpr size_t kStackBytes = 1 << 16;
 
+// The compiler's own, without signals and what else that of the C library looks after.
+using Place = void* [5];
+
 struct Fiber {
   ucontext_t start;
-  jmp_buf resume_at;
+  Place resume_at;
   std::unique_ptr<char[]> stack;
-  bool started = false, finished = false;
+  bool started = false, finished = false;  // started: it can be resumed, for one body after another
   dim3 thread;
   unsigned index = 0, collectives = 0;
-  std::vector<std::vector<PendingCopy>> copies;  // by group, oldest first; the last one is open
+  const Barrier* waits_at = nullptr;  // until its generation is another one
+  unsigned generation = 0;
+  std::vector<PendingCopy> copies;  // oldest first
+  unsigned groups = 0;              // of copies that are complete; the next one is open
 };
 
 // What the lanes of a warp hand to each other; two buffers, so that one barrier a collective is
 // enough.
+using Words = uint32_t[32][10];
 struct Exchange {
-  uint32_t words[2][32][8];
+  Words words[2];
 };
 
 struct Block {
@@ -129,7 +139,7 @@ struct Block {
   std::unique_ptr<Guarded> shared_memory;
 };
 
-inline jmp_buf scheduler;
+inline Place scheduler;
 inline Fiber* current = nullptr;
 inline Block* block = nullptr;  // of `current`
 inline int threads = 0;
@@ -143,6 +153,11 @@ inline bool truncation = false;
 inline int residents = 1;
 inline std::mt19937 generator(0);
 
+// Jumps are functions of their own: the compiler cannot have both ends of one in one function.
+[[noreturn, gnu::noinline]] inline void jump(Place& to) { __builtin_longjmp(to, 1); }
+// It does not see that others run, and change what they like, until a jump comes back.
+inline void others_have_run() { asm volatile("" ::: "memory"); }
+
 // Ends the launch with an exception, from whichever thread it is called.
 inline void die(const char* what) {
   char text[256];
@@ -151,49 +166,65 @@ inline void die(const char* what) {
            index.z, current == nullptr ? 0 : current->index);
   failure = text;
   if (current == nullptr) throw std::runtime_error(failure);
-  _longjmp(scheduler, 1);
+  current->started = false;  // what it was about is not gone on with
+  jump(scheduler);
 }
 
-inline void yield() {
-  if (_setjmp(current->resume_at) == 0) _longjmp(scheduler, 1);
+[[gnu::noinline]] inline void yield() {
+  if (__builtin_setjmp(current->resume_at) == 0) jump(scheduler);
+  others_have_run();
 }
 
-inline void wait(Barrier& barrier, int count) {
-  const unsigned generation = barrier.generation;
+// The last to arrive does what is to be done once for all.
+template <class Once>
+void wait(Barrier& barrier, int count, Once once) {
   if (++barrier.arrived >= count) {
+    once();
     barrier.arrived = 0;
     ++barrier.generation;
     ++progress;
-  } else {
-    while (barrier.generation == generation) yield();
+    return;
   }
+  current->waits_at = &barrier;
+  current->generation = barrier.generation;
+  yield();
+  current->waits_at = nullptr;
+}
+
+inline bool waits(const Fiber& fiber) {
+  return fiber.waits_at != nullptr && fiber.waits_at->generation == fiber.generation;
 }
 
 inline unsigned lane() { return current->index & 31; }
 
-inline void wait_for_warp() {
+template <class Once>
+void wait_for_warp(Once once) {
   const int warp = int(current->index / 32);
-  wait(block->warp_barriers[size_t(warp)], std::min(32, threads - warp * 32));
+  wait(block->warp_barriers[size_t(warp)], std::min(32, threads - warp * 32), once);
+}
+inline void wait_for_warp() {
+  wait_for_warp([] {});
 }
 
-inline auto& exchange() {
+inline Words& exchange() {
   return block->exchanges[current->index / 32].words[current->collectives++ & 1];
 }
 
-inline void run_thread() {
-  (*body)();
-  for (const auto& group : current->copies)
-    if (!group.empty()) die("a cp.async was never waited for");
-  current->finished = true;
-  --block->alive;
-  ++progress;
-  _longjmp(scheduler, 1);
+inline void run_threads() {
+  for (;;) {
+    (*body)();
+    if (!current->copies.empty()) die("a cp.async was never waited for");
+    current->finished = true;
+    --block->alive;
+    ++progress;
+    yield();
+  }
 }
 
-inline void resume(Fiber& fiber) {
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.resume_at, 1);
+  if (__builtin_setjmp(scheduler) != 0) return others_have_run();
+  if (fiber.started) jump(fiber.resume_at);
   fiber.started = true;
   setcontext(&fiber.start);
 }
@@ -210,27 +241,31 @@ void arrange(std::vector<T>& items) {
   if (order > 1) std::shuffle(items.begin(), items.end(), generator);
 }
 
-inline std::vector<int> numbers(int count) {
-  std::vector<int> out(static_cast<size_t>(count));
-  for (int i = 0; i < count; i++) out[size_t(i)] = i;
-  return out;
+inline void arrange_numbers(std::vector<int>& out, int count) {
+  out.resize(size_t(count));
+  std::iota(out.begin(), out.end(), 0);
+  arrange(out);
 }
 
 inline void start_threads() {
   for (int i = 0; i < threads; i++) {
     Fiber& fiber = block->fibers[size_t(i)];
     const unsigned t = unsigned(i);
-    fiber.started = fiber.finished = false;
-    fiber.collectives = 0;
-    fiber.copies.assign(1, {});
+    // One that has not ended is left where a launch has failed.
+    fiber.started = fiber.started && fiber.finished;
+    fiber.finished = false;
+    fiber.collectives = fiber.groups = 0;
+    fiber.waits_at = nullptr;
+    fiber.copies.clear();
     fiber.index = t;
     fiber.thread =
         dim3(t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y));
+    if (fiber.started) continue;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStackBytes;
     fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, run_thread, 0);
+    makecontext(&fiber.start, run_threads, 0);
   }
 }
 
@@ -253,18 +288,18 @@ inline void start_block(const dim3& index, size_t bytes) {
 
 // Every warp of the block, as far as it can go: a missing barrier shows.
 inline void run_block() {
-  std::vector<int> warps = numbers((threads + 31) / 32);
-  arrange(warps);
+  static std::vector<int> warps, lanes;
+  arrange_numbers(warps, (threads + 31) / 32);
   for (const int warp : warps) {
     long last;
     do {
       last = progress;
-      std::vector<int> lanes = numbers(32);
-      arrange(lanes);
+      arrange_numbers(lanes, 32);
       for (const int l : lanes) {
         const int t = warp * 32 + l;
-        if (t < threads && !block->fibers[size_t(t)].finished)
-          resume_checked(block->fibers[size_t(t)]);
+        if (t >= threads) continue;
+        Fiber& fiber = block->fibers[size_t(t)];
+        if (!fiber.finished && !waits(fiber)) resume_checked(fiber);
       }
     } while (last != progress);
   }
@@ -331,62 +366,81 @@ inline float from_bits(uint32_t u) {
 
 inline float from_bf16(uint32_t h) { return from_bits(h << 16); }
 
-inline float expand_f16(uint32_t h) {
-  const int exponent = int(h >> 10 & 31), mantissa = int(h & 1023);
-  float value = ldexpf(float(mantissa), -24);
-  if (exponent == 31) value = mantissa != 0 ? NAN : INFINITY;
-  if (exponent > 0 && exponent < 31) value = ldexpf(float(1024 + mantissa), exponent - 25);
-  return (h & 0x8000) != 0 ? -value : value;
+inline float from_f16(uint32_t h) {
+  const uint32_t size = h & 0x7fff, sign = (h & 0x8000) << 16, bits = (size << 13) + (112u << 23);
+  if (size > 0x7c00) return from_bits(sign | 0x7fc00000);
+  if (size == 0x7c00) return from_bits(sign | 0x7f800000);
+  if (size >= 0x400) return from_bits(sign | bits);
+  // In units of 2^-24: the leading one that is implied is subtracted again.
+  const float value = from_bits(bits + (1u << 23)) - from_bits(113u << 23);
+  return sign != 0 ? -value : value;
 }
 
-inline float from_f16(uint32_t h) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(65536);
-    for (uint32_t i = 0; i < 65536; i++) values[i] = expand_f16(i);
-    return values;
-  }();
-  return table[h & 0xffff];
+inline uint32_t to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
 }
 
 // Both round to nearest even.
 inline uint32_t to_f16(float f) {
+  const uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
   if (f != f) return 0x7fff;
-  const uint32_t sign = std::signbit(f) ? 0x8000 : 0;
-  const float size = fabsf(f);
-  if (size >= 65520.f) return sign | 0x7c00;
-  if (size == 0) return sign;
-  int exponent;
-  frexpf(size, &exponent);
-  exponent = std::max(exponent, -13);
-  const float mantissa = nearbyintf(ldexpf(size, 11 - exponent));
-  return sign | uint32_t(mantissa + (mantissa >= 1024 ? float((exponent + 13) * 1024) : 0.f));
+  if (fabsf(f) >= 65520.f) return sign | 0x7c00;
+  if (size >= 113u << 23) return sign | (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+  // The sum's last digit is 2^-24, that of the smallest numbers.
+  return sign | (to_bits(fabsf(f) + .5f) - to_bits(.5f));
 }
 inline uint32_t to_bf16(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
+  const uint32_t u = to_bits(f);
   return f != f ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
-// D (16 x 8) += A (16 x 16) B (16 x 8). A lane's words of A go to slots 0..3, those of B to 4..5.
+// D (16 x 8) += A (16 x 16) B (16 x 8), each element's products added in their order, in double,
+// in which the products are exact.
+inline void multiply(double d[16][8], const float a[16][16], const float b[16][8]) {
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < 16; k++) {
+      const double x = double(a[row][k]);
+      for (int column = 0; column < 8; column++) d[row][column] += x * double(b[k][column]);
+    }
+}
+
+// What the lanes have left: words of D in slots 0..3, of A in 4..7, of B in 8..9.
+template <float (*kValue)(uint32_t)>
+void multiply(Words& words) {
+  float a[16][16], b[16][8];
+  double d[16][8];
+  const auto each = [&](auto visit) {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++) visit(words[l][i], d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  };
+  for (int l = 0; l < 32; l++)
+    for (int k = 0; k < 2; k++) {
+      for (int i = 0; i < 4; i++)
+        a[l / 4 + i % 2 * 8][l % 4 * 2 + k + i / 2 * 8] =
+            kValue(words[l][4 + i] >> 16 * k & 0xffff);
+      for (int i = 0; i < 2; i++)
+        b[l % 4 * 2 + k + i * 8][l / 4] = kValue(words[l][8 + i] >> 16 * k & 0xffff);
+    }
+  each([](uint32_t word, double& sum) { sum = double(from_bits(word)); });
+  multiply(d, a, b);
+  each([](uint32_t& word, double sum) {
+    float rounded = float(sum);
+    if (truncation && fabs(double(rounded)) > fabs(sum)) rounded = nextafterf(rounded, 0.f);
+    word = to_bits(rounded);
+  });
+}
+
 template <float (*kValue)(uint32_t)>
 void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-  auto& words = exchange();
-  const unsigned l = lane();
-  memcpy(words[l], a, 16);
-  memcpy(words[l] + 4, b, 8);
-  wait_for_warp();
-  for (unsigned i = 0; i < 4; i++) {
-    const unsigned row = (l >> 2) + (i >> 1) * 8, column = (l & 3) * 2 + (i & 1);
-    double sum = double(d[i]);
-    for (unsigned k = 0; k < 16; k++) {
-      const unsigned half = k / 8, pair = k % 8 / 2, shift = k % 2 * 16;
-      const uint32_t x = words[(row & 7) * 4 + pair][(row >> 3) + half * 2];
-      const uint32_t y = words[column * 4 + pair][4 + half];
-      sum += double(kValue(x >> shift & 0xffff)) * double(kValue(y >> shift & 0xffff));
-    }
-    d[i] = float(sum);
-    if (truncation && fabs(double(d[i])) > fabs(sum)) d[i] = nextafterf(d[i], 0.f);
-  }
+  Words& words = exchange();
+  uint32_t* own = words[lane()];
+  memcpy(own, d, 16);
+  memcpy(own + 4, a, 16);
+  memcpy(own + 8, b, 8);
+  wait_for_warp([&] { multiply<kValue>(words); });
+  memcpy(d, own, 16);
 }
 
 inline void check_shared(const void* p, size_t bytes, size_t alignment) {
@@ -418,13 +472,19 @@ inline void load(uint32_t r[4], const void* row, bool transposed) {
 
 // The barrier at "file:line" is left out, or "wait_for".
 inline std::string left_out;
+inline int left_out_line = 0;
+inline void leave_out(const char* what) {
+  left_out = what;
+  const char* colon = strrchr(what, ':');
+  left_out_line = colon == nullptr ? 0 : atoi(colon + 1);
+}
 inline void barrier(const char* file, int line) {
-  if (!left_out.empty()) {
+  if (line == left_out_line) {
     const char* name = strrchr(file, '/');
     if (std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line) == left_out)
       return;
   }
-  wait(block->barrier, block->alive);
+  wait(block->barrier, block->alive, [] {});
 }
 
 inline void set_order(int value) {
@@ -438,6 +498,7 @@ inline int64_t shared_limit = 227 * 1024;
 inline int multiprocessors = 132;  // that a cost model is told
 
 }  // namespace emulation
+#pragma GCC visibility pop
 
 #define threadIdx (emulation::current->thread)
 #define blockIdx (emulation::block->index)
@@ -507,19 +568,19 @@ inline void copy_async(void* to, const void* from, bool valid) {
   emulation::check_shared(to, 16, 16);
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
     emulation::die("a cp.async source is misaligned");
-  emulation::PendingCopy copy{static_cast<char*>(to), {}};
+  emulation::PendingCopy copy{static_cast<char*>(to), emulation::current->groups, {}};
   if (valid) memcpy(copy.bytes, from, 16);
   memset(to, 0xFF, 16);
-  emulation::current->copies.back().push_back(copy);
+  emulation::current->copies.push_back(copy);
 }
-inline void copy_async_commit() { emulation::current->copies.push_back({}); }
+inline void copy_async_commit() { emulation::current->groups++; }
 template <int N>
 void copy_async_wait() {
-  auto& groups = emulation::current->copies;
-  while (int(groups.size()) > N + 1) {
-    for (const auto& copy : groups[0]) memcpy(copy.to, copy.bytes, 16);
-    groups.erase(groups.begin());
-  }
+  auto& copies = emulation::current->copies;
+  auto next = copies.begin();
+  for (; next != copies.end() && next->group + N < emulation::current->groups; ++next)
+    memcpy(next->to, next->bytes, 16);
+  copies.erase(copies.begin(), next);
 }
 inline uint32_t pack_f16(float low, float high) {
   return emulation::to_f16(low) | emulation::to_f16(high) << 16;
@@ -542,11 +603,8 @@ inline void wait_for(const uint32_t* p, uint32_t least) {
   if (emulation::left_out == "wait_for") return;
   while (*p < least) emulation::yield();
 }
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
+inline float rounded_product(float a, float b) { return a * b; }
+inline uint32_t bits_of(float x) { return emulation::to_bits(x); }
 inline float float_of(uint32_t u) { return emulation::from_bits(u); }
 
 }  // namespace spectral_kernels::cuda

@@ -56,9 +56,12 @@ bool converts() {
   for (uint32_t h = 0; h < 0x7c00; h++) {
     const float f = emulation::from_f16(h);
     if (emulation::to_f16(f) != h || emulation::to_f16(-f) != (h | 0x8000)) return false;
+    if (emulation::from_f16(h | 0x8000) != -f) return false;
     const float next = emulation::from_f16(h + 1), middle = f + (next - f) / 2;
     if (h + 1 < 0x7c00 && emulation::to_f16(middle) != h + (h & 1)) return false;  // ties to even
   }
+  if (!std::isinf(emulation::from_f16(0x7c00)) || !std::isnan(emulation::from_f16(0x7c01)))
+    return false;
   return emulation::to_f16(65520.f) == 0x7c00 && emulation::to_f16(65519.f) == 0x7bff;
 }
 

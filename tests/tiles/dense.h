@@ -64,9 +64,9 @@ inline Dense transposed(const Dense& x) {
 // Aᵀ B
 inline Dense product(const Dense& a, const Dense& b) {
   return dense(a.cols, b.cols, [&](int64_t i, int64_t j) {
-    double sum = 0;
-    for (int64_t k = 0; k < a.rows; k++) sum += a(k, i) * b(k, j);
-    return sum;
+    long double sum = 0;  // the products under test may themselves be of doubles
+    for (int64_t k = 0; k < a.rows; k++) sum += (long double)(a(k, i)) * b(k, j);
+    return double(sum);
   });
 }
 

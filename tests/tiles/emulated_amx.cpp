@@ -9,6 +9,7 @@ const Kernels& avx512bf16::table() {
   static const Kernels kTable = [] {
     Kernels kernels{};
     kernels.panel[int(Kind::kF32)] = kernels.panel[int(Kind::kBF16)] = 32;
+    kernels.multiply_adds[int(Kind::kF32)] = [](int64_t rounds) { return double(rounds); };
     return kernels;
   }();
   return kTable;
@@ -18,7 +19,7 @@ const Kernels& avx512bf16::table() {
 
 int main() {
   using namespace spectral_kernels::cpu;
-  check_products(amx::table(), Kind::kBF16);
+  for (const Kind kind : {Kind::kF32, Kind::kBF16}) check_products(amx::table(), kind);
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -18,7 +18,8 @@ std::string named(const char* what, Kind kind, const Size& s) {
 void run(const Kernels& kernels, const Product& p, int64_t edge) {
   const int64_t P = kernels.panel[int(p.a.kind)];
   const int64_t m = ceil_div(p.a.cols, P), n = ceil_div(p.b.cols, P);
-  std::vector<double> scratch(size_t(edge * edge * P * P + 8), std::nan(""));
+  const size_t bytes = kernels.jobs[int(p.a.kind)].scratch_bytes(edge);
+  std::vector<double> scratch(bytes / sizeof(double) + 8, std::nan(""));
   void* aligned = reinterpret_cast<void*>((uintptr_t(scratch.data()) + 63) / 64 * 64);
   for (int64_t i = 0; i < m; i += edge)
     for (int64_t j = 0; j < (p.symmetric ? i + 1 : n); j += edge)
@@ -81,10 +82,14 @@ void check_symmetric(const Kernels& kernels, Kind kind, const Size& s) {
   p.symmetric = true;
   p.out = out.panels;
   p.store = store.matrix;
-  run(kernels, p, 2);
+  const Packed pt(kernels, kind, transposed(a));
   const Dense c = product(a, a);
-  compare_packed(named("symmetric, out", kind, s), out, c, 0);
-  compare(named("symmetric, store", kind, s), store, c, 0);
+  for (const Panels& a_t : {Panels{}, pt.panels}) {
+    p.a_t = a_t;
+    run(kernels, p, 2);
+    compare_packed(named("symmetric, out", kind, s), out, c, 0);
+    compare(named("symmetric, store", kind, s), store, c, 0);
+  }
 }
 
 bool in(Triangle shape, int64_t i, int64_t j) {
@@ -107,7 +112,9 @@ void check_triangles(const Kernels& kernels, Kind kind, int64_t n) {
         });
       };
       const Dense a = cut(a_shape), b = cut(b_shape);
-      const Packed pa(kernels, kind, poisoned(a_shape, a)), pb(kernels, kind, poisoned(b_shape, b));
+      const Dense whole = poisoned(a_shape, a);
+      const Packed pa(kernels, kind, whole), pt(kernels, kind, transposed(whole)),
+          pb(kernels, kind, poisoned(b_shape, b));
       Packed out(kernels, kind == Kind::kF64 ? kind : Kind::kF32, n, n);
       Product p;
       p.a = pa.panels;
@@ -115,8 +122,11 @@ void check_triangles(const Kernels& kernels, Kind kind, int64_t n) {
       p.a_shape = a_shape;
       p.b_shape = b_shape;
       p.out = out.panels;
-      run(kernels, p, 3);
-      compare_packed(named("triangles", kind, {n, n, n}), out, product(a, b), 0);
+      for (const Panels& a_t : {Panels{}, pt.panels}) {
+        p.a_t = a_t;
+        run(kernels, p, 3);
+        compare_packed(named("triangles", kind, {n, n, n}), out, product(a, b), 0);
+      }
     }
 }
 
@@ -127,10 +137,12 @@ void check_rounding(const Kernels& kernels, Kind kind, const Size& s) {
     for (double& value : x->values) value = rounded(value, kind);
   const Packed pa(kernels, kind, a), pb(kernels, kind, b);
   const Kind full = kind == Kind::kF64 ? Kind::kF64 : Kind::kF32;
-  const auto result = [&](int64_t edge) {
+  const Packed pt(kernels, kind, transposed(a));
+  const auto result = [&](int64_t edge, const Panels& a_t = {}) {
     Packed out(kernels, full, s.m, s.n);
     Product p;
     p.a = pa.panels;
+    p.a_t = a_t;
     p.b = pb.panels;
     p.out = out.panels;
     run(kernels, p, edge);
@@ -138,8 +150,80 @@ void check_rounding(const Kernels& kernels, Kind kind, const Size& s) {
   };
   const Dense whole = result(6), exact = product(a, b);
   check(whole.values == result(1).values, named("the same bits block by block", kind, s));
+  check(whole.values == result(4, pt.panels).values, named("the same bits from A^T", kind, s));
   const double unit = full == Kind::kF64 ? 1.1e-16 : 6e-8;
-  compare(named("rounding", kind, s), whole, exact, 4 * unit * std::sqrt(double(s.k)) * 4);
+  compare(named("rounding", kind, s), whole, exact, 32 * unit * std::sqrt(double(s.k)));
+}
+
+double length_of_column(const Dense& x, int64_t j) {
+  double sum = 0;
+  for (int64_t i = 0; i < x.rows; i++) sum += x(i, j) * x(i, j);
+  return std::sqrt(sum);
+}
+
+// AᵀB of fp32 numbers, from A alone and with Aᵀ beside it: judge(result).
+template <class Judge>
+void with_and_without_transpose(const Kernels& kernels, const Dense& a, const Dense& b,
+                                const Judge& judge) {
+  const Packed pa(kernels, Kind::kF32, a), pt(kernels, Kind::kF32, transposed(a)),
+      pb(kernels, Kind::kF32, b);
+  Packed out(kernels, Kind::kF32, a.cols, b.cols);
+  Product p;
+  p.a = pa.panels;
+  p.b = pb.panels;
+  p.out = out.panels;
+  for (const Panels& a_t : {Panels{}, pt.panels}) {
+    p.a_t = a_t;
+    run(kernels, p, 3);
+    judge(out);
+  }
+}
+
+// Columns of all magnitudes that the format has, side by side: the error of an element is small
+// beside the lengths of its two columns, wherever these are beside the others'.
+void check_scales(const Kernels& kernels, const Size& s) {
+  Dense a = gaussian(s.k, s.m), b = gaussian(s.k, s.n);
+  const int exponents[] = {0, -60, 100, -120, 3, -145, 60, -30, 120};
+  const auto spread = [&](Dense& x, int64_t first) {
+    for (int64_t i = 0; i < x.rows; i++)
+      for (int64_t j = 0; j < x.cols; j++)
+        x(i, j) = double(float(std::ldexp(x(i, j), exponents[(j + first) % 9])));
+  };
+  spread(a, 0);
+  spread(b, 5);
+  // A column in which one element stands far above the others.
+  for (int64_t i = 1; i < s.k; i++) a(i, 0) = std::ldexp(a(i, 0), -60);
+  const Dense exact = product(a, b);
+  with_and_without_transpose(kernels, a, b, [&](const Packed& out) {
+    double worst = 0;
+    for (int64_t i = 0; i < s.m; i++)
+      for (int64_t j = 0; j < s.n; j++) {
+        const double scale = length_of_column(a, i) * length_of_column(b, j);
+        if (scale < 0x1p-90 || scale > 0x1p+120) continue;
+        const double error = std::abs(out(i, j) - exact(i, j)) / scale;
+        worst = error <= worst ? worst : error;  // NaN counts
+      }
+    check(worst < 1e-6, named("scales", Kind::kF32, s) + ": " + std::to_string(worst));
+  });
+}
+
+// What is not finite stays so, and where it was.
+void check_nonfinite(const Kernels& kernels, const Size& s) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (double value : {std::nan(""), kInfinity, -kInfinity}) {
+    Dense a = integers(s.k, s.m), b = integers(s.k, s.n);
+    a(s.k / 2, s.m - 1) = value;
+    b(s.k - 1, 0) = value;
+    const Dense exact = product(a, b);
+    with_and_without_transpose(kernels, a, b, [&](const Packed& out) {
+      bool same = true;
+      for (int64_t i = 0; i < s.m; i++)
+        for (int64_t j = 0; j < s.n; j++)
+          same = same &&
+                 (out(i, j) == exact(i, j) || (std::isnan(out(i, j)) && std::isnan(exact(i, j))));
+      check(same, named("not finite", Kind::kF32, s));
+    });
+  }
 }
 
 }  // namespace
@@ -147,15 +231,26 @@ void check_rounding(const Kernels& kernels, Kind kind, const Size& s) {
 void check_products(const Kernels& kernels, Kind kind) {
   if (kernels.product[int(kind)] == nullptr) return;
   const int64_t P = kernels.panel[int(kind)];
-  const Size sizes[] = {{1, 1, 1},           {P, P, 32},          {P - 1, P + 1, 31},
-                        {2 * P + 3, 17, 33}, {5, 3 * P, 2},       {P + 16, P + 15, 385},
-                        {3 * P + 1, 2, 770}, {2 * P, 2 * P, 1537}};
+  const Size sizes[] = {{1, 1, 1},           {P, P, 32},
+                        {P - 1, P + 1, 31},  {2 * P + 3, 17, 33},
+                        {5, 3 * P, 2},       {P + 16, P + 15, 385},
+                        {3 * P + 1, 2, 770}, {2 * P, 2 * P, 1537},
+                        {6 * P, 6 * P, 95},  {7 * P + 7, 8 * P - 3, 193},
+                        {12 * P + 3, 5, 192}};
   for (const Size& s : sizes) {
     check_general(kernels, kind, s);
     check_symmetric(kernels, kind, s);
     check_rounding(kernels, kind, s);
   }
   for (int64_t n : {P, 5 * P, 13 * P + 5}) check_triangles(kernels, kind, n);
+  if (kind == Kind::kF32)
+    for (const Size& s :
+         {Size{P, P, 40}, Size{6 * P, 5 * P, 64}, Size{5 * P + 9, 7 * P - 5, 241}}) {
+      check_scales(kernels, s);
+      check_nonfinite(kernels, s);
+    }
+  // A product without memory takes this much of the stack.
+  check(kernels.jobs[int(kind)].scratch_bytes(1) <= (64 << 10), "scratch memory of one block");
   check(kernels.multiply_adds[int(kind)](3) > 0, "multiply_adds counts its operations");
 }
 

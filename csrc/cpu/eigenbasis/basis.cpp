@@ -73,6 +73,7 @@ bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt,
   const Panels w1 = part(w, c, n1, c, n1), w1t = part(wt, c, n1, c, n1);
   const Panels corner = part(scratch1, c, n1, c2, n2), product_t = part(scratch2, c2, n2, c, n1);
   Product form = multiply(w1, part(s, c, n1, c2, n2));
+  form.a_t = w1t;
   form.a_shape = Triangle::kUpper;
   form.out = corner;
   run(form, threads);
@@ -84,6 +85,7 @@ bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt,
   run(rest, threads);
   // Before the recursion takes the scratch: -W1 C, transposed.
   Product left = multiply(w1t, corner);
+  left.a_t = w1;
   left.a_shape = Triangle::kLower;
   left.alpha = -1;
   left.out_t = product_t;
@@ -99,6 +101,8 @@ bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt,
 
 class Refresher {
  public:
+  static constexpr int kPanels = 7;
+
   Refresher(const Matrix& q, const Matrix& a, int threads)
       : kind_(a.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
         u_(std::ldexp(1.0, kind_ == Kind::kF64 ? -53 : -24)),
@@ -128,6 +132,7 @@ class Refresher {
     pack.out = q;
     run(pack, threads_);
     Product first = multiply(sym, q);
+    first.a_t = sym;
     first.out = p;
     first.out_t = pt;
     run(first, threads_);
@@ -166,8 +171,6 @@ class Refresher {
   }
 
  private:
-  static constexpr int kPanels = 7;
-
   void pack_symmetric(const Matrix& a, int shift, const Panels& out, const Panels& t1,
                       const Panels& t2) {
     Pack pack;
@@ -235,6 +238,7 @@ class Refresher {
     for (int pass = 0; pass < kMostPasses; pass++) {
       const Panels c = free[0], w = free[1], wt = free[2], next = free[3], next_t = free[4];
       Product gram = multiply(p, p);
+      gram.a_t = pt;
       gram.symmetric = true;
       gram.out = c;
       run(gram, threads_);
@@ -264,6 +268,7 @@ class Refresher {
         run(factor, threads_);
       }
       Product apply = multiply(pt, w);
+      apply.a_t = p;
       apply.b_shape = Triangle::kUpper;
       apply.out = next;
       apply.out_t = next_t;
@@ -330,7 +335,8 @@ class Refresher {
     unpack.store = Matrix{columns.data(), n_, n_, 1, n_, DType::kF64};
     run(unpack, threads_);
     bool done = false;
-    lapack_jobs(1, [&](int64_t) { done = householder_q(n_, columns.data(), result.data()); });
+    lapack_jobs("qr", 1,
+                [&](int64_t) { return done = householder_q(n_, columns.data(), result.data()); });
     if (!done) return false;
     Pack pack;
     pack.x = Matrix{result.data(), n_, n_, n_, 1, DType::kF64};
@@ -381,8 +387,9 @@ bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vect
   for (size_t i = 0; i < n; i++)
     for (size_t j = 0; j < n; j++) mean[i * n + j] = 0.5 * full[i * n + j] + 0.5 * full[j * n + i];
   bool converged = false;
-  lapack_jobs(
-      1, [&](int64_t) { converged = eigh(a.rows, mean.data(), ascending.data(), columns.data()); });
+  lapack_jobs("eigh", 1, [&](int64_t) {
+    return converged = eigh(a.rows, mean.data(), ascending.data(), columns.data());
+  });
   if (!converged) return false;
   std::vector<size_t> order(n);
   std::iota(order.begin(), order.end(), size_t(0));
@@ -405,6 +412,12 @@ bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vect
 Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Matrix& q_new,
                            int threads) {
   return Refresher(q, a, threads).run_on(a, sort, q_new);
+}
+
+size_t refresh_bytes(int64_t n, DType dtype) {
+  const Kind kind = dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+  // The panels; the first P; a shifted C or probes.
+  return (Refresher::kPanels + 2) * panel_bytes(n, n, kind) + Probes::bytes(n, kind);
 }
 
 double refresh_work(int64_t n) { return 5.0 * double(n) * double(n) * double(n); }

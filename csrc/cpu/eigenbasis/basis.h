@@ -24,6 +24,8 @@ Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Ma
                            int threads);
 
 double refresh_work(int64_t n);
+// Scratch memory of refresh_eigenbasis.
+size_t refresh_bytes(int64_t n, DType dtype);
 
 // W = R⁻¹ for Rᵀ R = S, with S, W and Wᵀ packed (n x n); S is destroyed, W and Wᵀ are written on
 // their triangles and the diagonal blocks. False if a pivot is not positive. The scratch matrices

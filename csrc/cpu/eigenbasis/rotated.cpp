@@ -24,8 +24,17 @@ std::vector<double> saved(const Matrix& m) {
   return copy;
 }
 
-void restore(std::vector<double>& copy, const Matrix& m) {
-  if (m) copy_scaled(Matrix{copy.data(), m.rows, m.cols, m.cols, 1, DType::kF64}, 0, m);
+Kind kind_of_state(const Matrix& moment) {
+  return moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+}
+
+Kind kind_of_factors(const Matrix& grad, const Sides& sides) {
+  return factor_kind(grad.dtype, (sides.left ? sides.left : sides.right).dtype);
+}
+
+size_t own_bytes(int64_t m, int64_t n, Kind kind, Kind factors) {
+  return 3 * panel_bytes(m, n, kind) + 2 * panel_bytes(n, m, kind) + panel_bytes(m, n, factors) +
+         panel_bytes(n, m, factors);
 }
 
 }  // namespace
@@ -39,14 +48,28 @@ RotatedStep::RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, 
       beta_(beta),
       m_(grad.rows),
       n_(grad.cols),
-      kind_(moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32),
-      factor_kind_(factor_kind(grad.dtype, (sides.left ? sides.left : sides.right).dtype)),
+      kind_(kind_of_state(moment)),
+      factor_kind_(kind_of_factors(grad, sides)),
       threads_(threads) {
   largest_ = max_abs(grad, threads);
   finite_ = !std::isnan(largest_) && !std::isnan(max_abs(moment, threads));
-  const size_t x = panel_bytes(m_, n_, kind_), x_t = panel_bytes(n_, m_, kind_);
-  const size_t of_factors = panel_bytes(m_, n_, factor_kind_) + panel_bytes(n_, m_, factor_kind_);
-  workspace_ = std::make_unique<Workspace>(3 * x + 2 * x_t + of_factors + extra);
+  workspace_ = std::make_unique<Workspace>(own_bytes(m_, n_, kind_, factor_kind_) + extra);
+}
+
+size_t RotatedStep::bytes(const Matrix& grad, const Matrix& moment, const Sides& sides,
+                          size_t extra, size_t other, bool refresh) {
+  const int64_t m = grad.rows, n = grad.cols;
+  const Kind kind = kind_of_state(moment);
+  const size_t own = own_bytes(m, n, kind, kind_of_factors(grad, sides)) + extra;
+  const size_t x = panel_bytes(m, n, kind) + panel_bytes(n, m, kind);
+  const TwoSidedShape shape{m, n, m, n, bool(sides.left_basis), bool(sides.right_basis)};
+  const size_t turn = panel_bytes(m, m, kind) + panel_bytes(n, n, kind) +
+                      Workspace::rounded(shape.workspace_bytes(kind));
+  const size_t bases = std::max(sides.left_basis ? refresh_bytes(m, moment.dtype) : 0,
+                                sides.right_basis ? refresh_bytes(n, moment.dtype) : 0);
+  // A turn beside a rounded operand; a refresh, with its panels, turns or the bases.
+  const size_t refreshing = refresh ? 2 * x + std::max(turn, bases) : 0;
+  return own + std::max({turn + x, refreshing, other});
 }
 
 bool RotatedStep::uninitialised() const {
@@ -91,9 +114,8 @@ bool RotatedStep::factors_fit() const {
 }
 
 bool RotatedStep::initialise(bool check) {
-  if (largest_ == 0) return true;
   if (check && !factors_fit()) return false;
-  std::vector<double> left = saved(sides_.left), right = saved(sides_.right);
+  if (largest_ == 0) return true;
   accumulate();
   const auto basis_of = [&](const Matrix& factor, const Matrix& basis) {
     std::vector<double> values;
@@ -101,13 +123,7 @@ bool RotatedStep::initialise(bool check) {
   };
   if (basis_of(sides_.left, sides_.left_basis) && basis_of(sides_.right, sides_.right_basis))
     return true;
-  if (check) {
-    restore(left, sides_.left);
-    restore(right, sides_.right);
-    for (const Matrix& basis : {sides_.left_basis, sides_.right_basis})
-      if (basis) fill(basis, 0);
-    return false;
-  }
+  if (check) return false;
   for (const Matrix& basis : {sides_.left_basis, sides_.right_basis})
     if (basis) fill(basis, kNaN);
   return true;

@@ -18,6 +18,10 @@ struct Sides {
   Matrix left, right, left_basis, right_basis;
 };
 
+inline size_t sides_bytes(const Sides& sides) {
+  return Undo::bytes({sides.left, sides.right, sides.left_basis, sides.right_basis});
+}
+
 class RotatedStep {
  public:
   // Scratch for the step itself (panels of the matrix's shape in the state's precision) is counted
@@ -28,13 +32,18 @@ class RotatedStep {
   // False if the gradient or the moment is not finite.
   bool finite_input() const { return finite_; }
   double largest_gradient() const { return largest_; }
+  // Scratch of one matrix, with that of the constructor and `extra`; `other` is what the caller
+  // takes beside it between two calls, `refresh` whether bases are refreshed.
+  static size_t bytes(const Matrix& grad, const Matrix& moment, const Sides& sides, size_t extra,
+                      size_t other, bool refresh);
   // Whether every side that exists has a basis of zeros.
   bool uninitialised() const;
 
   // Reads the gradient, once for the factors and the rotation. Comes before everything below.
   void pack_gradient();
   // The first call of a matrix: factors of this gradient, and their eigenbases. Nothing happens for
-  // a zero gradient. False, with nothing written, if a factor overflows or LAPACK fails.
+  // a zero gradient. False if a factor overflows or LAPACK fails: the caller puts back what was
+  // written. Without `check` the bases are NaN then.
   bool initialise(bool check);
   // G' = Q_Lᵀ G Q_R.
   Panels rotated();

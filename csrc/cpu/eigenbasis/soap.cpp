@@ -20,18 +20,39 @@ struct SoapStep {
 
 enum class Outcome { kSkipped, kIdle, kUpdated };
 
-Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& grad,
-                    const Matrix& moment, const Matrix& squares, const Sides& sides, double t,
-                    bool refresh, int threads) {
-  const Kind kind = moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
-  const size_t extra =
-      panel_bytes(grad.rows, grad.cols, kind) + panel_bytes(grad.cols, grad.rows, kind);
-  RotatedStep rotated(grad, step.maximize, moment, sides, step.shampoo_beta, extra, threads);
+// The matrices of one parameter.
+struct SoapMatrix {
+  Matrix param, grad, moment, squares;
+  Sides sides;
+
+  // Scratch for U and its transpose.
+  size_t extra() const {
+    const Kind kind = moment.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+    return panel_bytes(grad.rows, grad.cols, kind) + panel_bytes(grad.cols, grad.rows, kind);
+  }
+  size_t bytes(bool refresh) const {
+    return RotatedStep::bytes(grad, moment, sides, extra(), 0, refresh) +
+           Undo::bytes({param, moment, squares}) + sides_bytes(sides);
+  }
+};
+
+Outcome soap_update(const SoapStep& step, const SoapMatrix& matrix, double t, bool refresh,
+                    int threads) {
+  const auto& [param, grad, moment, squares, sides] = matrix;
+  RotatedStep rotated(grad, step.maximize, moment, sides, step.shampoo_beta, matrix.extra(),
+                      threads);
   if (step.check && !rotated.finite_input()) return Outcome::kSkipped;
   const bool first = rotated.uninitialised();
   rotated.pack_gradient();
+  Undo undo({param, moment, squares}, step.check && !(first && step.skip_first));
+  Undo undo_sides({sides.left, sides.right, sides.left_basis, sides.right_basis},
+                  step.check && (first || refresh));
   if (first && !rotated.initialise(step.check)) return Outcome::kSkipped;
-  if (first && step.skip_first) return Outcome::kIdle;
+  if (first && step.skip_first) {
+    if (step.check && !all_finite({moment, squares}, threads)) return Outcome::kSkipped;
+    undo_sides.commit();
+    return Outcome::kIdle;
+  }
   const Panels g = rotated.rotated();
   if (step.check && !(rotated.squares_fit(g) && (first || rotated.factors_fit())))
     return Outcome::kSkipped;
@@ -51,10 +72,15 @@ Outcome soap_update(const SoapStep& step, const Matrix& param, const Matrix& gra
                           : 1;
   const double decay = 1 - step.lr * step.weight_decay;
   rotated.move(u, param, decay * step.lr * bias, decay, step.normalize_grads, rotated.kind());
+  // The moment is an average of finite numbers; factors fit.
+  if (step.check && !all_finite({param, squares}, threads)) return Outcome::kSkipped;
   if (!first) {
     rotated.accumulate();
     if (refresh) rotated.refresh(squares, step.permute_squares);
+    if (step.check && refresh && !all_finite({moment}, threads)) return Outcome::kSkipped;
   }
+  undo.commit();
+  undo_sides.commit();
   return Outcome::kUpdated;
 }
 
@@ -77,23 +103,34 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
                       skip_first, permute_squares, maximize,     policy != NonFinite::kPropagate};
   const std::vector<Item> items = items_of(params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads}, {"exp_avgs", exp_avgs}});
+    raise_nonfinite(items, {{"grads", grads},
+                            {"exp_avgs", exp_avgs},
+                            {"exp_avg_sqs", exp_avg_sqs},
+                            {"lefts", lefts},
+                            {"rights", rights},
+                            {"left_bases", left_bases},
+                            {"right_bases", right_bases},
+                            {"params", params}});
+  const auto matrix_of = [&](const Item& item) {
+    const size_t e = size_t(item.entry);
+    return SoapMatrix{MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
+                      MatrixBatch(exp_avgs[e])[item.index], MatrixBatch(exp_avg_sqs[e])[item.index],
+                      sides_of(item, lefts, rights, left_bases, right_bases)};
+  };
+  std::vector<size_t> bytes;
+  for (const Item& item : items)
+    bytes.push_back(matrix_of(item).bytes(refresh[size_t(item.entry)] != 0));
   Progress progress(step_counts, skipped);
-  parallel_matrices(
-      rotated_work(items, params, lefts, rights, refresh), [&](int64_t i, int threads) {
-        const Item& item = items[size_t(i)];
-        const size_t e = size_t(item.entry);
-        const Outcome outcome = soap_update(
-            step, MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
-            MatrixBatch(exp_avgs[e])[item.index], MatrixBatch(exp_avg_sqs[e])[item.index],
-            sides_of(item, lefts, rights, left_bases, right_bases), progress.step(item) + 1,
-            refresh[e] != 0, threads);
-        if (outcome == Outcome::kSkipped)
-          progress.skip();
-        else if (outcome == Outcome::kUpdated)
-          progress.updated(item);
-      });
-  progress.finish();
+  const auto update = [&](int64_t i, int threads) {
+    const Item& item = items[size_t(i)];
+    const Outcome outcome = soap_update(step, matrix_of(item), progress.step(item) + 1,
+                                        refresh[size_t(item.entry)] != 0, threads);
+    if (outcome == Outcome::kSkipped)
+      progress.skip();
+    else if (outcome == Outcome::kUpdated)
+      progress.updated(item);
+  };
+  parallel_matrices(rotated_work(items, params, lefts, rights, refresh), update, bytes);
 }
 
 }  // namespace

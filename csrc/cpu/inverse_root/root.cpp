@@ -22,12 +22,8 @@ namespace spectral_kernels::cpu {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-// A spectrum that ends this far above what its rows were made for is done again: rows for a longer
-// spectrum cost digits.
-constexpr double kGap = 8;
 // An old root's end of the spectrum may have come down this far.
 constexpr double kDrift = 4;
-constexpr double kLast = std::numeric_limits<double>::infinity();  // a gap that nothing shows
 constexpr double kTrialLimit = 0.1;
 
 double unit_roundoff(Kind kind) {
@@ -41,6 +37,9 @@ double residual_limit(Kind kind, double low) {
 // One matrix, scaled by 2^-shift with shift a multiple of p.
 class RootProblem {
  public:
+  // A, B, M, X, N, the next M, and three for the powers of N.
+  static constexpr int kPanels = 9;
+
   RootProblem(const Matrix& a, double divisor, const RootOptions& options, bool write_failures,
               int threads)
       : options_(options),
@@ -91,34 +90,59 @@ class RootProblem {
   }
 
   RootResult solve(const Matrix& old, const Matrix& out) {
-    if (options_.method != "eigen") {
-      b_ = acquire();
-      combine(b_, a_, 1, {}, 0, delta_);
-      const Panels square = acquire();
-      symmetric(b_, b_, 1, square);
-      nu_ = std::pow(sum_of_squares(square, threads_), 0.25) * (1 + 4 * u_);
-      release(square);
+    const bool few = options_.method == "auto" && n_ <= kMostRootRowsDecomposed;
+    if (options_.method != "eigen" && !few) {
+      set_shifted();
       const bool ridged = delta_ >= 4 * u_ * nu_;
-      const double low = ridged ? delta_ / nu_ : 4 * u_, limit = residual_limit(kind_, low);
+      const double low = ridged ? delta_ / nu_ : 4 * u_;
+      set_limits(low);
       const double expected = old ? end_of_old(old) / kDrift : 0;
-      if (expected > low && iterate({expected, limit, kDrift * kGap, true}, out)) return result_;
+      if (expected > low && iterate(expected, true, out)) return result_;
       if (options_.method == "iteration" || ridged) {
-        for (const double attempt : {low, low / 16})
-          if (iterate({attempt, limit, kGap, false}, out)) return result_;
+        if (iterate_twice(low, out)) return result_;
         eigen(out);
         if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
         return result_;
       }
     }
     eigen(out);
+    if ((options_.method == "eigen" || few) && !factored_) iterate_instead(out);
     return result_;
   }
 
   const RootResult& result() const { return result_; }
 
  private:
-  // A, B, M, X, N, the next M, and three for the powers of N.
-  static constexpr int kPanels = 9;
+  // Where LAPACK has failed, and once more on one thread, and the ridge bounds the spectrum.
+  void iterate_instead(const Matrix& out) {
+    set_shifted();
+    const double low = delta_ / nu_;
+    if (low < 4 * u_) return;
+    set_limits(low);
+    if (iterate_twice(low, out) && result_.status == RootStatus::kConverged)
+      result_.status = RootStatus::kFellBack;
+  }
+
+  // Once more for a longer spectrum where that is refused.
+  bool iterate_twice(double low, const Matrix& out) {
+    return iterate(low, false, out) || iterate(low / 16, false, out);
+  }
+
+  // B = A + delta I and nu.
+  void set_shifted() {
+    b_ = acquire();
+    combine(b_, a_, 1, {}, 0, delta_);
+    const Panels square = acquire();
+    symmetric(b_, b_, 1, square);
+    nu_ = std::pow(sum_of_squares(square, threads_), 0.25) * (1 + 4 * u_);
+    release(square);
+  }
+
+  // Of the residuals of an accepted root, where the spectrum of B / nu begins at `low`.
+  void set_limits(double low) {
+    limit_ = residual_limit(kind_, low);
+    weighted_limit_ = 256 * u_ * (options_.p + std::pow(low, -1.0 / options_.p));
+  }
 
   Panels acquire() { return pool_[size_t(--free_)]; }
   void release(const Panels& panels) { pool_[size_t(free_++)] = panels; }
@@ -137,7 +161,7 @@ class RootProblem {
 
   void symmetric(const Panels& a, const Panels& b, double alpha, const Panels& out) {
     Product p;
-    p.a = a;
+    p.a = p.a_t = a;
     p.b = b;
     p.symmetric = true;
     p.alpha = alpha;
@@ -180,7 +204,7 @@ class RootProblem {
   // N = a + b (s M) + c (s M)² into `out`.
   void quadratic(const Panels& m, const RootRow& row, double s, const Panels& out) {
     Product p;
-    p.a = p.b = m;
+    p.a = p.a_t = p.b = m;
     p.symmetric = true;
     p.alpha = row.c * s * s;
     p.beta_panels = row.b * s;
@@ -190,47 +214,19 @@ class RootProblem {
     run(p, threads_);
   }
 
-  // N = a + b (s M) + (s M)² (c + d (s M) + e (s M)²) into `out`.
-  void quartic(const Panels& m, const RootRow& row, double s, const Panels& out) {
-    const Panels square = acquire(), rest = acquire();
-    symmetric(m, m, s * s, square);
-    combine(rest, m, row.d * s, square, row.e, row.c);
-    Product p;
-    p.a = square;
-    p.b = rest;
-    p.symmetric = true;
-    p.beta_panels = row.b * s;
-    p.add_panels = m;
-    p.gamma = row.a;
-    p.out = out;
-    run(p, threads_);
-    release(square);
-    release(rest);
-  }
-
-  // Rows for eigenvalues from `low` to 1; a spectrum that shows its end `gap` times above is done
-  // again from there. A trial is a guess of `low`: eigenvalues below it would be missed.
-  struct Attempt {
-    double low, limit, gap;
-    bool trial;
-  };
-
-  // True, with the root written, if the residual and the diagonal accept it.
-  bool iterate(const Attempt& attempt, const Matrix& out) {
-    const double low = attempt.low;
-    const std::vector<RootRow> rows = short_root_schedule(low, options_.p, root_tolerance(low, u_));
+  // Rows for eigenvalues from `low` to 1. A trial is a guess of `low`: eigenvalues below it would
+  // be missed. True, with the root written, if the residual and the diagonal accept it.
+  bool iterate(double low, bool trial, const Matrix& out) {
+    const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(u_));
     Panels m = b_, x = {};
     for (size_t step = 0; step < rows.size(); step++) {
       const RootRow& row = rows[step];
       const double scale = step == 0 ? 1 / nu_ : 1;  // M is B / nu, and B stays for the residual
       const Panels n = acquire();
-      if (row.c == 0) {
+      if (row.c == 0)
         combine(n, m, row.b * scale, {}, 0, row.a);
-      } else if (row.e == 0) {
+      else
         quadratic(m, row, scale, n);
-      } else {
-        quartic(m, row, scale, n);
-      }
       if (step + 1 < rows.size()) {
         const Panels next = acquire();
         power_times(n, m, scale, next);
@@ -257,24 +253,19 @@ class RootProblem {
       least = std::min(least, element(x, i, i));
       most = std::max(most, element(x, i, i));
     }
-    double residual, end = 0;
+    double residual;
     bool accepted;
     {
       Probes probes(n_, kind_);
       residual = residual_of(x, probes);
-      accepted = residual <= attempt.limit && least > 0;
-      if (accepted && attempt.gap < kLast) end = lower_end(x, probes);
-      if (accepted && attempt.trial) {
+      accepted = residual <= limit_ && least > 0 && weighted_residual(x, probes) <= weighted_limit_;
+      if (accepted && trial) {
         // Eigenvalues that the guess missed are the smallest. The probes turn towards those, where
         // a residual shows the lost ones and the end those that were nearly reached.
-        for (int turn = 0; turn < 2; turn++) end = lower_end(x, probes);
+        double end = 0;
+        for (int turn = 0; turn < 3; turn++) end = lower_end(x, probes);
         accepted = end >= low && residual_of(x, probes) <= kTrialLimit;
       }
-    }
-    if (accepted && end >= attempt.gap * low) {
-      release(x);
-      return iterate({end, attempt.limit, kLast, false}, out) ||
-             iterate({low, attempt.limit, kLast, false}, out);
     }
     if (accepted) {
       result_.status = RootStatus::kConverged;
@@ -354,17 +345,29 @@ class RootProblem {
 
   // ||(X^floor(p/2) (B / nu) X^ceil(p/2) - I) Y||_F / ||Y||_F on the probes Y, which survive.
   double residual_of(const Panels& x, Probes& probes) {
-    Panels y = probes.columns;
+    const int first = options_.p - options_.p / 2;
+    return relative_change(x, probes.columns, first, options_.p / 2, probes);
+  }
+
+  // ||((B / nu) X^p - I) B Y||_F / ||B Y||_F.
+  double weighted_residual(const Panels& x, Probes& probes) {
+    times(b_, 1 / nu_, probes.columns, probes.weighted);
+    return relative_change(x, probes.weighted, options_.p, 0, probes);
+  }
+
+  // ||X^after (B / nu) X^before Y - Y||_F / ||Y||_F.
+  double relative_change(const Panels& x, const Panels& of, int before, int after, Probes& probes) {
+    Panels y = of;
     const auto apply = [&](const Panels& a, double alpha) {
       times(a, alpha, y, probes.next);
       y = probes.next;
       std::swap(probes.next, probes.image);
     };
-    for (int i = 0; i < options_.p - options_.p / 2; i++) apply(x, 1);
+    for (int i = 0; i < before; i++) apply(x, 1);
     apply(b_, 1 / nu_);
-    for (int i = 0; i < options_.p / 2; i++) apply(x, 1);
-    combine(y, y, 1, probes.columns, -1, 0);
-    return std::sqrt(sum_of_squares(y, 1) / sum_of_squares(probes.columns, 1));
+    for (int i = 0; i < after; i++) apply(x, 1);
+    combine(y, y, 1, of, -1, 0);
+    return std::sqrt(sum_of_squares(y, 1) / sum_of_squares(of, 1));
   }
 
   void eigen(const Matrix& out) {
@@ -375,11 +378,11 @@ class RootProblem {
     unpack.a = a_;
     unpack.store = full;
     run(unpack, threads_);
-    bool converged = false;
-    lapack_jobs(
-        1, [&](int64_t) { converged = eigh(n_, matrix.data(), values.data(), vectors.data()); });
+    lapack_jobs("eigh", 1, [&](int64_t) {
+      return factored_ = eigh(n_, matrix.data(), values.data(), vectors.data());
+    });
     result_.steps = 0;
-    if (!converged) {
+    if (!factored_) {
       result_.status = RootStatus::kStagnated;
       result_.residual = std::numeric_limits<double>::infinity();
       if (write_failures_) fill(out, 0);
@@ -487,7 +490,9 @@ class RootProblem {
   int free_ = kPanels;
   Panels a_, b_;
   int shift_ = 0;
+  bool factored_ = false;
   double delta_ = 0, nu_ = 0;
+  double limit_ = 0, weighted_limit_ = 0;  // of the residuals
   RootResult result_;
 };
 
@@ -507,6 +512,12 @@ RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& opti
   RootProblem problem(a, divisor, options, write_failures, threads);
   if (!problem.prepare(a, out)) return problem.result();
   return problem.solve(old, out);
+}
+
+size_t root_bytes(int64_t n, DType dtype) {
+  const Kind kind = dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+  return RootProblem::kPanels * panel_bytes(n, n, kind) + 2 * Probes::bytes(n, kind) +
+         panel_bytes(n, n, Kind::kF64);
 }
 
 double root_work(int64_t n, int p) {

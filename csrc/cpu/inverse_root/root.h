@@ -33,5 +33,7 @@ RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& opti
 
 // Multiply-adds of a typical call, to schedule by.
 double root_work(int64_t n, int p);
+// Scratch memory of inverse_root, at most.
+size_t root_bytes(int64_t n, DType dtype);
 
 }  // namespace spectral_kernels::cpu

@@ -34,32 +34,25 @@ struct ShampooStep {
 struct ShampooState {
   Matrix momentum, left, right, left_root, right_root, squares;
   int64_t* failures;  // left, right
-};
 
-// A copy of what a failure has to put back.
-class Saved {
- public:
-  void keep(std::initializer_list<Matrix> matrices) {
-    for (const Matrix& m : matrices) {
-      if (!m) continue;
-      copies_.push_back({m, std::vector<double>(size_t(m.rows * m.cols))});
-      copy_scaled(m, 0, view(copies_.back()));
-    }
+  // Scratch memory of one step.
+  size_t bytes(const Matrix& param, const Matrix& grad, bool refresh) const {
+    const int64_t m = grad.rows, n = grad.cols;
+    const Kind kind = momentum.dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
+    const Kind factors = factor_kind(grad.dtype, (left ? left : right).dtype);
+    const auto both = [&](Kind of) { return panel_bytes(m, n, of) + panel_bytes(n, m, of); };
+    const TwoSidedShape shape{m, n, m, n, bool(left_root), bool(right_root)};
+    const size_t squares_of_sides = panel_bytes(m, m, kind) + panel_bytes(n, n, kind);
+    const size_t increments = std::max(both(factors), 2 * both(kind) + squares_of_sides);
+    const size_t applying =
+        2 * both(kind) + squares_of_sides + Workspace::rounded(shape.workspace_bytes(kind));
+    size_t roots = 0;
+    for (const Matrix& factor : {left, right})
+      if (refresh && factor) roots = std::max(roots, root_bytes(factor.rows, factor.dtype));
+    return Undo::bytes({param, momentum, squares}) +
+           Undo::bytes({left, right, left_root, right_root}) +
+           std::max(increments + applying, roots);
   }
-  void restore() {
-    for (Copy& copy : copies_) copy_scaled(view(copy), 0, copy.matrix);
-  }
-
- private:
-  struct Copy {
-    Matrix matrix;
-    std::vector<double> values;
-  };
-  static Matrix view(Copy& copy) {
-    return {copy.values.data(), copy.matrix.rows, copy.matrix.cols, copy.matrix.cols, 1,
-            DType::kF64};
-  }
-  std::vector<Copy> copies_;
 };
 
 double trace(const Matrix& m) {
@@ -99,12 +92,32 @@ class ShampooMatrix {
     if (step_.check &&
         (std::isnan(largest_) || std::isnan(max_abs(state_.momentum, threads_)) || !squares_fit()))
       return false;
-    if (!(step_.kl ? update_kl(refresh) : update_factors(refresh))) return false;
-    apply();
+    // Without a refresh the factors come last, when it is known that they will be kept.
+    const bool factors_last = !refresh && !(step_.kl && unstarted());
+    const bool grafts = step_.graft != Graft::kNone && step_.graft != Graft::kSgd;
+    Undo undo({param_, state_.momentum, grafts ? state_.squares : Matrix{}}, step_.check);
+    Undo undo_factors({state_.left, state_.right, state_.left_root, state_.right_root},
+                      step_.check && !factors_last);
+    const int64_t failures[] = {state_.failures[0], state_.failures[1]};
+    const auto before_factors = [&] { return !factors_last || applied(); };
+    if (!(step_.kl ? update_kl(refresh, before_factors)
+                   : update_factors(refresh, before_factors)) ||
+        !(factors_last || applied())) {
+      std::copy_n(failures, 2, state_.failures);
+      return false;
+    }
+    undo.commit();
+    undo_factors.commit();
     return true;
   }
 
  private:
+  // Whether what apply() writes may stay: averages of finite numbers are finite, squares fit.
+  bool applied() {
+    apply();
+    return !step_.check || all_finite({param_}, threads_);
+  }
+
   bool squares_fit() const {
     if (step_.graft == Graft::kNone || step_.graft == Graft::kSgd) return true;
     const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
@@ -112,7 +125,10 @@ class ShampooMatrix {
     return largest_ * largest_ + max_abs(state_.squares, threads_) <= most;  // false for NaN
   }
 
-  bool update_factors(bool refresh) {
+  // Both return false if the matrix is to be skipped: a factor does not fit, or `before` says so,
+  // which is called before a factor is written.
+  template <class F>
+  bool update_factors(bool refresh, const F& before) {
     const Matrix &left = state_.left, &right = state_.right;
     if (left || right) {
       const Kind kind = factor_kind(grad_.dtype, (left ? left : right).dtype);
@@ -126,8 +142,11 @@ class ShampooMatrix {
           ((left && overflows(pack.out_t, largest_, step_.beta2, step_.weight(), left)) ||
            (right && overflows(pack.out, largest_, step_.beta2, step_.weight(), right))))
         return false;
+      if (!before()) return false;
       if (left) accumulate(pack.out_t, step_.beta2, step_.weight(), left, threads_);
       if (right) accumulate(pack.out, step_.beta2, step_.weight(), right, threads_);
+    } else if (!before()) {
+      return false;
     }
     if (!refresh) return true;
     const double bias = step_.debias && step_.beta2 < 1 ? 1 - std::pow(step_.beta2, t_) : 1;
@@ -138,40 +157,34 @@ class ShampooMatrix {
 
   void take_root(const Matrix& factor, const Matrix& root, double bias, int side) {
     if (!factor || max_abs(factor, threads_) == 0) return;
-    const Matrix old = t_ > 1 ? root : Matrix{};  // what stands there at first is no root
+    // What stands there at first is no root, nor need it be one after a failure.
+    const Matrix old = t_ > 1 && state_.failures[side] == 0 ? root : Matrix{};
     const RootResult result = inverse_root(factor, bias, step_.root, old, root, false, threads_);
     if (result.status == RootStatus::kStagnated || result.status == RootStatus::kNonFinite)
       state_.failures[side]++;
   }
 
-  bool update_kl(bool refresh) {
+  template <class F>
+  bool update_kl(bool refresh, const F& before) {
     const Matrix &left = state_.left, &right = state_.right;
-    // Without a refresh nothing is written before everything is known to fit, but for the start.
-    Saved saved;
-    if (refresh || unstarted()) saved.keep({left, right, state_.left_root, state_.right_root});
-    const int64_t failures[] = {state_.failures[0], state_.failures[1]};
     start_kl();
     const bool shorter_left = m_ <= n_, roots_between = refresh && step_.sequential;
     bool fits = true;
     if (roots_between) {
       for (const bool left_side : {shorter_left, !shorter_left}) {
-        fits = fits && kl_increment(left_side, !left_side);
+        fits = fits && kl_increment(left_side, !left_side, before);
         if (fits)
           take_root(left_side ? left : right, left_side ? state_.left_root : state_.right_root, 1,
                     left_side ? 0 : 1);
       }
     } else {
-      fits = kl_increment(true, true);
+      fits = kl_increment(true, true, before);
       if (fits && refresh) {
         take_root(left, state_.left_root, 1, 0);
         take_root(right, state_.right_root, 1, 1);
       }
     }
-    if (!fits) {
-      saved.restore();
-      std::copy_n(failures, 2, state_.failures);
-      return false;
-    }
+    if (!fits) return false;
     if (refresh) rebalance();
     return true;
   }
@@ -198,8 +211,8 @@ class ShampooMatrix {
   }
 
   // L <- beta2 L + w / n (G X_R)(G X_R)ᵀ and R likewise, as asked for, from the roots as they are.
-  // False, with nothing written by this call, if one does not fit.
-  bool kl_increment(bool of_left, bool of_right) {
+  template <class F>
+  bool kl_increment(bool of_left, bool of_right, const F& before) {
     const Matrix &left = state_.left, &right = state_.right;
     of_left = of_left && left;
     of_right = of_right && right;
@@ -240,6 +253,7 @@ class ShampooMatrix {
     };
     if (of_left && !fits(x_t, left_weight, left)) return false;
     if (of_right && !fits(x, right_weight, right)) return false;
+    if (!before()) return false;
     if (of_left) accumulate(x_t, step_.beta2, left_weight, left, threads_);
     if (of_right) accumulate(x, step_.beta2, right_weight, right, threads_);
     return true;
@@ -396,6 +410,9 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
     expected.back() = 2;
     TORCH_CHECK_TYPE(root_failures[i].scalar_type() == at::kLong,
                      "root_failures must be int64, got ", root_failures[i].scalar_type());
+    TORCH_CHECK_VALUE(root_failures[i].device() == params[i].device(), "root_failures[", i,
+                      "] is on ", root_failures[i].device(), ", the other tensors are on ",
+                      params[i].device());
     TORCH_CHECK_VALUE(root_failures[i].sizes() == expected && root_failures[i].is_contiguous(),
                       "root_failures[", i, "] must be contiguous, of shape ",
                       at::IntArrayRef(expected), ", got ", root_failures[i].sizes());
@@ -427,8 +444,26 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
                          policy != NonFinite::kPropagate};
   const std::vector<Item> items = items_of(params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads}, {"momentum_buffers", momentum_buffers}});
+    raise_nonfinite(items, {{"grads", grads},
+                            {"momentum_buffers", momentum_buffers},
+                            {"lefts", lefts},
+                            {"rights", rights},
+                            {"left_roots", left_roots},
+                            {"right_roots", right_roots},
+                            {"graft_squares", graft_squares},
+                            {"params", params}});
+  const auto state_of = [&](const Item& item) {
+    const size_t e = size_t(item.entry);
+    return ShampooState{MatrixBatch(momentum_buffers[e])[item.index],
+                        optional_matrix(lefts[e], item.index),
+                        optional_matrix(rights[e], item.index),
+                        optional_matrix(left_roots[e], item.index),
+                        optional_matrix(right_roots[e], item.index),
+                        optional_matrix(graft_squares[e], item.index),
+                        root_failures[e].data_ptr<int64_t>() + 2 * item.index};
+  };
   std::vector<double> work;
+  std::vector<size_t> bytes;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);
     const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
@@ -440,27 +475,22 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
       sum +=
           (kl ? 2.5 : 1.5) * m * n * n + (refresh[e] != 0 ? root_work(int64_t(n), int(root)) : 0);
     work.push_back(sum);
+    bytes.push_back(state_of(item).bytes(MatrixBatch(params[e])[item.index],
+                                         MatrixBatch(grads[e])[item.index], refresh[e] != 0));
   }
   Progress progress(step_counts, skipped);
-  parallel_matrices(work, [&](int64_t i, int threads) {
+  const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    const ShampooState state{MatrixBatch(momentum_buffers[e])[item.index],
-                             optional_matrix(lefts[e], item.index),
-                             optional_matrix(rights[e], item.index),
-                             optional_matrix(left_roots[e], item.index),
-                             optional_matrix(right_roots[e], item.index),
-                             optional_matrix(graft_squares[e], item.index),
-                             root_failures[e].data_ptr<int64_t>() + 2 * item.index};
     ShampooMatrix matrix(step, MatrixBatch(params[e])[item.index],
-                         MatrixBatch(grads[e])[item.index], state, progress.step(item) + 1,
+                         MatrixBatch(grads[e])[item.index], state_of(item), progress.step(item) + 1,
                          threads);
     if (matrix.run_step(refresh[e] != 0))
       progress.updated(item);
     else
       progress.skip();
-  });
-  progress.finish();
+  };
+  parallel_matrices(work, update, bytes);
 }
 
 }  // namespace

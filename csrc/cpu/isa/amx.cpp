@@ -1,5 +1,6 @@
-// AMX-BF16 (Sapphire Rapids and later): the AVX512-BF16 set with its bf16 products on tiles. With
-// SK_EMULATE_TILES the tiles are emulated and nothing else of the processor is asked for.
+// AMX-BF16 (Sapphire Rapids and later): the AVX512-BF16 set with bf16 products on tiles, and fp32
+// products as sums of bf16 ones. With SK_EMULATE_TILES the tiles are emulated and nothing else of
+// the processor is asked for.
 #if defined(__x86_64__) || defined(SK_EMULATE_TILES)
 #if !defined(SK_EMULATE_TILES)
 #include <immintrin.h>
@@ -40,8 +41,27 @@ const Kernels& table() {
   static const Kernels kTable = [] {
     Kernels kernels = avx512bf16::table();
     kernels.name = "amx";
-    kernels.product[int(Kind::kBF16)] = tile_product_blocks;
+    kernels.fp32 = "tiles";
+    kernels.pair_rate = 4;  // measured on Emerald Rapids
+    kernels.product[int(Kind::kF32)] = split_product_blocks;
+    kernels.product[int(Kind::kBF16)] = pair_product_blocks;
+    // Measured: what a panel costs to bring into the form of the instructions, beside a block.
+    kernels.jobs[int(Kind::kF32)] = {kSplitEdge, 1.3, 0.6, SplitScratch::bytes};
+    kernels.jobs[int(Kind::kBF16)] = {kPairEdge, 1.3, 0, PairScratch::bytes};
     kernels.multiply_adds[int(Kind::kBF16)] = tile_multiply_adds;
+    return kernels;
+  }();
+  return kTable;
+}
+
+const Kernels& fma_table() {
+  static const Kernels kTable = [] {
+    const Kernels& base = avx512bf16::table();
+    Kernels kernels = table();
+    kernels.fp32 = base.fp32;
+    kernels.pair_rate = 6;
+    kernels.product[int(Kind::kF32)] = base.product[int(Kind::kF32)];
+    kernels.jobs[int(Kind::kF32)] = base.jobs[int(Kind::kF32)];
     return kernels;
   }();
   return kTable;

@@ -92,7 +92,7 @@ static void adapted_length(const AdaptedLength& p, int64_t i0, int64_t i1) {
                   for (int i = 0; i < P * P; i += kLanes) {
                     const Vector<T> below = square_root(T(p.v_scale) * load(v + i)) + T(p.eps);
                     const Vector<T> d = T(p.m_scale) * load(m + i) / below;
-                    store(m + i, below > 0 ? d * d : Vector<T>{});
+                    store(m + i, below == 0 ? Vector<T>{} : d * d);
                   }
                   p.sums[bi] += block_sum(m);
                 });
@@ -116,7 +116,7 @@ static void adam_moments(const AdamMoments& p, int64_t i0, int64_t i1) {
                     const Vector<T> below = square_root(square) + T(p.eps);
                     store(m + i, moment);
                     store(v + i, square);
-                    store(g + i, below > 0 ? moment / below : Vector<T>{});
+                    store(g + i, below == 0 ? Vector<T>{} : moment / below);
                   }
                   store_block(p.m, bi * P, bj * P, rows, cols, m);
                   store_block(p.v, bi * P, bj * P, rows, cols, v);
@@ -127,7 +127,7 @@ static void adam_moments(const AdamMoments& p, int64_t i0, int64_t i1) {
 template <class T>
 SK_INLINE Vector<T> sign_of(Vector<T> x) {
   const Vector<T> one = Vector<T>{} + T(1), zero = Vector<T>{};
-  return x > 0 ? one : (x < 0 ? -one : zero);
+  return x > 0 ? one : (x < 0 ? -one : (x == 0 ? zero : x));  // NaN stays
 }
 
 // Sums of squares of a block: rows added to row_sums, columns to col_sums.

@@ -19,6 +19,18 @@
 namespace spectral_kernels::cpu {
 namespace {
 
+// Whether fp32 products may be sums of bf16 ones.
+bool split_fp32() {
+  static const bool split = [] {
+    const char* wish = std::getenv("SPECTRAL_KERNELS_SPLIT_FP32");
+    const std::string value = wish == nullptr || *wish == '\0' ? "1" : wish;
+    if (value != "0" && value != "1")
+      throw std::runtime_error("SPECTRAL_KERNELS_SPLIT_FP32 is '" + value + "'; it can be 0 or 1");
+    return value == "1";
+  }();
+  return split;
+}
+
 struct Set {
   const char* name;
   const Kernels& (*table)();
@@ -48,6 +60,10 @@ std::string tiles_refusal() {
 }
 #endif
 
+#if defined(__x86_64__)
+const Kernels& amx_table() { return split_fp32() ? amx::table() : amx::fma_table(); }
+#endif
+
 // From the least to the most capable; a set runs only where all before it do.
 const Set kSets[] = {
     {"baseline", baseline::table, [] { return std::string(); }},
@@ -66,7 +82,7 @@ const Set kSets[] = {
      }},
     {"avx512bf16", avx512bf16::table,
      [] { return unless(__builtin_cpu_supports("avx512bf16"), "AVX512-BF16"); }},
-    {"amx", amx::table,
+    {"amx", amx_table,
      [] {
        static const std::string refusal = tiles_refusal();
        return refusal;
@@ -98,6 +114,7 @@ bool is_known(const std::string& name) {
 
 // A wrong name in the environment must not pass silently.
 const Kernels* initial() {
+  split_fp32();
   const char* cap = std::getenv("SPECTRAL_KERNELS_CPU_ISA");
   if (cap == nullptr || *cap == '\0') return best_up_to("");
   if (!is_known(cap))

@@ -19,6 +19,7 @@ const Kernels& table();
 }
 namespace amx {
 const Kernels& table();
-}
+const Kernels& fma_table();  // F32 products as AVX-512 has them
+}  // namespace amx
 #endif
 }  // namespace spectral_kernels::cpu

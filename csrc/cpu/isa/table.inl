@@ -2,8 +2,19 @@
 
 #include "elementwise.inl"
 
+// Edge of the largest job in elements. 192 fp32 numbers square are 147 KB, which stay in an L2 of
+// 512 KiB or more beside the two operands' stretches.
+constexpr int kEdge = 192, kEdgeF64 = 128;
+
+template <class T>
+static size_t result_bytes(int64_t edge) {
+  return size_t(edge * edge) * sizeof(Block<T>);
+}
+
 static const Kernels kTable = {
     SK_NAME,
+    "fma",
+    2,  // of the dot products, measured on Zen 5
     {Simd<float>::kPanel, Simd<double>::kPanel, SK_HAS_BF16_DOT ? Simd<float>::kPanel : 0},
     {product_blocks<float, float>, product_blocks<double, double>,
 #if SK_HAS_BF16_DOT
@@ -12,6 +23,9 @@ static const Kernels kTable = {
      nullptr
 #endif
     },
+    {{kEdge / Simd<float>::kPanel, 0, 0, result_bytes<float>},
+     {kEdgeF64 / Simd<double>::kPanel, 0, 0, result_bytes<double>},
+     {kEdge / Simd<float>::kPanel, 0, 0, result_bytes<float>}},
     {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
     {combine_blocks<float>, combine_blocks<double>},
     {scale_blocks<float>, scale_blocks<double>},

@@ -52,13 +52,16 @@ class Diagnostics:
 
     Attributes:
         step: its number, counted from the call of `watch`.
-        skipped: matrices that the optimizer has skipped so far, for a non-finite gradient, say.
+        skipped: matrices and AdamW's tensors that were skipped so far, for a non-finite gradient,
+            say.
         parameters: by name, or by place where parameters have none.
+        failed_roots: inverse roots that have failed so far.
     """
 
     step: int
     skipped: int
     parameters: Mapping[str, ParameterDiagnostics]
+    failed_roots: int = 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One flat dict a parameter, for csv.DictWriter or pandas."""
@@ -69,6 +72,7 @@ class Diagnostics:
     def scalars(self) -> Iterator[tuple[str, float]]:
         """(tag, value) of every measured number, for a TensorBoard writer."""
         yield "skipped", float(self.skipped)
+        yield "failed_roots", float(self.failed_roots)
         for name, parameter in self.parameters.items():
             for key, value in asdict(parameter).items():
                 if isinstance(value, (int, float)):
@@ -119,21 +123,19 @@ class Watch:
         """
         zeros = [torch.zeros_like(param) for param in lists[0]]
         device = zeros[0].device
-        _dispatch.run(
+        _dispatch.run_step(
             operator,
-            zeros[:1],
             None,
             zeros,
             grads,
             *[[tensor.clone() for tensor in column] for column in lists[1:]],
             torch.zeros((), dtype=torch.int64, device=device),
-            torch.ones((), dtype=torch.float64),
+            torch.ones((), dtype=torch.float64, device="cpu"),
             **{**options, "weight_decay": 0.0},
         )
-        backend = _dispatch.explain(operator, *zeros[:1]).backend or "none"
         for name, moved in zip(names, zeros, strict=True):
             self.updates.setdefault(name, []).append(moved.neg_())
-            self.backends[name] = backend
+            self.backends[name] = _dispatch.explain(operator, moved, **options).backend or "none"
 
 
 class Watched:
@@ -145,10 +147,18 @@ class Watched:
 
     @property
     def skipped(self) -> int:
-        """How many matrices have been skipped so far."""
+        """How many matrices and AdamW's tensors have been skipped so far."""
         raise NotImplementedError
 
+    @property
+    def failed_roots(self) -> int:
+        """How many inverse roots have failed so far; 0 in an optimizer that takes none."""
+        return 0
+
     def _name(self, index: int, position: int) -> str:
+        raise NotImplementedError
+
+    def _routes_of(self, index: int, group: dict[str, Any]) -> list[bool]:
         raise NotImplementedError
 
     def _side_figures(
@@ -184,16 +194,19 @@ class Watched:
         watch = self._measured()
         parameters = {}
         for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
+            routes = self._routes_of(index, group)
+            for position, (param, is_matrix) in enumerate(
+                zip(group["params"], routes, strict=True)
+            ):
                 name = self._name(index, position)
-                if group["algorithm"] == "matrix" and name in watch.updates:
+                if is_matrix and name in watch.updates:
                     parameters[name] = self._figures(watch, name, param, group)
-                elif group["algorithm"] == "adamw" and self.state[param]:
+                elif not is_matrix and self.state[param]:
                     steps = int(self.state[param]["step"])
                     parameters[name] = ParameterDiagnostics(
                         "adamw", "torch", tuple(param.shape), steps
                     )
-        return Diagnostics(watch.measured, self.skipped, parameters)
+        return Diagnostics(watch.measured, self.skipped, parameters, self.failed_roots)
 
     def updates(self) -> dict[str, list[Tensor]]:
         """The updates of the last measured step, for a learning rate of 1 and without weight decay.
@@ -227,7 +240,9 @@ class Watched:
             ):
                 known = [value for value in values if value is not None]
                 sides[f"{side}_{key}"] = max(known, default=None)
-        failures = [int(block.max()) for block in state.get("root_failures", ()) if block.numel()]
+        failures = [
+            int(block.max()) for block in state.get("root_failures", {}).values() if block.numel()
+        ]
         return ParameterDiagnostics(
             algorithm="matrix",
             backend=watch.backends[name],

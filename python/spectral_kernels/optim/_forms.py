@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -139,10 +139,10 @@ class Slot:
     def load(self, name: str, value: object, param: Tensor, form: Form | None) -> Tensor:
         """A copy of a saved value in this slot's dtype, device and strides."""
         if isinstance(value, (int, float)):
-            value = torch.tensor(float(value))
+            value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         self.check(name, value, param)
         assert isinstance(value, Tensor)
-        present = not self.optional or value.numel() > 0 or 0 in self._shape(param)
+        present = not self.optional or tuple(value.shape) == self._shape(param)
         return replace(self, present=present).create(param, form).copy_(value)
 
     def check(self, name: str, value: object, param: Tensor) -> None:
@@ -176,9 +176,17 @@ def step_slot(form: Form, blocks: int = 1) -> Slot:
     return Slot(batch if blocks == 1 else (blocks, *batch), torch.float32)
 
 
-def adamw_layout(param: Tensor, *, amsgrad: bool) -> Layout:
-    """The state of torch.optim.AdamW."""
+def adamw_layout(param: Tensor, *, amsgrad: bool, on_device: bool) -> Layout:
+    """The state of torch.optim.AdamW; of its capturable kind `on_device`, if that is a GPU."""
     step = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    counter = Slot((), step, host=True)
+    if on_device and param.is_cuda:
+        counter = Slot((), torch.float32)
     moment = Slot(None, param.dtype)
-    layout = {"step": Slot((), step, host=True), "exp_avg": moment, "exp_avg_sq": moment}
+    layout = {"step": counter, "exp_avg": moment, "exp_avg_sq": moment}
     return {**layout, "max_exp_avg_sq": moment} if amsgrad else layout
+
+
+def layouts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """For every tensor where its elements lie, and how they are read."""
+    return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-ALGORITHMS = ("matrix", "adamw")
+from . import _attention, _roles, _rules
+from ._forms import MatrixDims, form_of
+from ._split import Split, sizes_of
 
-# Components of a parameter's name, in the words that common models use.
-_EMBEDDING = re.compile(r"(.*_)?(emb|embs|embed|embeds|embedding|embeddings)(_.*)?|w[tp]e")
-_TOKEN = re.compile(r"(.*_)?tokens?")
-_HEAD = re.compile(r"(.*_)?(head|heads|classifier)|score")
-_NORM = re.compile(r"(.*_)?(bias|norm)(_.*)?|ln\d*|ln_.*")
-_WRAPPERS = ("_orig_mod", "module")
-
-
-def by_name(name: str) -> str | None:
-    """Why a parameter's name sends it to AdamW, or None."""
-    components = [part for part in name.lower().split(".") if part not in _WRAPPERS]
-    for depth, component in enumerate(components):
-        if _EMBEDDING.fullmatch(component) or _TOKEN.fullmatch(component):
-            return "embedding"
-        # Deeper down, heads are those of attention.
-        if depth < 2 and _HEAD.fullmatch(component):
-            return "head"
-        if _NORM.fullmatch(component):
-            return "norm or bias"
-    return None
+# What an override may say; batched are matrices too.
+CHOICES = ("matrix", "batched", "adamw")
+# How a group declares what its matrices are, and what it does not say.
+_DECLARED: Mapping[str, Any] = {"batched": False, "matrix_dims": None}
 
 
 def param_groups(
@@ -40,84 +26,135 @@ def param_groups(
     matrix: Mapping[str, Any] | None = None,
     adamw: Mapping[str, Any] | None = None,
     overrides: Mapping[str, str] | None = None,
+    split: str | None = None,
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model: hidden matrices by the matrix rule, all others by AdamW.
 
-    AdamW gets what has fewer than two dimensions (biases, norms), embeddings, weights that several
-    modules share (tied heads), heads (by name, or a linear layer that is the model's last direct
-    child), and parameters of three or more than five dimensions, which are matrices only if their
-    group says so. Frozen parameters are left out.
+    Modules and ties decide first, names second. AdamW gets what has fewer than two dimensions or
+    is a single row or column (biases, norms, gains), embeddings and weights tied to them, output
+    layers (by name, a linear layer that is the model's last part, or one outside of all blocks
+    with an output for every word), depthwise convolutions, and parameters of three or more than
+    five dimensions unless their module tells what they are: kernels of one-dimensional
+    convolutions are flattened to (out, rest), experts in one tensor are a batch of matrices.
+    Frozen parameters are left out.
+
+    Names and roles are those of the model within wrappers: torch.compile, DistributedDataParallel,
+    DataParallel, FSDP, activation checkpointing, AveragedModel, PEFT's adapters.
 
     Args:
         model: any module.
-        matrix, adamw: hyper-parameters of the two groups, such as {"lr": 0.02}.
-        overrides: shell patterns of parameter names, such as {"*.experts.*": "matrix"}, to "matrix"
-            or "adamw"; the first one that fits decides.
+        matrix, adamw: hyper-parameters of matrices and of AdamW, such as {"lr": 0.02}.
+        overrides: shell patterns of parameter names, such as {"*.kernels": "batched"}, to
+            "matrix", "batched" (the leading dimensions are a batch of matrices) or "adamw"; the
+            first one that fits decides. A three-dimensional parameter may be a batch or a kernel,
+            so "matrix" alone is not enough for it: say "batched", or give `matrix_dims` in matrix.
+        split: "qkv" steps the queries, keys and values of a fused projection each by itself,
+            "heads" also every head of them, and of projections that are apart. Those of
+            nn.MultiheadAttention, and of modules that name them as usual (qkv, c_attn, qkv_proj,
+            query_key_value, q_proj, ...) and tell their numbers of heads; for `Muon`, see its
+            `split`. Blocks of an interleaved query_key_value are heads, so "qkv" leaves it whole.
         verbose: print which parameter went where, and why.
 
     Returns:
-        One or two groups of named parameters with an `algorithm`, for the optimizers here.
+        Groups of named parameters with an `algorithm`, for the optimizers here: matrices, those of
+        every split, kernels of one-dimensional convolutions, batches of matrices, and AdamW's.
 
     Raises:
-        ValueError: nothing to optimize, or an override that names no algorithm or fits nothing.
+        ValueError: nothing to optimize, an override that names no algorithm or fits nothing, or
+            one whose parameter cannot be read as matrices; a split that nothing takes.
+        TypeError: a parameter of a lazy module that has no shape yet.
     """
     overrides = {} if overrides is None else overrides
     for pattern, algorithm in overrides.items():
-        if algorithm not in ALGORITHMS:
+        if algorithm not in CHOICES:
             raise ValueError(
-                f"overrides[{pattern!r}] must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}"
+                f"overrides[{pattern!r}] must be one of {', '.join(CHOICES)}, not {algorithm!r}"
             )
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    members = _roles.parameters_of(model)
+    for each in members:
+        if is_lazy(each.param):
+            raise TypeError(f"{each.name} has no shape yet: run the lazy module once before")
+    if split is not None and split not in _attention.CHOICES:
+        raise ValueError(f"split must be None, {' or '.join(_attention.CHOICES)}, not {split!r}")
+    splits = {} if split is None else _attention.splits_of(model, split)
+    roles = _roles.Roles(model, members)
+    named = [each for each in members if each.param.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameter that requires grad")
     for pattern in overrides:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
+        if not any(_fits(each, pattern) for each in named):
             raise ValueError(f"overrides[{pattern!r}] fits no parameter")
-    owners = _owners(model)
     routed = []
-    for name, param in named:
-        chosen = next((a for o, a in overrides.items() if fnmatch.fnmatchcase(name, o)), None)
-        reason = _why_adamw(name, param, owners[param]) if chosen is None else "override"
-        if chosen is None:
-            chosen = "matrix" if reason is None else "adamw"
-        routed.append((name, param, chosen, reason or "hidden matrix"))
+    parts: dict[tuple[Split, MatrixDims | None], list[tuple[str, Tensor]]] = {}
+    for each in named:
+        role = roles.of(each)
+        chosen = next((a for o, a in overrides.items() if _fits(each, o)), None)
+        if chosen == "matrix" and role.kind == "kernel":
+            chosen = "kernel"
+        if chosen is not None:
+            role = _roles.Role(chosen, "override")
+        reason = role.reason
+        if role.kind == "matrix" and each.param in splits:
+            several = splits[each.param]
+            reason += f", {_count_of(each.param, *several)} parts"
+            parts.setdefault(several, []).append((each.name, each.param))
+        routed.append((each.name, each.param, role.kind, reason))
+    if split is not None and not parts:
+        raise ValueError(
+            f"split={split!r} finds no projection in {type(model).__name__} that tells its parts: "
+            "say split in a group of Muon's"
+        )
     if verbose:
         print(_table(routed))
     groups: list[dict[str, Any]] = []
-    for algorithm, values in (("matrix", matrix), ("adamw", adamw)):
-        members = [(name, param) for name, param, chosen, _ in routed if chosen == algorithm]
-        if members:
-            groups.append({**(values or {}), "params": members, "algorithm": algorithm})
+    kinds = {
+        "matrix": {**(matrix or {}), "algorithm": "matrix"},
+        "kernel": {
+            **(matrix or {}),
+            "algorithm": "matrix",
+            "matrix_dims": _roles.KERNEL_1D,
+        },
+        "batched": {**(matrix or {}), "algorithm": "matrix", "batched": True},
+        "adamw": {**(adamw or {}), "algorithm": "adamw"},
+    }
+    apart = {param for members in parts.values() for _, param in members}
+    for kind, values in kinds.items():
+        taken = [
+            (name, param)
+            for name, param, chosen, _ in routed
+            if chosen == kind and param not in apart
+        ]
+        if kind != "adamw":
+            _check_matrices(taken, values)
+        if taken:
+            groups.append({**values, "params": taken})
+        for (sizes, dims), split_so in parts.items() if kind == "matrix" else ():
+            read = {} if dims is None else {"matrix_dims": dims}
+            groups.append({**values, **read, "split": sizes, "params": split_so})
     return groups
 
 
-def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, bool]]]:
-    """The modules that hold each parameter, and whether they are the model's last linear child."""
-    children = [child for child in model.children() if any(True for _ in child.parameters())]
-    last = children[-1] if children and isinstance(children[-1], nn.Linear) else None
-    owners: dict[Tensor, list[tuple[nn.Module, bool]]] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(param, []).append((module, module is last))
-    return owners
+def _count_of(param: Tensor, split: Split, matrix_dims: MatrixDims | None) -> int:
+    form = form_of(param.shape, batched=False, matrix_dims=matrix_dims)
+    return len(sizes_of(form.shape[-2], split))
 
 
-def _why_adamw(name: str, param: Tensor, owners: list[tuple[nn.Module, bool]]) -> str | None:
-    if param.ndim < 2:
-        return "norm or bias"
-    if len(owners) > 1:
-        return "tied"
-    module, is_last = owners[0]
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding"
-    if "norm" in type(module).__name__.lower():
-        return "norm or bias"
-    if is_last:
-        return "head"
-    if param.ndim == 3 or param.ndim > 5:
-        return f"{param.ndim}-D, undeclared"
-    return by_name(name)
+def _check_matrices(members: Sequence[tuple[str, Tensor]], values: Mapping[str, Any]) -> None:
+    given = {name: values.get(name, default) for name, default in _DECLARED.items()}
+    declared = _rules.check(given, {name: _rules.MATRIX[name] for name in _DECLARED}, "matrix: ")
+    for name, param in members:
+        try:
+            form_of(param.shape, **declared)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} of shape {tuple(param.shape)}: {error}, or overrides={{{name!r}: "
+                "'batched'}"
+            ) from None
+
+
+def _fits(each: _roles.Found, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (each.name, each.raw))
 
 
 def _table(routed: Sequence[tuple[str, Tensor, str, str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from torch import Tensor
 from .. import _checks
 
 Rule = Callable[[str, Any], Any]
+Default = TypeVar("Default", float, tuple[float, float])
+
+
+class Unwritten:
+    """Marks the default of an argument, to tell it from the same value written by the caller."""
+
+    __slots__ = ()
+
+
+class _Number(float, Unwritten):
+    __slots__ = ()
+
+
+class _Pair(tuple[float, float], Unwritten):
+    __slots__ = ()
+
+
+def unwritten(value: Default) -> Default:
+    """The same value, marked as a default that nobody has written."""
+    return _Pair(value) if isinstance(value, tuple) else _Number(value)
 
 
 def real(low: float = 0.0, high: float = math.inf, *, include_high: bool = False) -> Rule:
@@ -121,23 +141,48 @@ ADAMW_DEFAULTS: Mapping[str, Any] = {
     "maximize": False,
 }
 
+NONFINITE = choice("skip", "propagate", "raise")
+# What a group of AdamW alone has.
+ADAMW_GROUP: Mapping[str, Rule] = {**ADAMW, "nonfinite": NONFINITE, "capturable": flag}
+
 # What every matrix rule has.
 MATRIX: Mapping[str, Rule] = {
     "lr": learning_rate,
     "weight_decay": real(),
     "maximize": flag,
-    "nonfinite": choice("skip", "propagate", "raise"),
+    "nonfinite": NONFINITE,
+    "capturable": flag,
     "batched": flag,
     "matrix_dims": matrix_dims,
 }
 
 
+# AdamW's own values in a group that holds both kinds; None is that of the group.
+ADAMW_FIELDS: Mapping[str, Rule] = {
+    **{f"adamw_{name}": optional(rule) for name, rule in ADAMW.items()},
+    "adamw_lr_at": optional(real()),
+}
+
 # What decides the algorithm of a parameter.
 ROUTING: Mapping[str, Rule] = {
-    "algorithm": choice("matrix", "adamw"),
+    "algorithm": choice("auto", "matrix", "adamw"),
     "batched": MATRIX["batched"],
     "matrix_dims": MATRIX["matrix_dims"],
 }
+
+
+def check_implementation(values: Mapping[str, Any], where: str = "") -> None:
+    """The keys by which groups of torch.optim say how a step is computed, where they are there."""
+    for name in ("foreach", "fused", "differentiable"):
+        value = values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{where}{name} must be True, False or None, not {value!r}")
+    if values.get("differentiable"):
+        raise ValueError(
+            f"{where}differentiable=True is not supported: no gradient goes through a step"
+        )
+    if values.get("foreach") and values.get("fused"):
+        raise ValueError(f"{where}foreach and fused cannot be True together")
 
 
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> dict[str, Any]:

@@ -66,17 +66,22 @@ class DeVA(EigenbasisOptimizer):
         reference: follow the trajectory of the public classes, see `deva_step_`; for variants
             "schatten", "instant", "sign" and "linf".
         coefficients, steps: of `newton_schulz`.
-        scale: "original", "match_rms_adamw", "none" or a number, see `muon_step_`; default
-            "match_rms_adamw", "none" for norm "linf".
+        scale: "original", "match_rms_adamw", "spectral_unclamped", "none" or a number, see
+            `muon_step_`; default "match_rms_adamw", "none" for norm "linf".
         compute_dtype: of the Newton-Schulz products; None is bfloat16, and float64 for float64
             parameters.
         stagger: spread the refreshes of different parameters evenly over the steps; default: unless
             `reference`.
         maximize: ascend.
-        nonfinite: "skip" leaves a matrix with a non-finite gradient alone and counts it in
-            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
-        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
-            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+        nonfinite: "skip" leaves a matrix, or a tensor of AdamW's, with a non-finite gradient alone
+            and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
+            anything is written.
+        capturable: `step` may be recorded in a CUDA graph, see `MatrixOptimizer.step`.
+        adamw: AdamW's own lr, betas, eps, weight_decay, amsgrad, maximize; see `add_param_group`.
+            Without them AdamW's lr and maximize are those above, its betas and weight_decay
+            too where they are given, and the rest is as in torch.optim.AdamW. eps above is
+            DeVA's alone.
+        distributed: see `Muon`.
 
     Raises:
         TypeError, ValueError: a parameter or value that cannot work, with its place.
@@ -89,6 +94,7 @@ class DeVA(EigenbasisOptimizer):
     """
 
     _operator = "deva_step_"
+    _shared = ("weight_decay", "betas")
     _structure = ("max_precond_dim", "variant", "norm", "variance")
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(),
@@ -116,10 +122,10 @@ class DeVA(EigenbasisOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 3e-3,
-        betas: Sequence[float] = (0.95, 0.95),
+        betas: Sequence[float] = _rules.unwritten((0.95, 0.95)),
         shampoo_beta: float | None = None,
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float = _rules.unwritten(0.01),
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         *,
@@ -139,7 +145,9 @@ class DeVA(EigenbasisOptimizer):
         stagger: bool | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
+        capturable: bool = False,
         adamw: Mapping[str, Any] | None = None,
+        distributed: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -167,8 +175,10 @@ class DeVA(EigenbasisOptimizer):
                 "stagger": stagger,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
+                "capturable": capturable,
             },
             adamw,
+            distributed,
         )
 
     def _check_together(self, values: Values) -> None:
@@ -225,9 +235,9 @@ class DeVA(EigenbasisOptimizer):
 
     def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
         if "second_momentum_buffer" in state:
-            none = torch.zeros(0)
+            none = torch.zeros(0, dtype=torch.float32, device="cpu")
             return {
-                "step": torch.full(form.shape[:-2], _WARM),
+                "step": torch.full(form.shape[:-2], _WARM, dtype=torch.float32, device="cpu"),
                 "exp_avg": state["momentum_buffer"],
                 "exp_avg_sq": state["second_momentum_buffer"],
                 **dict.fromkeys(("left", "right", "left_basis", "right_basis"), none),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import coefficients as _coefficients
 from .. import newton_schulz as _newton_schulz
-from . import _rules
-from ._base import MatrixOptimizer, Params, Part, Values
+from . import _rules, _split
+from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
 from ._forms import Form, Layout, Slot, step_slot
 
 
@@ -28,6 +28,8 @@ class Muon(MatrixOptimizer):
         N = (1 - momentum) G + momentum M if nesterov, else M
         W <- (1 - lr weight_decay) W - lr scale newton_schulz(N)
 
+    NorMuon with `beta2`, and cautious weight decay: see `muon_step_` for their formulas.
+
     The first nine arguments, their order and defaults are those of torch.optim.Muon, whose state
     loads, but for eps: its floor changes updates of gradients below 1e-7, so it is 0 here.
 
@@ -36,7 +38,8 @@ class Muon(MatrixOptimizer):
             flattened to (out, rest), take the matrix rule, parameters with fewer dimensions AdamW;
             so do embeddings, heads and norms that are given by name. See `param_groups`, and
             `add_param_group` for groups with an `algorithm`, `batched` (leading dimensions are a
-            batch of matrices) or `matrix_dims` ((rows, columns), each one dimension or several).
+            batch of matrices) or `matrix_dims` ((rows, columns), each one dimension or several);
+            `use_muon`, True or False, says the algorithm too.
         lr: a number, or a tensor of one number.
         weight_decay: decoupled.
         momentum: in [0, 1).
@@ -46,28 +49,48 @@ class Muon(MatrixOptimizer):
         eps: the norm's floor in Newton-Schulz.
         ns_steps: its number of steps, below 100.
         adjust_lr_fn: None or "original" scale = sqrt(max(1, m / n)); "match_rms_adamw" scale =
-            0.2 sqrt(max(m, n)); "none" 1. The shape is that of the flattened matrix.
+            0.2 sqrt(max(m, n)); "spectral_unclamped" sqrt(m / n); "none" 1. The shape is that of
+            the flattened matrix.
         coefficients: replaces ns_coefficients and ns_steps by a set with its own number of steps,
             such as "polar_express".
         method: "standard", "gram" or "auto", see `newton_schulz`.
         compute_dtype: of its products; None is bfloat16, and float64 for float64 parameters.
+        beta2: in [0, 1), NorMuon's: rows of the update, the neurons, are divided by the roots of
+            running averages of their squares, and the update keeps its length. None: not so. With
+            adjust_lr_fn="match_rms_adamw" this is the paper's update, but for the length of
+            `newton_schulz`'s result.
+        cautious_weight_decay: elements whose sign is against that of the update do not decay.
+            AdamW's always do.
+        split: a matrix is several, one below the other, such as queries, keys and values or the
+            heads of each: a number of equal parts, or the rows of every part. Each is stepped as if
+            it were a parameter of its own, its scale that of its own shape. A value for a group;
+            `param_groups(model, split=...)` finds it. State keeps the parameter's layout and loads
+            into any split.
         maximize: ascend.
-        nonfinite: "skip" leaves a matrix with a non-finite gradient alone and counts it in
-            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
-        adamw: values for the AdamW part of mixed groups: lr, betas, eps, weight_decay, amsgrad,
-            maximize; defaults of torch.optim.AdamW, but lr is that of the matrices where
-            adjust_lr_fn is "match_rms_adamw".
+        nonfinite: "skip" leaves a matrix, or a tensor of AdamW's, with a non-finite gradient alone
+            and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
+            anything is written.
+        capturable: `step` may be recorded in a CUDA graph, see `MatrixOptimizer.step`.
+        adamw: AdamW's own lr, betas, eps, weight_decay, amsgrad, maximize; see `add_param_group`.
+            Without them AdamW's lr and maximize are those above, its weight_decay too where they
+            are given, and the rest is as in torch.optim.AdamW. eps above is Newton-Schulz's alone.
+        distributed: spreads matrices over ranks, see `Distributed`: of plain parameters, which are
+            the same on all ranks, over this process group; DTensors need nothing.
 
     Raises:
         TypeError, ValueError: a parameter or value that cannot work, with its place.
 
-    State of a matrix: step, momentum_buffer (float32, float64 under float64, in the parameter's
-    layout).
+    State of a matrix: step (one a part), momentum_buffer (float32, float64 under float64, in the
+    parameter's layout); with beta2 also second_momentum_buffer, (..., m, 1), zeros at first and
+    where what is loaded has none.
 
-    Source: Jordan, "Muon" (2024); scales: KellerJordan/Muon and arXiv 2502.16982.
+    Source: Jordan, "Muon" (2024); NorMuon: arXiv 2510.05491; cautious weight decay: arXiv
+    2510.12402; scales: KellerJordan/Muon, arXiv 2502.16982, and Bernstein,
+    "Deriving Muon" (2025).
     """
 
     _operator = "muon_step_"
+    _flag = "use_muon"
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "momentum": _rules.real(0.0, 1.0),
         "nesterov": _rules.flag,
@@ -78,13 +101,17 @@ class Muon(MatrixOptimizer):
         "coefficients": _rules.optional(coefficients_rule),
         "method": _rules.choice(*_newton_schulz.METHODS),
         "compute_dtype": _rules.compute_dtype,
+        "beta2": _rules.optional(_rules.real(0.0, 1.0)),
+        "cautious_weight_decay": _rules.flag,
+        "split": _split.rule,
     }
+    _structure = ("split", "beta2")
 
     def __init__(
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float = _rules.unwritten(0.1),
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: _newton_schulz.CoefficientsLike = (3.4445, -4.7750, 2.0315),
@@ -95,9 +122,14 @@ class Muon(MatrixOptimizer):
         coefficients: _newton_schulz.CoefficientsLike | None = None,
         method: str = "auto",
         compute_dtype: torch.dtype | None = None,
+        beta2: float | None = None,
+        cautious_weight_decay: bool = False,
+        split: int | Sequence[int] | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
+        capturable: bool = False,
         adamw: Mapping[str, Any] | None = None,
+        distributed: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -113,22 +145,70 @@ class Muon(MatrixOptimizer):
                 "coefficients": coefficients,
                 "method": method,
                 "compute_dtype": compute_dtype,
+                "beta2": beta2,
+                "cautious_weight_decay": cautious_weight_decay,
+                "split": split,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
+                "capturable": capturable,
             },
             adamw,
+            distributed,
         )
 
     def _layout(self, form: Form, values: Values) -> Layout:
-        return {"step": step_slot(form), "momentum_buffer": Slot(None)}
+        parts = _split.sizes_of(form.shape[-2], values["split"])
+        layout: Layout = {"step": step_slot(form, len(parts)), "momentum_buffer": Slot(None)}
+        if values["beta2"] is None:
+            return layout
+        return {**layout, "second_momentum_buffer": Slot((*form.shape[:-1], 1))}
+
+    def _check_form(self, form: Form, values: Values) -> None:
+        _split.sizes_of(form.shape[-2], _split.rule("split", values["split"]))
+
+    def _cut(self, matrices: Tensor, values: Values) -> list[Tensor]:
+        return _split.cut(matrices, values["split"])
+
+    def _entries(
+        self, matrices: Tensor, state: Values, form: Form, layout: Layout, values: Values
+    ) -> list[list[Tensor]]:
+        momenta = as_matrices("momentum_buffer", state["momentum_buffer"], form)
+        sizes = _split.sizes_of(form.shape[-2], values["split"])
+        parts = self._cut(matrices, values)
+        none = matrices.new_empty(0)
+        columns = [
+            parts,
+            self._cut(momenta, values),
+            [none] * len(parts)
+            if values["beta2"] is None
+            else self._cut(state["second_momentum_buffer"], values),
+            _split.cut_steps(state["step"], sizes, merged=matrices.ndim == 2),
+        ]
+        return [list(entry) for entry in zip(*columns, strict=True)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had none of these
+            if group["algorithm"] != "adamw":
+                group.setdefault("beta2", None)
+                group.setdefault("cautious_weight_decay", False)
+                group.setdefault("split", None)
+
+    def _fit_state(self, state: dict[str, Any], layout: Layout) -> dict[str, Any]:
+        # Nothing depends on the counts, and everything else lies as the parameter does.
+        step, slot = state.get("step"), layout["step"]
+        assert isinstance(slot, Slot) and slot.shape is not None
+        if isinstance(step, Tensor) and tuple(step.shape) != slot.shape and step.numel():
+            state = {**state, "step": step.max().expand(slot.shape)}
+        second = layout.get("second_momentum_buffer")
+        if isinstance(second, Slot) and "second_momentum_buffer" not in state:
+            assert second.shape is not None
+            zeros = torch.zeros(second.shape, device="cpu", dtype=torch.float32)
+            state = {**state, "second_momentum_buffer": zeros}
+        return state
 
     def _check_together(self, values: Values) -> None:
         _rows(values)
-
-    def _adamw_lr(self, values: Values) -> Any:
-        if values["adjust_lr_fn"] == "match_rms_adamw":
-            return values["lr"]
-        return _rules.ADAMW_DEFAULTS["lr"]
 
     def _options(self, values: Values, part: Part) -> dict[str, Any]:
         rows = _rows(values)
@@ -136,7 +216,10 @@ class Muon(MatrixOptimizer):
         return {
             "momentum": values["momentum"],
             "nesterov": values["nesterov"],
+            "beta2": values["beta2"],
+            "neuron_eps": _newton_schulz.NEURON_EPS,
             "weight_decay": values["weight_decay"],
+            "cautious": values["cautious_weight_decay"],
             "rows": rows.rows,
             "scales": _newton_schulz.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
             "method": values["method"],
@@ -151,7 +234,7 @@ class Muon(MatrixOptimizer):
 
     def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
         # torch.optim.Muon counts no steps, and nothing in Muon depends on them.
-        return {"step": torch.zeros(form.shape[:-2]), **state}
+        return {"step": torch.zeros(form.shape[:-2], dtype=torch.float32, device="cpu"), **state}
 
 
 def _rows(values: Values) -> _coefficients.Coefficients:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .. import _backend
 from .. import inverse_root as _inverse_root
 from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
 from ._forms import Form, Layout, Slot, side, step_slot
-from ._schedule import due
 
 SIDES = ("both", "left", "right", "shorter")
 
@@ -28,7 +29,9 @@ class Shampoo(MatrixOptimizer):
         W <- (1 - lr weight_decay) W - lr P ||D||_F / ||P||_F,  D the grafted direction
 
     for every block of at most block_size rows and columns. Roots are taken at the first step and
-    then at every precondition_frequency-th, at different ones for different blocks.
+    then at every precondition_frequency-th, at different ones for different blocks. A root that
+    fails (see `inverse_root` for what is tried) leaves what stands there, at first the identity; it
+    is tried again at the next step, counted in `failed_roots`, and warned of the first time.
 
     Args:
         params: see `Muon`.
@@ -50,27 +53,37 @@ class Shampoo(MatrixOptimizer):
         ridge, relative_ridge: delta = max(ridge, relative_ridge ||L||_inf).
         root_method: see `inverse_root`.
         debias: see above.
-        max_root_failures: a root that fails keeps the old one; when a block's has failed more often
-            than this in a row, the next step raises.
+        max_root_failures: when a block's root has failed more often than this in a row, the next
+            step raises.
         maximize: ascend.
-        nonfinite: "skip" leaves a block with a non-finite gradient alone and counts it in
-            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
-        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
-            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+        nonfinite: "skip" leaves a block, or a tensor of AdamW's, with a non-finite gradient alone
+            and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
+            anything is written.
+        capturable: `step` may be recorded in a CUDA graph, see `MatrixOptimizer.step`.
+        adamw: AdamW's own lr, betas, eps, weight_decay, amsgrad, maximize; see `add_param_group`.
+            Without them AdamW's lr and maximize are those above, its betas and weight_decay
+            too where they are given, and the rest is as in torch.optim.AdamW. A beta2 of 1 leaves
+            AdamW's at 0.999.
+        distributed: see `Muon`.
 
     Raises:
         TypeError, ValueError: a parameter or value that cannot work, with its place.
 
-    State of a matrix: step, momentum_buffer, graft_sq (the parameter's shape), and lists of blocks
-    in row-major order: left, right, left_root, right_root, root_failures; float32, or float64 under
-    float64. block_size, sides and graft are fixed by a parameter's first step.
+    State of a matrix: step, momentum_buffer, graft_sq (the parameter's shape), and dicts of blocks,
+    by their number in row-major order as str, "0" and so on: left, right, left_root, right_root,
+    root_failures; float32, or float64 under float64. block_size, sides and graft are fixed by a
+    parameter's first step.
 
     Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497; KL: arXiv 2509.03378.
     """
 
     _operator = "shampoo_step_"
+    _shared = ("weight_decay", "betas")
     _structure: ClassVar[tuple[str, ...]] = ("block_size", "sides", "graft")
     _failing: list[tuple[str, Tensor, int]]
+    _known_failures: dict[int, tuple[Tensor, bool]]
+    _failed_roots = 0
+    _warned_of_roots = False
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(adagrad=True),
         "exponent": _rules.optional(_rules.real(0.125, 1.0, include_high=True)),
@@ -95,8 +108,8 @@ class Shampoo(MatrixOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.01,
+        betas: tuple[float, float] = _rules.unwritten((0.9, 0.95)),
+        weight_decay: float = _rules.unwritten(0.01),
         *,
         exponent: float | None = None,
         kl: bool = False,
@@ -116,7 +129,9 @@ class Shampoo(MatrixOptimizer):
         max_root_failures: int = 3,
         maximize: bool = False,
         nonfinite: str = "skip",
+        capturable: bool = False,
         adamw: Mapping[str, Any] | None = None,
+        distributed: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -142,8 +157,10 @@ class Shampoo(MatrixOptimizer):
                 "max_root_failures": max_root_failures,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
+                "capturable": capturable,
             },
             adamw,
+            distributed,
         )
 
     @classmethod
@@ -151,7 +168,7 @@ class Shampoo(MatrixOptimizer):
         cls,
         params: Params,
         lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 1.0),
+        betas: tuple[float, float] = _rules.unwritten((0.9, 1.0)),
         epsilon: float = 1e-12,
         weight_decay: float = 0.0,
         max_preconditioner_dim: int = 1024,
@@ -163,8 +180,9 @@ class Shampoo(MatrixOptimizer):
 
         An absolute ridge `epsilon`, roots by eigendecomposition in float64 at steps that all blocks
         share, and no grafting unless `graft` asks for it (with graft_eps absolute). What differs:
-        biases, norms and embeddings take AdamW, small matrices are not merged into vectors, and
-        roots are used from the first step, not only from the precondition_frequency-th.
+        biases, norms and embeddings take AdamW (with its betas and this weight_decay), small
+        matrices are not merged into vectors, and roots are used from the first step, not only from
+        the precondition_frequency-th.
 
         Args:
             params: see `Muon`.
@@ -230,7 +248,7 @@ class Shampoo(MatrixOptimizer):
         columns = [blocks]
         for name, slot in layout.items():
             if isinstance(slot, list):
-                columns.append(state[name])
+                columns.append([state[name][str(block)] for block in range(len(slot))])
             elif slot.shape is None:
                 columns.append(self._cut(as_matrices(name, state[name], form), values))
             elif name != "step":
@@ -257,19 +275,11 @@ class Shampoo(MatrixOptimizer):
     def _side_figures(
         self, name: str, state: Values, block: int, values: Values
     ) -> tuple[float | None, float | None]:
-        factor, root = state[name][block], state[f"{name}_root"][block]
+        factor, root = state[name][str(block)], state[f"{name}_root"][str(block)]
         if not factor.numel():
             return None, None
         step = state["step"] if len(state[name]) == 1 else state["step"][block]
-        factor = factor.double()
-        beta2 = values["betas"][1]
-        if values["debias"] and beta2 < 1.0 and not values["kl"]:
-            weight = 1.0 - beta2 ** step.double().clamp(min=1.0)
-            factor = factor / weight[..., None, None]
-        row_sum = factor.abs().sum(-1).amax(-1)
-        delta = (values["relative_ridge"] * row_sum).clamp(min=values["ridge"])
-        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        ridged = factor + delta[..., None, None] * eye
+        ridged = _ridged(factor, step, values)
         residual = _diagnostics.root_residual(root, _root_of(values), ridged)
         return _diagnostics.condition(ridged), residual
 
@@ -285,32 +295,124 @@ class Shampoo(MatrixOptimizer):
 
     def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
         failures, counts = part.lists[-2], part.lists[-1]
+        self._learn_failures(failures)
         # Before the first applied step the roots are the identity.
-        refresh = due(
-            counts,
-            part.offsets,
-            values["precondition_frequency"],
+        refresh = self._due(
+            part,
+            values,
             stagger=values["stagger"],
             at_first=True,
+            again=map(self._has_failed, failures),
         )
         watched = [
-            (part.names[i], failures[i], failures[i].clone(), counts[i], counts[i].clone())
+            (i, failures[i].clone(), counts[i].clone())
             for i, flag in enumerate(refresh)
-            if flag
+            if flag and failures[i].numel()
         ]
         part.options["refresh"] = refresh
         super()._call(part, grads, lr, values)
-        limit = values["max_root_failures"]
-        for name, failed, failed_before, count, count_before in watched:
+        if watched:
+            self._judge(part, watched, values)
+
+    def _learn_failures(self, failures: Sequence[Tensor]) -> None:
+        """Which of the last roots failed, where a device knows and the host does not yet."""
+        unknown = [
+            failed
+            for failed in failures
+            if failed.device.type != "cpu" and id(failed) not in self._known_failures
+        ]
+        if not unknown:
+            return
+        if _backend.is_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being recorded, and it has to be read which inverse roots have "
+                "failed: take a step outside of the graph before"
+            )
+        found = torch.stack([failed.any() for failed in unknown]).tolist()
+        for failed, value in zip(unknown, found, strict=True):
+            self._known_failures[id(failed)] = failed, bool(value)
+
+    def _has_failed(self, failed: Tensor) -> bool:
+        """Whether the last root of an entry failed, without waiting for a device at every step."""
+        if failed.device.type == "cpu":
+            return bool(failed.any())
+        return self._known_failures[id(failed)][1]
+
+    def _judge(
+        self, part: Part, watched: Sequence[tuple[int, Tensor, Tensor]], values: Values
+    ) -> None:
+        """What became of the roots that were due, of which some numbers from before are kept.
+
+        One wait for the device, however many there were.
+        """
+        found = []
+        for entry, failed_before, count_before in watched:
+            failed, count = part.lists[-2][entry], part.lists[-1][entry]
+            new = (failed - failed_before).clamp(min=0).reshape(-1, 2).sum(0)
             # Failures in a row: a root that was taken ends the row.
             taken = (count > count_before).unsqueeze(-1) & (failed == failed_before)
             failed.masked_fill_(taken, 0)
-            if bool((failed > limit).any()):
-                self._failing.append((name, failed, limit))
+            found.append(torch.cat([new, failed.max()[None], count.max().long()[None]]))
+        for (entry, *_), (*sides, most, steps) in zip(
+            watched, torch.stack(found).tolist(), strict=True
+        ):
+            failed, count = part.lists[-2][entry], part.lists[-1][entry]
+            self._known_failures[id(failed)] = failed, most > 0
+            if count.device.type != "cpu":
+                self._counts.learn(count, steps)
+            self._failed_roots += sum(sides)
+            limit = values["max_root_failures"]
+            if most > limit:
+                self._failing.append((part.names[entry], failed, limit))
+            if any(sides) and not self._warned_of_roots:
+                self._warned_of_roots = True
+                self._warn_of_roots(part, entry, sides, values)
+
+    def _warn_of_roots(self, part: Part, entry: int, sides: Sequence[int], values: Values) -> None:
+        factors, roots = part.lists[2:4], part.lists[4:6]
+        count = part.lists[-1][entry]
+        for where, failed, factor, root in zip(
+            ("left", "right"), sides, factors, roots, strict=True
+        ):
+            if not failed:
+                continue
+            ridged = _ridged(factor[entry], count, values)
+            residual = _diagnostics.root_residual(root[entry], _root_of(values), ridged)
+            warnings.warn(
+                f"the {where} inverse root of {part.names[entry]} failed at step "
+                f"{int(count.max())}: what stood there stays, with a residual of {residual:.3g} "
+                "(0 is exact), and it is tried again at the next step. Later failures are counted "
+                "in `failed_roots`, without a warning",
+                RuntimeWarning,
+                stacklevel=11,
+            )
+
+    @property
+    def failed_roots(self) -> int:
+        """How many inverse roots have failed so far."""
+        return self._failed_roots
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("_failed_roots", "_warned_of_roots")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def _forget(self) -> None:
         super()._forget()
         self._failing = []
+        self._known_failures = {}
+
+
+def _ridged(factor: Tensor, step: Tensor, values: Values) -> Tensor:
+    """A + delta I in float64, as the root of a factor is taken of it at a step."""
+    factor = factor.double()
+    beta2 = values["betas"][1]
+    if values["debias"] and beta2 < 1.0 and not values["kl"]:
+        weight = 1.0 - beta2 ** step.double().clamp(min=1.0)
+        factor = factor / weight[..., None, None]
+    row_sum = factor.abs().sum(-1).amax(-1)
+    delta = (values["relative_ridge"] * row_sum).clamp(min=values["ridge"])
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return factor + delta[..., None, None] * eye
 
 
 def _root_of(values: Values) -> int:

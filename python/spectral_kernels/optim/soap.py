@@ -11,7 +11,6 @@ from torch import Tensor
 from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params, Part, Values
 from ._forms import Form, Layout, Slot, side, step_slot
-from ._schedule import due
 
 
 class EigenbasisOptimizer(MatrixOptimizer):
@@ -42,13 +41,16 @@ class EigenbasisOptimizer(MatrixOptimizer):
         }
 
     def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
-        part.options["refresh"] = due(
-            part.lists[-1],
-            part.offsets,
-            values["precondition_frequency"],
-            stagger=self._staggered(values),
+        part.options["refresh"] = (
+            self._due(part, values, stagger=self._staggered(values))
+            if self._has_sides(values)
+            else [0] * len(grads)
         )
         super()._call(part, grads, lr, values)
+        if values["precondition_frequency"] > 1:
+            # Whether the refresh was taken; bases have been waited for, and the next step need not.
+            pairs = zip(part.lists[-1], part.options["refresh"], strict=True)
+            self._counts.read([x for x, flag in pairs if flag and x.device.type != "cpu"])
 
     def _side_figures(
         self, name: str, state: Values, block: int, values: Values
@@ -81,7 +83,9 @@ class EigenbasisOptimizer(MatrixOptimizer):
         return {
             **state,
             **{
-                key: x if isinstance(x, Tensor) else torch.zeros(0)
+                key: x
+                if isinstance(x, Tensor)
+                else torch.zeros(0, dtype=torch.float32, device="cpu")
                 for key, x in zip(
                     ("left", "right", "left_basis", "right_basis"),
                     (*factors, *bases),
@@ -121,10 +125,14 @@ class SOAP(EigenbasisOptimizer):
         skip_first: False takes the first step in the first gradient's own bases.
         stagger: spread the refreshes of different parameters evenly over the steps.
         maximize: ascend.
-        nonfinite: "skip" leaves a matrix with a non-finite gradient alone and counts it in
-            `skipped`; "propagate" lets it become NaN; "raise" raises before anything is written.
-        adamw: values for the AdamW part of mixed groups: lr (default: that of the matrices), betas,
-            eps, weight_decay, amsgrad, maximize (defaults of torch.optim.AdamW).
+        nonfinite: "skip" leaves a matrix, or a tensor of AdamW's, with a non-finite gradient alone
+            and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
+            anything is written.
+        capturable: `step` may be recorded in a CUDA graph, see `MatrixOptimizer.step`.
+        adamw: AdamW's own lr, betas, eps, weight_decay, amsgrad, maximize; see `add_param_group`.
+            Without them AdamW's lr and maximize are those above, its betas, eps and weight_decay
+            too where they are given, and the rest is as in torch.optim.AdamW.
+        distributed: see `Muon`.
 
     Raises:
         TypeError, ValueError: a parameter or value that cannot work, with its place.
@@ -136,6 +144,7 @@ class SOAP(EigenbasisOptimizer):
     """
 
     _operator = "soap_step_"
+    _shared = ("weight_decay", "betas", "eps")
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(),
         "shampoo_beta": _rules.optional(_rules.real(0.0, 1.0)),
@@ -152,10 +161,10 @@ class SOAP(EigenbasisOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 3e-3,
-        betas: Sequence[float] = (0.95, 0.95),
+        betas: Sequence[float] = _rules.unwritten((0.95, 0.95)),
         shampoo_beta: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        eps: float = _rules.unwritten(1e-8),
+        weight_decay: float = _rules.unwritten(0.01),
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         *,
@@ -165,7 +174,9 @@ class SOAP(EigenbasisOptimizer):
         stagger: bool = False,
         maximize: bool = False,
         nonfinite: str = "skip",
+        capturable: bool = False,
         adamw: Mapping[str, Any] | None = None,
+        distributed: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -183,8 +194,10 @@ class SOAP(EigenbasisOptimizer):
                 "stagger": stagger,
                 "maximize": maximize,
                 "nonfinite": nonfinite,
+                "capturable": capturable,
             },
             adamw,
+            distributed,
         )
 
     def _options(self, values: Values, part: Part) -> dict[str, Any]:

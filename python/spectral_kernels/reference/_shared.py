@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectral_kernels._backend import (
     check_choice,
+    check_device,
     check_list,
     check_matrix,
     check_step_lists,
@@ -43,6 +44,11 @@ def optional(x: Tensor, index: Index) -> Tensor:
 def finite(*tensors: Tensor) -> bool:
     """Whether every element of every tensor is finite."""
     return all(bool(x.isfinite().all()) for x in tensors)
+
+
+def sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1; NaN stays, which torch.sign makes 0."""
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def max_abs(x: Tensor) -> float:
@@ -108,6 +114,7 @@ def check_side(name: str, x: Tensor, like: Tensor, side: int) -> None:
             f"{name} must have shape {expected} for a matrix of shape {tuple(like.shape)}, "
             f"not {tuple(x.shape)}"
         )
+    check_device(name, x, like)
 
 
 def check_root(p: int) -> None:
@@ -146,6 +153,7 @@ def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) ->
         check_matrix(f"{name}[{i}]", x)
         check_full_precision(f"{name}[{i}]", x)
         check_writable(f"{name}[{i}]", x)
+        check_device(f"{name}[{i}]", x, param)
         if x.shape != param.shape:
             raise ValueError(
                 f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
@@ -192,7 +200,7 @@ def raise_nonfinite(nonfinite: str, **lists: Sequence[Tensor]) -> None:
         return
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):
-            for index in matrices(x):
+            for index in () if absent(x) else matrices(x):
                 if not finite(x[index]):
                     where = f"{name}[{i}]" + (f", matrix {index}," if index else "")
                     raise ValueError(f"{where} has a non-finite element")
@@ -230,6 +238,6 @@ class Progress:
             self._count.add_(1)
 
 
-def move_(param: Tensor, update: Tensor, *, rate: float, decay: float) -> None:
-    """W <- decay W - rate U in the update's dtype, rounded once to the parameter's."""
-    param.copy_(decay * param.to(update.dtype) - rate * update)
+def moved(param: Tensor, update: Tensor, *, rate: float, decay: float) -> Tensor:
+    """decay W - rate U in the update's dtype, rounded once to the parameter's."""
+    return (decay * param.to(update.dtype) - rate * update).to(param.dtype)

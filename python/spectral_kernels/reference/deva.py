@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_choice, check_list, check_writable, operator
+from spectral_kernels._backend import (
+    check_choice,
+    check_device,
+    check_list,
+    check_writable,
+    operator,
+)
 
 from ._shared import (
     Progress,
@@ -20,10 +26,11 @@ from ._shared import (
     check_step,
     finite,
     matrices,
-    move_,
+    moved,
     optional,
     outside_range,
     raise_nonfinite,
+    sign,
 )
 from .eigenbasis import (
     Bases,
@@ -131,8 +138,8 @@ def deva_step_(
     Limits: "linf" with "gradient", eps_mode "outside", correct_bias and not nesterov is Adam;
     "linf" with "none" is Signum. A size-0 factor and basis stand for the identity.
 
-    `reference` is the trajectory of the public classes. It departs from the above (E1' of the
-    design, E1 here) in that M and V are not debiased, and with "schatten"
+    `reference` is the trajectory of the public classes. It departs from the above in that M and V
+    are not debiased, and with "schatten"
         U is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t) if correct_bias;
         W <- (1 - lr weight_decay) (W - lr U);
         the first call only sets factors and bases: no update, no decay, no step;
@@ -144,7 +151,7 @@ def deva_step_(
     A matrix is skipped, with every bit of it and its state kept, no step counted and `skipped`
     raised, if max |G| is not 0 and outside 2^-50 .. 2^50, unless reference, another eps_mode than
     "relative", or variance "none" without factors. So it is, unless nonfinite="propagate", if its
-    gradient or momentum is not finite or its new state would not be.
+    gradient or momentum is not finite or its new state or parameter would not be.
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
@@ -163,7 +170,8 @@ def deva_step_(
         compute_dtype: of the Newton-Schulz products; float64 parameters use float64.
         reference: see above.
         maximize: G <- -G.
-        nonfinite: "skip", "propagate" or "raise" (before anything is written).
+        nonfinite: "skip"; "propagate", without a test; or "raise", before anything is written, for
+            gradients, states and parameters that are not finite.
         refresh: one int an entry, not 0 where its bases are refreshed after the update.
 
     Raises:
@@ -182,7 +190,17 @@ def deva_step_(
         check_range(name, beta, 0.0, 1.0)
     check_range("eps", eps)
     check_range("weight_decay", weight_decay)
-    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=() if variance == "none" else [_rows(v, variance) for v in exp_avg_sqs],
+        lefts=lefts,
+        rights=rights,
+        left_bases=left_bases,
+        right_bases=right_bases,
+        params=params,
+    )
     rate = float(lr)
     decay = 1.0 - rate * weight_decay
     public_schatten = reference and norm == "schatten"
@@ -225,30 +243,40 @@ def deva_step_(
                 new = accumulated(new, g, shampoo_beta)
                 if refresh[i]:
                     new, new_m, new_v = refreshed(new, new_m, new_v, permute=public_schatten)
-            if nonfinite != "propagate" and not finite(new_m, new_v, *new):
+            new_w = param[index]
+            if not idle:
+                if normalize_grads:
+                    update = rms_normalized(update)
+                size = rate
+                if public_schatten:
+                    size *= decay * (adam_bias(beta1, beta2, t) if correct_bias else 1.0)
+                new_w = moved(new_w, update, rate=size, decay=decay)
+            states, values = [m, *old], [new_m, *new]
+            if variance != "none":
+                states, values = [*states, v], [*values, new_v]
+            if nonfinite != "propagate" and not (finite(*values) and (idle or finite(new_w))):
                 progress.skip()
                 continue
-            for state, value in zip((m, v, *old), (new_m, new_v, *new), strict=True):
+            for state, value in zip(states, values, strict=True):
                 state.copy_(value)
-            if idle:
-                continue
-            if normalize_grads:
-                update = rms_normalized(update)
-            size = rate
-            if public_schatten:
-                size *= decay * (adam_bias(beta1, beta2, t) if correct_bias else 1.0)
-            move_(param[index], update, rate=size, decay=decay)
-            progress.update(index)
+            if not idle:
+                param[index].copy_(new_w)
+                progress.update(index)
         progress.finish()
+
+
+def _rows(squares: Tensor, variance: str) -> Tensor:
+    """The state of the variance as matrices: that of "low_memory" is one row of a matrix each."""
+    return squares.unsqueeze(-2) if variance == "low_memory" else squares
 
 
 def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
     """O, the matrix sign or the elementwise one."""
     n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
     if step.norm == "linf":
-        return n.sign()
+        return sign(n)
     return orthogonalize(
-        n.sign() if step.sign else n,
+        sign(n) if step.sign else n,
         step.rows,
         method="standard",
         restarts=(),
@@ -337,3 +365,4 @@ def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance
             )
         check_full_precision(f"exp_avg_sqs[{i}]", v)
         check_writable(f"exp_avg_sqs[{i}]", v)
+        check_device(f"exp_avg_sqs[{i}]", v, param)

@@ -23,7 +23,7 @@ from ._shared import (
     finite,
     matrices,
     max_abs,
-    move_,
+    moved,
     norm,
     optional,
     raise_nonfinite,
@@ -127,7 +127,10 @@ def eigenbasis_of(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def refresh_of(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`refresh_eigenbasis` of one matrix, and the descending order of the old columns."""
-    zeros, unchanged = a.new_zeros(a.shape[-1]), torch.arange(a.shape[-1], device=a.device)
+    zeros, unchanged = (
+        a.new_zeros(a.shape[-1]),
+        torch.arange(a.shape[-1], dtype=torch.int64, device=a.device),
+    )
     if not finite(q, a):
         return zeros + math.nan, torch.full_like(q, math.nan), unchanged
     largest = max_abs(a)
@@ -313,7 +316,7 @@ def soap_step_(
 
     A matrix is skipped, with every bit of it and its state kept, no step counted and `skipped`
     raised, unless nonfinite="propagate", if its gradient or momentum is not finite or its new state
-    would not be.
+    or parameter would not be.
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
@@ -327,7 +330,8 @@ def soap_step_(
         eps, weight_decay: at least 0. With eps = 0 an element with V = 0 moves by 0.
         correct_bias, normalize_grads, skip_first, permute_squares: see above.
         maximize: G <- -G.
-        nonfinite: "skip", "propagate" or "raise" (before anything is written).
+        nonfinite: "skip"; "propagate", without a test; or "raise", before anything is written, for
+            gradients, states and parameters that are not finite.
         refresh: one int an entry, not 0 where its bases are refreshed after the update.
 
     Raises:
@@ -344,7 +348,17 @@ def soap_step_(
         check_range(name, beta, 0.0, 1.0)
     check_range("eps", eps)
     check_range("weight_decay", weight_decay)
-    raise_nonfinite(nonfinite, grads=grads, exp_avgs=exp_avgs)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        lefts=lefts,
+        rights=rights,
+        left_bases=left_bases,
+        right_bases=right_bases,
+        params=params,
+    )
     rate = float(lr)
     decay = 1.0 - rate * weight_decay
     for i, param in enumerate(params):
@@ -372,18 +386,22 @@ def soap_step_(
                 new = accumulated(new, g, shampoo_beta)
                 if refresh[i]:
                     new, new_m, new_v = refreshed(new, new_m, new_v, permute=permute_squares)
-            if nonfinite != "propagate" and not finite(new_m, new_v, *new):
+            new_w = param[index]
+            if not idle:
+                if normalize_grads:
+                    update = rms_normalized(update)
+                bias = adam_bias(beta1, beta2, t) if correct_bias else 1.0
+                new_w = moved(new_w, update, rate=decay * rate * bias, decay=decay)
+            if nonfinite != "propagate" and not (
+                finite(new_m, new_v, *new) and (idle or finite(new_w))
+            ):
                 progress.skip()
                 continue
             for state, value in zip((m, v, *old), (new_m, new_v, *new), strict=True):
                 state.copy_(value)
-            if idle:
-                continue
-            if normalize_grads:
-                update = rms_normalized(update)
-            bias = adam_bias(beta1, beta2, t) if correct_bias else 1.0
-            move_(param[index], update, rate=decay * rate * bias, decay=decay)
-            progress.update(index)
+            if not idle:
+                param[index].copy_(new_w)
+                progress.update(index)
         progress.finish()
 
 

@@ -11,8 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_choice, check_list, operator
-from spectral_kernels.coefficients import Rows, root_schedule, root_tolerance
+from spectral_kernels._backend import check_choice, check_device, check_list, operator
+from spectral_kernels.coefficients import (
+    MOST_ROOT_ROWS_DECOMPOSED,
+    Rows,
+    root_schedule,
+    root_tolerance,
+)
 
 from ._shared import (
     Progress,
@@ -27,7 +32,7 @@ from ._shared import (
     finite,
     matrices,
     max_abs,
-    move_,
+    moved,
     norm,
     optional,
     outside_range,
@@ -57,7 +62,7 @@ def inverse_root(
     nu = sqrt(||B^2||_F) (1 + 4u), u the unit roundoff of A's dtype, and l0 = delta / nu:
 
     "iteration" (C7): M = B / nu, X = I; for every row N = a I + b M + c M^2 of
-        `root_schedule(l0, p, root_tolerance(l0, u))`: X <- N X, M <- N^p M; the root is
+        `root_schedule(l0, p, root_tolerance(u))`: X <- N X, M <- N^p M; the root is
         nu^(-1/p) X. A ridge below 4u nu does not bound the spectrum: l0 = 4u is taken then.
     "newton" (C2): M = z B / nu, X = z^(1/p) I, z = (p + 1) / 2; N = (1 + 1/p) I - M / p,
         X <- N X, M <- N^p M until max |M - I| <= 16u, or below 1/2 and no longer falling, or 100
@@ -67,16 +72,19 @@ def inverse_root(
         products in this order: any other, and mirrored triangles too, lets rounding grow.
     "eigen": in float64, eigenvalues of A below 0 as 0. With delta = 0 the pseudo-inverse root:
         eigenvalues <= cut = max(4u, 4n 2^-53) times the largest magnitude count as 0.
-    "auto": "iteration" where delta >= 4u nu, else "eigen".
+    "auto": "iteration" where delta >= 4u nu and n > 2, else "eigen".
 
     All but "eigen" work in A's dtype, the products of "iteration" and "newton" mirrored from their
     lower triangles, and are checked: with Omega the fixed n x 8 sign matrix of `sign_matrix`,
         residual = ||(X^floor(p/2) B X^ceil(p/2) - I) Omega||_F / ||Omega||_F
     must be at most 0.25 (float64: at most max(1e-6, 1e-12 / l0) too, 1e-6 where the ridge is below
-    4u nu) and the diagonal of X be positive. Otherwise "iteration" runs once more from l0 / 16, and
-    then "eigen" takes over. Where the root shows that the spectrum ends at 8 l0 or higher
-    (`_lower_end`), "iteration" begins again from there: rows for a spectrum that goes down to 1e-6
-    lose two digits on one that ends at 0.1.
+    4u nu) and the diagonal of X be positive. That shows the smallest eigenvalues, where rounding
+    leaves the largest error. What hides behind it, the large eigenvalues, shows in
+        ||(B X^p - I) B Omega||_F / ||B Omega||_F <= 256u (p + l0^(-1/p)), B and X those of M,
+    as B shrinks the small ones; exact roots, rounded, come to some u l0^(-1/p). Otherwise
+    "iteration" runs once more from l0 / 16, and then "eigen" takes over.
+    Where the eigensolver gives up, a ridge of at least 4u nu lets "eigen" take the root by
+    "iteration" (status 2).
     For "eigen" the residual is taken in float64 on the range P of the eigenvalues of B above
     max(cut, 1e-12) of the largest, P (...) P in place of (...) and P X for X, with 1 / l0 the
     condition number there: rounding in B hides what lies below.
@@ -90,7 +98,8 @@ def inverse_root(
     Returns:
         root: (..., n, n).
         status: (...) int64: 0 converged; 1 stagnated, when eigen failed too or an eigenvalue lies
-            below -sqrt(n) cut of the largest, so that A is not semidefinite; 2 fell back to eigen;
+            below -sqrt(n) cut of the largest, so that A is not semidefinite; 2 fell back to eigen,
+            or from it;
             3 rank-deficient, the pseudo-inverse root (also where an iteration fell back);
             4 non-finite input.
         steps: (...) int64, the rows or steps of the accepted attempt, 0 for eigen.
@@ -150,51 +159,56 @@ def _scaled_root(a: Tensor, delta: Tensor, p: int, method: str) -> tuple[Tensor,
     nu = math.sqrt(norm(product(b, b))) * (1.0 + 4.0 * u)
     ridged = float(delta) >= 4.0 * u * nu
     if method == "auto":
-        method = "iteration" if ridged else "eigen"
+        method = "iteration" if ridged and len(a) > MOST_ROOT_ROWS_DECOMPOSED else "eigen"
     if method == "eigen":
         root, status, residual = _eigen_root(a, float(delta), p)
-        return root, status, 0, residual
+        if not (math.isinf(residual) and ridged):
+            return root, status, 0, residual
+        root, status, steps, residual = _scaled_root(a, delta, p, "iteration")
+        return root, FELL_BACK if status == CONVERGED else status, steps, residual
     low = float(delta) / nu if ridged else 4.0 * u
     m = b / nu
-    limit = _residual_limit(a.dtype, low if ridged else 1.0)
+    limits = _Limits.of(a.dtype, low, p, ridged=ridged)
     attempts = [low, low / 16.0] if method == "iteration" else [low]
     for attempt in attempts:
-        found = _attempt(m, p, method, attempt, limit)
-        if found is None:
-            continue
-        if method == "iteration" and (end := _lower_end(found[0], p)) >= 8.0 * attempt:
-            found = _attempt(m, p, method, end, limit) or found
-        x, steps, residual = found
-        return nu ** (-1.0 / p) * x, CONVERGED, steps, residual
+        found = _attempt(m, p, method, attempt, limits)
+        if found is not None:
+            x, steps, residual = found
+            return nu ** (-1.0 / p) * x, CONVERGED, steps, residual
     root, status, residual = _eigen_root(a, float(delta), p)
     return root, FELL_BACK if status == CONVERGED else status, 0, residual
 
 
+class _Limits(NamedTuple):
+    """What the residuals of an accepted root may be at most."""
+
+    plain: float
+    weighted: float
+
+    @staticmethod
+    def of(dtype: torch.dtype, low: float, p: int, *, ridged: bool) -> _Limits:
+        weighted = 256.0 * unit_roundoff(dtype) * (p + low ** (-1.0 / p))
+        return _Limits(_residual_limit(dtype, low if ridged else 1.0), weighted)
+
+
 def _attempt(
-    m: Tensor, p: int, method: str, low: float, limit: float
+    m: Tensor, p: int, method: str, low: float, limits: _Limits
 ) -> tuple[Tensor, int, float] | None:
     """Root of M, steps and residual, or None where the checks refuse it."""
     if method == "iteration":
-        x, steps = _iterate(
-            m, root_schedule(low, p, root_tolerance(low, unit_roundoff(m.dtype))), p
-        )
+        x, steps = _iterate(m, root_schedule(low, p, root_tolerance(unit_roundoff(m.dtype))), p)
     elif method == "newton":
         x, steps = _newton(m, p)
     else:
         x, steps = _newton_db(m, p)
-    residual = _residual(x, m, sign_matrix(x), p)
-    accepted = residual <= limit and bool((x.diagonal() > 0.0).all())
+    omega = sign_matrix(x)
+    residual = _residual(x, m, omega, p)
+    accepted = (
+        residual <= limits.plain
+        and _weighted_residual(x, m, omega, p) <= limits.weighted
+        and bool((x.diagonal() > 0.0).all())
+    )
     return (x, steps, residual) if accepted else None
-
-
-def _lower_end(x: Tensor, p: int) -> float:
-    """A power of two, at most about half the smallest eigenvalue of M, from its root X.
-
-    By four power steps of X on `sign_matrix`, the last of which shows ||X||_2.
-    """
-    y = x @ (x @ (x @ sign_matrix(x)))
-    growth = norm(x @ y) / norm(y)
-    return 2.0 ** math.floor(math.log2(0.5 * growth**-p))
 
 
 def _iterate(m: Tensor, rows: Rows, p: int) -> tuple[Tensor, int]:
@@ -290,6 +304,15 @@ def _residual(x: Tensor, b: Tensor, omega: Tensor, p: int) -> float:
     return norm(y - omega) / norm(omega)
 
 
+def _weighted_residual(x: Tensor, b: Tensor, omega: Tensor, p: int) -> float:
+    """||(B X^p - I) B Omega||_F / ||B Omega||_F."""
+    weighted = b @ omega
+    y = weighted
+    for _ in range(p):
+        y = x @ y
+    return norm(b @ y - weighted) / norm(weighted)
+
+
 def _residual_limit(dtype: torch.dtype, low: float) -> float:
     return min(0.25, max(1e-6, 1e-12 / low)) if dtype == torch.float64 else 0.25
 
@@ -309,7 +332,7 @@ def _signs(n: int) -> Tensor:
     for _ in range(8 * n):
         state = (1664525 * state + 1013904223) % 2**32
         signs.append(-1.0 if state >> 31 else 1.0)
-    return torch.tensor(signs, dtype=torch.float64).reshape(n, 8)
+    return torch.tensor(signs, dtype=torch.float64, device="cpu").reshape(n, 8)
 
 
 @dataclass(frozen=True)
@@ -409,8 +432,8 @@ def shampoo_step_(
 
     A matrix is skipped, with every bit of it and its state kept, no step counted and `skipped`
     raised, if max |G| is not 0 and outside 2^-50 .. 2^50 while relative_ridge > 0 or kl. So it is,
-    unless nonfinite="propagate", if its gradient or momentum is not finite or its new state would
-    not be.
+    unless nonfinite="propagate", if its gradient or momentum is not finite or its new state or
+    parameter would not be.
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
@@ -428,7 +451,7 @@ def shampoo_step_(
         weight_decay, graft, graft_eps, graft_eps_mode, kl, kl_order, debias: see above.
         maximize: G <- -G.
         nonfinite: "skip"; "propagate", without a test; or "raise", before anything is written, for
-            gradients and momenta that are not finite.
+            gradients, states and parameters that are not finite.
         refresh: one int an entry, not 0 where its roots are taken anew.
 
     Raises:
@@ -455,7 +478,17 @@ def shampoo_step_(
         )
     check_list("refresh", refresh, len(params))
     _check_shampoo_state(params, graft_squares, root_failures, graft)
-    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        lefts=lefts,
+        rights=rights,
+        left_roots=left_roots,
+        right_roots=right_roots,
+        graft_squares=() if graft in ("none", "sgd") else graft_squares,
+        params=params,
+    )
     step = _Shampoo(
         rate=float(lr),
         beta1=beta1,
@@ -492,15 +525,19 @@ def shampoo_step_(
             squares = optional(graft_squares[i], index)
             new_squares = _new_squares(squares, g, step)
             new_m = beta1 * m + (1.0 - beta1) * g
-            if nonfinite != "propagate" and not finite(new_m, new_squares, *new):
+            update = _shampoo_update(new_m, new_squares, new, t, step)
+            decay = 1.0 - step.rate * weight_decay
+            new_w = moved(param[index], update, rate=step.rate, decay=decay)
+            states, values = [m, *old], [new_m, *new]
+            if graft not in ("none", "sgd"):
+                states, values = [*states, squares], [*values, new_squares]
+            if nonfinite != "propagate" and not finite(*values, new_w):
                 progress.skip()
                 continue
-            for state, value in zip((m, squares, *old), (new_m, new_squares, *new), strict=True):
+            for state, value in zip(states, values, strict=True):
                 state.copy_(value)
+            param[index].copy_(new_w)
             root_failures[i][index].add_(root_failures[i].new_tensor(failed))
-            update = _shampoo_update(m, squares, old, t, step)
-            decay = 1.0 - step.rate * weight_decay
-            move_(param[index], update, rate=step.rate, decay=decay)
             progress.update(index)
         progress.finish()
 
@@ -663,6 +700,7 @@ def _check_shampoo_state(
         check_state("graft_squares", graft_squares, params)
     check_list("root_failures", root_failures, len(params))
     for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
+        check_device(f"root_failures[{i}]", failures, param)
         expected = (*param.shape[:-2], 2)
         if failures.dtype != torch.int64 or failures.shape != expected:
             raise ValueError(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_matrix, check_writable, operator
+from spectral_kernels._backend import check_device, check_matrix, check_writable, operator
 
 from ._shared import absent, check_range, check_side, finite, matrices, optional
 from .symmetric_matmul import mirror, product
@@ -62,6 +62,7 @@ def kron_factors_update_(
         raise TypeError(f"left is {left.dtype} but right is {right.dtype}")
     if skipped.dtype != torch.int64 or skipped.numel() != 1:
         raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
+    check_device("skipped", skipped, grad)
     check_range("beta", beta)
     check_range("weight", weight)
     for index in matrices(grad) if grad.numel() else ():

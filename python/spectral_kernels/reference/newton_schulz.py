@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_choice, check_list, check_matrix, operator
+from spectral_kernels._backend import (
+    check_choice,
+    check_list,
+    check_matrix,
+    check_rows_state,
+    operator,
+)
 
 from ._shared import (
     Progress,
@@ -19,7 +26,8 @@ from ._shared import (
     finite,
     matrices,
     max_abs,
-    move_,
+    moved,
+    optional,
     raise_nonfinite,
     scaled,
 )
@@ -52,13 +60,15 @@ def newton_schulz(
         step t:  if t in restarts:  X <- Q X;  R <- XX^T;  Q <- I
                  W = a I + b R + c R^2;  Q <- Q W;  R <- W R W
         result Q X
+    with a step between two restarts done as in "standard".
     "auto" is "standard" here; another backend may choose.
 
     The matrix is scaled by a power of two so that its largest element is in [1, 2), and its norm nu
     and the division are in float64, so X 2^k gives the same bits as X where no element becomes
     subnormal (and eps does not act). The result is rounded to compute_dtype, in which all products
     are done; with a 16-bit compute_dtype torch accumulates in float32 and rounds each product, and
-    "gram" keeps R, W and Q in float32 and rounds Q where it meets X (the mixed variant).
+    "gram" keeps R, W and Q in float32 (the mixed variant), also where Q meets X: on a null space Q
+    is hundreds of times what it is elsewhere, and a rounded Q would not keep it out.
 
     Args:
         x: (..., m, n), any float dtype.
@@ -133,13 +143,17 @@ def muon_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
     step_counts: Sequence[Tensor],
     skipped: Tensor,
     lr: Tensor,
     *,
     momentum: float,
     nesterov: bool,
+    beta2: float | None,
+    neuron_eps: float,
     weight_decay: float,
+    cautious: bool,
     rows: Sequence[Sequence[float]],
     scales: Sequence[float],
     method: str,
@@ -155,33 +169,52 @@ def muon_step_(
 
         M <- momentum M + (1 - momentum) G
         N = (1 - momentum) G + momentum M if nesterov, else M
-        W <- (1 - lr weight_decay) W - lr scale newton_schulz(N)
+        O = newton_schulz(N)
+        W <- (1 - lr weight_decay) W - lr scale O
 
     in the dtype of M, W rounded once; float64 parameters iterate in float64 whatever compute_dtype
-    says.
+    says. With beta2 every row i of O, a neuron, has a second moment (NorMuon), and what is
+    subtracted is U in the place of O:
+
+        v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
+        D_ij = O_ij / (sqrt(v_i) + neuron_eps)
+        U = D |O|_F / |D|_F
+
+    With `cautious` weight decay is that of the elements with U_ij W_ij >= 0 alone.
 
     Args:
         params, grads: entry i is (..., m_i, n_i); a 4-D weight is flattened by the caller.
         momentum_buffers: shapes of the params, float32 or float64.
+        second_moments: (..., m_i, 1), float64 of float64 params, else float32; size 0 without
+            beta2.
         step_counts: 0-dim or the batch's shape; counts the applied steps.
         skipped: one int64; counts the matrices that were skipped.
         lr: one number.
         momentum, weight_decay: numbers.
         nesterov: whether N looks one step ahead.
+        beta2: in [0, 1), or None.
+        neuron_eps, cautious: see above.
         rows, method, compute_dtype, eps, norm, norm_factor: see `newton_schulz`.
         restarts: those of every entry, or empty for none at all.
         scales: one factor an entry, from the shape of its matrices.
         maximize: G <- -G.
-        nonfinite: a matrix with a non-finite gradient or momentum keeps every bit and is counted
-            ("skip"), goes through the formula and becomes NaN ("propagate"), or raises ("raise").
+        nonfinite: a matrix whose gradient, momentum or second moment is not finite, or whose new
+            parameter would not be, keeps every bit and is counted ("skip"), goes through the
+            formula and becomes NaN ("propagate"), or raises ("raise": gradients, state and
+            parameters; what becomes non-finite in the step itself is kept and counted).
 
     Raises:
         TypeError, ValueError: bad input, before anything is written.
 
-    Source: Jordan, "Muon" (2024); torch.optim.Muon.
+    Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
+    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
     """
     check_step(params, grads, step_counts, skipped, lr, nonfinite)
     check_state("momentum_buffers", momentum_buffers, params)
+    check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
+    check_range("neuron_eps", neuron_eps)
+    if beta2 is not None:
+        check_range("beta2", beta2, 0.0, 1.0)
     check_list("scales", scales, len(params))
     check_range("momentum", momentum, 0.0, 1.0)
     check_range("weight_decay", weight_decay)
@@ -189,21 +222,28 @@ def muon_step_(
     check_list("restarts", restarts, len(params))
     for steps in restarts:
         _check_options(rows, method, steps, compute_dtype, eps, norm, norm_factor)
-    raise_nonfinite(nonfinite, grads=grads, momentum_buffers=momentum_buffers)
+    raise_nonfinite(
+        nonfinite,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        second_moments=second_moments,
+        params=params,
+    )
     rate = float(lr)
-    for param, grad, buffer, count, scale, steps in zip(
-        params, grads, momentum_buffers, step_counts, scales, restarts, strict=True
+    for param, grad, buffer, second, count, scale, steps in zip(
+        params, grads, momentum_buffers, second_moments, step_counts, scales, restarts, strict=True
     ):
         progress = Progress(count, skipped)
         for index in matrices(param) if param.numel() else ():
             m = buffer[index]
             g = grad[index].to(m.dtype) * (-1.0 if maximize else 1.0)
-            if nonfinite == "skip" and not finite(g, m):
+            v = optional(second, index)
+            if nonfinite != "propagate" and not finite(g, m, v):
                 progress.skip()
                 continue
-            m.copy_(momentum * m + (1.0 - momentum) * g)
+            new_m = momentum * m + (1.0 - momentum) * g
             direction = orthogonalize(
-                (1.0 - momentum) * g + momentum * m if nesterov else m,
+                (1.0 - momentum) * g + momentum * new_m if nesterov else new_m,
                 rows,
                 method=method,
                 restarts=steps,
@@ -212,9 +252,36 @@ def muon_step_(
                 norm=norm,
                 norm_factor=norm_factor,
             )
-            move_(param[index], direction, rate=rate * scale, decay=1.0 - rate * weight_decay)
+            new_v = v
+            if beta2 is not None:
+                direction, new_v = by_neurons(direction, v, beta2, neuron_eps)
+            decay = 1.0 - rate * weight_decay
+            new_w = moved(param[index], direction, rate=rate * scale, decay=decay)
+            if cautious:
+                undecayed = moved(param[index], direction, rate=rate * scale, decay=1.0)
+                new_w = torch.where(against(direction, param[index]), undecayed, new_w)
+            if nonfinite != "propagate" and not finite(new_m, new_w):
+                progress.skip()
+                continue
+            m.copy_(new_m)
+            v.copy_(new_v)
+            param[index].copy_(new_w)
             progress.update(index)
         progress.finish()
+
+
+def by_neurons(o: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows over the roots of their second moments, the length kept; and the new second moments."""
+    v = beta2 * v + (1.0 - beta2) * o.square().mean(dim=-1, keepdim=True)
+    d = o / (v.sqrt() + eps)
+    length = torch.linalg.norm(d)
+    # Without a direction there is no length to keep.
+    return (d * (torch.linalg.norm(o) / length) if length != 0.0 else o), v
+
+
+def against(u: Tensor, w: Tensor) -> Tensor:
+    """Where two tensors differ in sign, 0 with neither; products of small numbers vanish."""
+    return ((u > 0) & (w < 0)) | ((u < 0) & (w > 0))
 
 
 def orthogonalize(
@@ -256,17 +323,22 @@ def _standard(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def _gram(x: Tensor, rows: Sequence[Sequence[float]], restarts: Sequence[int]) -> Tensor:
-    small = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    eye = torch.eye(x.shape[0], dtype=small, device=x.device)
-    r, q = product(x.to(small), x.to(small).mT), eye
-    for step, (a, b, c) in enumerate(rows):
-        if step in restarts:
-            x = q.to(x.dtype) @ x
-            r, q = product(x.to(small), x.to(small).mT), eye
+    cuts = [0, *sorted(set(restarts)), len(rows)]
+    for begin, end in itertools.pairwise(cuts):
+        x = (_standard if end - begin == 1 else _segment)(x, rows[begin:end])
+    return x
+
+
+def _segment(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
+    """All steps on R alone."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    eye = torch.eye(len(x), dtype=wide.dtype, device=x.device)
+    r, q = product(wide, wide.mT), eye
+    for a, b, c in rows:
         w = a * eye + b * r + c * product(r, r)
         q = product(q, w)
         r = product(product(w, r), w)
-    return q.to(x.dtype) @ x
+    return (q @ wide).to(x.dtype)
 
 
 def _unit_scale(x: Tensor) -> tuple[Tensor, int]:

@@ -14,15 +14,19 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType, TracebackType
+from collections.abc import Iterable, Mapping
+from types import FunctionType, ModuleType, TracebackType
 
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .. import _dispatch
 from ._adapter import Adapter
+from ._functions import Function
 from ._imports import ImportHook
 from ._points import Calls, Options, Refused, Replacement, put_in
+from ._report import Report, Tally
 from .deva import Deva
 from .dion import Dion
 from .distributed_shampoo import DistributedShampoo
@@ -49,7 +53,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     PytorchOptimizer,
 )
 
-Target = ModuleType | type[Optimizer] | Optimizer | str
+Target = ModuleType | type[Optimizer] | Optimizer | FunctionType | str
 
 _log = logging.getLogger("spectral_kernels")
 _lock = threading.RLock()
@@ -78,7 +82,10 @@ def swap_in(
             "gram-newton-schulz", "dion", "emerging-optimizers", "heavyball", "pytorch-optimizer"
             (in any case), imported or not yet; a module; an optimizer class, or an optimizer, which
             stands for its class. Functions and methods are replaced for every user of a module or
-            class.
+            class. A function of a module, the script itself too, is replaced if it takes a matrix
+            and small trials of it give a Newton-Schulz iteration of that over its Frobenius norm,
+            whatever its coefficients; else it is refused with the difference. In code that
+            torch.compile has compiled it stays.
         backend: "auto", or one that has to run: "cpu", "cuda", "triton", "reference".
         allow_ridge: let Distributed Shampoo's `EigenConfig` be computed as an iterative root with a
             relative ridge of 1e-6 (1e-12 in float64). That is faster, and another function of
@@ -94,15 +101,21 @@ def swap_in(
         TypeError, ValueError: a target that is of no kind above, or not known.
         RuntimeError: a backend that was asked for cannot run.
     """
-    options = Options(_usable(backend), bool(allow_ridge), measure=bool(report))
+    swap = _swapped(target, Options(_usable(backend), bool(allow_ridge), measure=bool(report)))
+    if report:
+        atexit.register(lambda: print(swap, file=sys.stderr))
+    return swap
+
+
+def _swapped(target: Target | None, options: Options) -> Swap:
     adapters, modules = _resolve(target)
     swap = Swap(adapters, options, waits=modules is None)
     for adapter in adapters:
         for module in adapter.loaded() if modules is None else modules:
             if adapter.holds(module):
                 swap._apply(adapter, module)
-    if report:
-        atexit.register(lambda: print(swap, file=sys.stderr))
+    if isinstance(target, FunctionType):
+        swap._warn_of(adapters[0].name)
     return swap
 
 
@@ -116,6 +129,8 @@ class Swap:
         self._put_back: list[Replacement] = []
         self._refused: dict[str, str] = {}
         self._found: set[type[Adapter]] = set()
+        self._functions: list[str] = []
+        self._look: RemovableHandle | None = None
         self._hook = ImportHook(self._wants, self._imported) if waits else None
         if self._hook is not None:
             self._hook.install()
@@ -130,7 +145,8 @@ class Swap:
         """Targets whose modules have not been imported yet."""
         if self._hook is None:
             return []
-        return [adapter.name for adapter in self._adapters if adapter not in self._found]
+        modules = [adapter.name for adapter in self._adapters if adapter not in self._found]
+        return modules + list(self._functions)
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -165,6 +181,9 @@ class Swap:
             if self._hook is not None:
                 self._hook.remove()
                 self._hook = None
+            if self._look is not None:
+                self._look.remove()
+                self._look = None
             for replacement in reversed(self._replacements):
                 replacement.take_out()
             self._put_back += self._replacements
@@ -181,17 +200,18 @@ class Swap:
     ) -> None:
         self.undo()
 
+    def report(self) -> Report:
+        """What `str()` shows, as data."""
+        return Report(
+            replaced=_tallies(self._replacements),
+            put_back=_tallies(self._put_back),
+            waiting=self.waiting,
+            refused=dict(self._refused),
+            saved=self.seconds_saved,
+        )
+
     def __str__(self) -> str:
-        lines = [
-            *_listed("replaced in", self._replacements),
-            *_listed("replaced for a while in", self._put_back),
-        ]
-        lines += [f"  waiting for {name}, not imported yet" for name in self.waiting]
-        lines += [f"  refused {name}: {reason}" for name, reason in self._refused.items()]
-        saved = self.seconds_saved
-        if saved is not None:
-            lines.append(f"  saved {saved:.3g} s, by timing the originals on copies")
-        return "\n".join(["swap_in:", *(lines or ["  nothing replaced"])])
+        return str(self.report())
 
     def _wants(self, module_name: str) -> bool:
         return any(adapter.wants(module_name) for adapter in self._adapters)
@@ -205,9 +225,36 @@ class Swap:
                 one for one in self._replacements if one.point.owner is not module
             ]
             self._apply(adapter, module)
-            reason = self._refused.get(module.__name__)
-            if reason is not None:
-                _log.warning("%s keeps its own code: %s", module.__name__, reason)
+            self._warn_of(adapter.subject(module))
+
+    def _warn_of(self, subject: str) -> None:
+        reason = self._refused.get(subject)
+        if reason is not None:
+            _log.warning("%s keeps its own code: %s", subject, reason)
+
+    def _await(self, names: Iterable[str]) -> None:
+        """Replaces functions of these names, of the script or of named modules, once they exist.
+
+        They are looked for at every step of an optimizer.
+        """
+        self._functions += names
+        self._look = register_optimizer_step_pre_hook(lambda *_: self._look_for_functions())
+
+    def _look_for_functions(self) -> None:
+        for name in list(self._functions):
+            module_name, _, attribute = name.rpartition(".")
+            module = sys.modules.get(module_name or "__main__")
+            function = vars(module).get(attribute) if module is not None else None
+            if not isinstance(function, FunctionType):
+                continue
+            self._functions.remove(name)
+            adapter, holder = Function.of(function)
+            self._adapters.append(adapter)
+            self._apply(adapter, holder)
+            self._warn_of(adapter.name)
+        if not self._functions and self._look is not None:
+            self._look.remove()
+            self._look = None
 
     def _apply(self, adapter: type[Adapter], module: ModuleType) -> None:
         with _lock:
@@ -221,17 +268,18 @@ class Swap:
                     points, lambda: one.prove(points), measure=self._options.measure
                 )
             except Refused as refused:
-                self._refused[module.__name__] = str(refused)
+                self._refused[adapter.subject(module)] = str(refused)
 
 
-def _listed(title: str, replacements: list[Replacement]) -> Iterator[str]:
-    owner = None
+def _tallies(replacements: list[Replacement]) -> dict[str, dict[str, Tally]]:
+    found: dict[str, dict[str, Tally]] = {}
     for replacement in replacements:
         point = replacement.point
-        if point.owner is not owner:
-            owner = point.owner
-            yield f"  {title} {str(point).removesuffix('.' + point.name)}:"
-        yield f"    {point.name}: {replacement.calls}"
+        owner = str(point).removesuffix(f".{point.name}")
+        tallies = found.setdefault(owner, {})
+        tally = replacement.calls.tally()
+        tallies[point.name] = tallies[point.name] + tally if point.name in tallies else tally
+    return found
 
 
 def _usable(backend: str) -> str | None:
@@ -259,6 +307,9 @@ def _resolve(
             known = ", ".join(adapter.name for adapter in ADAPTERS)
             raise ValueError(f"unknown target {target!r}: expected one of {known}")
         return named, None
+    if isinstance(target, FunctionType):
+        adapter, module = Function.of(target)
+        return [adapter], [module]
     if isinstance(target, Optimizer):
         target = type(target)
     if isinstance(target, ModuleType):
@@ -272,7 +323,8 @@ def _resolve(
         classes, names = [base for base in target.__mro__ if base is not Optimizer], set()
     else:
         raise TypeError(
-            f"target must be a module, an optimizer, its class, a name or None, not {target!r}"
+            f"target must be a module, an optimizer, its class, a function, a name or None, not "
+            f"{target!r}"
         )
     modules = _reached(_modules(names.union(*map(_code_of, classes))))
     adapters = [adapter for adapter in ADAPTERS if any(map(adapter.holds, modules))]

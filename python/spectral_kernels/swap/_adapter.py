@@ -41,6 +41,11 @@ class Adapter:
         return cls.wants(module.__name__)
 
     @classmethod
+    def subject(cls, module: ModuleType) -> str:
+        """What a refusal is reported under."""
+        return module.__name__
+
+    @classmethod
     def loaded(cls) -> list[ModuleType]:
         """The modules that hold it and are imported already, whatever they are called."""
         defining = {optimizer.__module__ for optimizer in _subclasses(Optimizer)}

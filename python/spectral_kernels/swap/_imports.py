@@ -1,16 +1,22 @@
-"""Tells when a module has been imported."""
+"""Tells when a module has been imported.
+
+At run time only `sys` is used: `_startup/sitecustomize.py` loads this file by its path before a
+program begins, and must not import in its place what the program might call its own modules.
+"""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 
-class ImportHook(importlib.abc.MetaPathFinder):
+class ImportHook:
     """Calls `imported(module)` right behind the import of every module that `wanted` names.
 
     The other finders find and load the module; only the end of its execution is observed, and its
@@ -34,7 +40,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         """The spec that the other finders give, with a loader that reports."""
         if not self._wanted(fullname):
             return None
@@ -46,12 +52,13 @@ class ImportHook(importlib.abc.MetaPathFinder):
             if spec is None:
                 continue
             if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                spec.loader = _Loader(spec.loader)
-            return spec
+                spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+            found: ModuleSpec = spec
+            return found
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """A loader that tells all hooks, in the order of their installation."""
 
     def __init__(self, loader: Any) -> None:
@@ -60,7 +67,7 @@ class _Loader(importlib.abc.Loader):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
         return created
 

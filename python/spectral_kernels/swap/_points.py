@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _checks, _dispatch
 from ._meter import Meter
+from ._report import Tally
 
 _MARK = "__spectral_kernels_replacement__"
 # Backends that are worth replacing plain torch with, by kind of device.
@@ -148,11 +149,14 @@ class Calls:
             else:
                 self.left[reason] += 1
 
+    def tally(self) -> Tally:
+        """The counts as they are now."""
+        with self._lock:
+            seconds = self.meter.seconds if self.meter is not None else None
+            return Tally(self.taken, dict(self.left), seconds)
+
     def __str__(self) -> str:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.left.most_common())
-        left = f", {self.left.total()} left as they were ({reasons})" if self.left else ""
-        spent = f", {self.meter.seconds:.3g} s" if self.meter is not None and self.taken else ""
-        return f"{self.taken} call{'' if self.taken == 1 else 's'}{spent}{left}"
+        return str(self.tally())
 
 
 class Replacement:
@@ -225,7 +229,8 @@ def put_in(
     """
     checked = [(point, point.check()) for point in points]
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        # Somebody's own code may make its tensors on the default device.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             prove()
     except Refused:
         raise

@@ -466,7 +466,7 @@ class DistributedShampoo(Adapter):
         """Each function on matrices of order 4, both of the package's and its replacement."""
         own = {point.name: point.check() for point in points}
         x = trial_matrix(4, 6)
-        spd = x @ x.mT + torch.eye(4, device="cpu")
+        spd = x @ x.mT + torch.eye(4, dtype=torch.float32, device="cpu")
         for config in (
             self._types.CoupledNewtonConfig(),
             self._types.CoupledHigherOrderConfig(rel_epsilon=1e-4, abs_epsilon=0.0),
@@ -523,7 +523,7 @@ class DistributedShampoo(Adapter):
         )
         for update in (original, lambda *args: self.update(original, *args)):
             asked.clear()
-            update(them, (), torch.tensor(1.0, device="cpu"), True)
+            update(them, (), torch.tensor(1.0, dtype=torch.float32, device="cpu"), True)
             if asked != [0, 0.5, 0.5]:
                 raise Refused("update_preconditioners does not do what the version expected does")
 
@@ -538,10 +538,12 @@ def _module(name: str) -> ModuleType:
 @lru_cache(maxsize=16)
 def _packing(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the elements of a packed triangle stand in the matrix, and the reverse."""
-    rows, columns = torch.triu_indices(dim, dim, device=device)
+    rows, columns = torch.triu_indices(dim, dim, dtype=torch.int64, device=device)
     packed = rows * dim + columns
     full = torch.empty(dim, dim, dtype=torch.int64, device=device)
-    full[rows, columns] = full[columns, rows] = torch.arange(packed.numel(), device=device)
+    full[rows, columns] = full[columns, rows] = torch.arange(
+        packed.numel(), dtype=torch.int64, device=device
+    )
     small = torch.int32 if dim < 1 << 15 else torch.int64
     return packed.to(small), full.view(-1).to(small)
 

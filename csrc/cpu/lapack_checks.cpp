@@ -1,0 +1,145 @@
+#include "lapack_checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "probes.h"
+
+namespace spectral_kernels::cpu {
+namespace {
+
+constexpr int64_t kProbes = 4;
+using Columns = std::vector<double>;  // kProbes values for every row
+
+double limit(int64_t n) { return 64 * double(n + 8) * std::ldexp(1.0, -53); }
+
+// M X, or Mᵀ X.
+Columns times(int64_t rows, int64_t cols, const double* m, const Columns& x) {
+  Columns y(size_t(rows * kProbes));
+  for (int64_t i = 0; i < rows; i++) {
+    double sum[kProbes] = {};
+    for (int64_t j = 0; j < cols; j++)
+      for (int64_t k = 0; k < kProbes; k++) sum[k] += m[i * cols + j] * x[size_t(j * kProbes + k)];
+    std::copy_n(sum, kProbes, &y[size_t(i * kProbes)]);
+  }
+  return y;
+}
+
+Columns transposed_times(int64_t rows, int64_t cols, const double* m, const Columns& x) {
+  Columns y(size_t(cols * kProbes), 0.0);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++)
+      for (int64_t k = 0; k < kProbes; k++)
+        y[size_t(j * kProbes + k)] += m[i * cols + j] * x[size_t(i * kProbes + k)];
+  return y;
+}
+
+Columns scaled_rows(Columns x, const double* by) {
+  for (size_t i = 0; i < x.size(); i++) x[i] *= by[i / kProbes];
+  return x;
+}
+
+double length(const Columns& x) {
+  double sum = 0;
+  for (double value : x) sum += value * value;
+  return std::sqrt(sum);
+}
+
+// NaN where either has one, which no limit accepts.
+double distance(Columns x, const Columns& y) {
+  for (size_t i = 0; i < x.size(); i++) x[i] -= y[i];
+  return length(x);
+}
+
+// Scaled by powers of two, so that no product overflows; below DBL_MIN rounding is absolute, and
+// `floor` is what it can amount to.
+struct Scaled {
+  std::vector<double> matrix, by;  // the matrix and the factor of every column
+  double norm, floor;
+};
+
+double scale_of(double largest) {
+  return largest > 0 ? std::ldexp(1.0, -std::clamp(std::ilogb(largest), -1000, 1000)) : 1;
+}
+
+Scaled scaled_columns(int64_t rows, int64_t cols, const double* a, bool alone) {
+  std::vector<double> largest(size_t(cols), 0.0);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++)
+      largest[size_t(j)] = std::max(largest[size_t(j)], std::abs(a[i * cols + j]));
+  if (!alone)
+    std::fill(largest.begin(), largest.end(), *std::max_element(largest.begin(), largest.end()));
+  Scaled s{std::vector<double>(a, a + rows * cols), std::move(largest), 0, 0};
+  for (double& value : s.by) value = scale_of(value);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++) s.matrix[size_t(i * cols + j)] *= s.by[size_t(j)];
+  s.norm = length(s.matrix);
+  s.floor = double(rows + cols) * std::numeric_limits<double>::min() *
+            *std::max_element(s.by.begin(), s.by.end());
+  return s;
+}
+
+bool orthonormal_columns(int64_t rows, int64_t cols, const double* q) {
+  const Columns y = Probes::signs(cols, kProbes);
+  return distance(transposed_times(rows, cols, q, times(rows, cols, q, y)), y) <=
+         limit(rows) * length(y);
+}
+
+bool orthonormal_rows(int64_t rows, int64_t cols, const double* q) {
+  const Columns y = Probes::signs(rows, kProbes);
+  return distance(times(rows, cols, q, transposed_times(rows, cols, q, y)), y) <=
+         limit(cols) * length(y);
+}
+
+Columns product(const Svd& svd, const double* diagonal, const Columns& y) {
+  const int64_t k = std::min(svd.m, svd.n);
+  return times(svd.m, k, svd.u, scaled_rows(times(k, svd.n, svd.vt, y), diagonal));
+}
+
+}  // namespace
+
+bool is_eigendecomposition(int64_t n, const double* a, const double* values,
+                           const double* vectors) {
+  if (n == 0) return true;
+  const Scaled s = scaled_columns(n, n, a, false);
+  const Columns y = Probes::signs(n, kProbes);
+  const Columns left = times(n, n, s.matrix.data(), times(n, n, vectors, y));
+  Columns scaled_values(values, values + n);
+  for (double& value : scaled_values) value *= s.by[0];
+  const Columns right = times(n, n, vectors, scaled_rows(y, scaled_values.data()));
+  return distance(left, right) <= (limit(n) * s.norm + s.floor) * length(y) &&
+         orthonormal_columns(n, n, vectors);
+}
+
+bool is_qr(int64_t n, const double* a, const double* q, const double* r) {
+  if (n == 0) return true;
+  const Scaled s = scaled_columns(n, n, a, true);
+  const Columns y = Probes::signs(n, kProbes);
+  const Columns left = times(n, n, s.matrix.data(), y);
+  const Columns right = times(n, n, q, times(n, n, r, scaled_rows(y, s.by.data())));
+  return distance(left, right) <= (limit(n) * s.norm + s.floor) * length(y) &&
+         orthonormal_columns(n, n, q);
+}
+
+bool is_svd(const double* a, const Svd& svd) {
+  if (svd.m == 0 || svd.n == 0) return true;
+  const int64_t k = std::min(svd.m, svd.n), most = std::max(svd.m, svd.n);
+  const Scaled s = scaled_columns(svd.m, svd.n, a, false);
+  const Columns y = Probes::signs(svd.n, kProbes);
+  Columns diagonal(svd.s, svd.s + k);
+  for (double& value : diagonal) value *= s.by[0];
+  const Columns left = times(svd.m, svd.n, s.matrix.data(), y);
+  return distance(left, product(svd, diagonal.data(), y)) <=
+             (limit(most) * s.norm + s.floor) * length(y) &&
+         orthonormal_columns(svd.m, k, svd.u) && orthonormal_rows(k, svd.n, svd.vt);
+}
+
+bool is_polar(const double* b, const Svd& svd, const double* kept) {
+  const Columns y = Probes::signs(svd.n, kProbes);
+  return distance(times(svd.m, svd.n, b, y), product(svd, kept, y)) <=
+         limit(std::max(svd.m, svd.n)) * length(y);
+}
+
+}  // namespace spectral_kernels::cpu

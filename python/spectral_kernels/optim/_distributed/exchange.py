@@ -1,0 +1,320 @@
+"""What is sent: packed uneven exchanges, two of them in flight, and errors that say where."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Region
+
+# How many channels this process has opened over each set of ranks: the same number on all of them.
+_opened: dict[tuple[int, ...], int] = {}
+
+
+class Channel:
+    """A process group, and what is sent over it.
+
+    Attributes:
+        group: the process group.
+        members: the global rank of each of its ranks.
+        size, rank: of the group, and of this process in it.
+        device: where what is sent lies.
+        patience: seconds to wait in `meet`.
+    """
+
+    def __init__(self, group: Any, device: torch.device, patience: float) -> None:
+        self.group = group
+        self.members = dist.get_process_group_ranks(group)
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.device = device
+        self.patience = patience
+        self._key = ""
+        self._meetings = 0
+
+    @contextlib.contextmanager
+    def saying(self, what: str) -> Iterator[None]:
+        """Errors of the group say what was going on."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the ranks {self.members} could not {what}: {error} (a rank that died, that "
+                "stopped, or that did not come)"
+            ) from error
+
+    def objects(self, given: Any, what: str) -> list[Any]:
+        """Something of every rank, on every rank."""
+        found: list[Any] = [None] * self.size
+        with self.saying(what):
+            dist.all_gather_object(found, given, group=self.group)
+        return found
+
+    def most(self, numbers: Sequence[int], what: str) -> list[int]:
+        """The largest of all ranks, number by number."""
+        found = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+        with self.saying(what):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found.tolist()
+
+    def exchange(
+        self, send: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
+    ) -> Flight:
+        """Sends flat tensors to every rank, and receives so many elements from each."""
+        nothing = torch.empty(0, dtype=dtype, device=self.device)
+        packed = torch.cat([nothing, *itertools.chain(*send)])
+        received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
+        work = dist.all_to_all_single(
+            received,
+            packed,
+            list(sizes),
+            [sum(piece.numel() for piece in pieces) for pieces in send],
+            group=self.group,
+            async_op=True,
+        )
+        return Flight(work, packed, received, list(sizes))
+
+    def everyone(self, send: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Flight:
+        """Sends flat tensors to all ranks, of which the k-th sends sizes[k] elements."""
+        most = max(sizes)
+        padding = torch.zeros(most - sizes[self.rank], dtype=dtype, device=self.device)
+        packed = torch.cat([*send, padding])
+        received = torch.empty(most * self.size, dtype=dtype, device=self.device)
+        work = _all_gather()(received, packed, group=self.group, async_op=True)
+        return Flight(work, packed, received, [most] * self.size)
+
+    def open(self, what: str) -> None:
+        """Waits for all ranks as long as the group does, since they may begin far apart.
+
+        Warns:
+            UserWarning: after `patience` seconds some had not come.
+
+        Raises:
+            RuntimeError: after the group's timeout some had not.
+        """
+        members = tuple(self.members)
+        first = not self._key
+        if first:
+            # Without a word to the others, who may not be there.
+            ranks = "-".join(map(str, members))
+            self._key = f"spectral_kernels/{ranks}/{_opened.get(members, 0)}"
+        try:
+            self._meet(what, max(self.patience, timeout_of(self.group, self.device)), warn=True)
+        except BaseException:
+            self._key = "" if first else self._key
+            raise
+        if first:
+            _opened[members] = _opened.get(members, 0) + 1
+
+    def meet(self, what: str) -> None:
+        """Waits until all ranks are here, so that no collective waits for one that never comes.
+
+        Raises:
+            RuntimeError: after `patience` seconds some had not come.
+        """
+        self._meet(what, self.patience, warn=False)
+
+    def _meet(self, what: str, seconds: float, *, warn: bool) -> None:
+        store = dist.distributed_c10d._get_default_store()
+        key = f"{self._key}/{self._meetings}"
+        store.set(f"{key}/{self.rank}", what)
+        missing = self._missing(store, key, min(self.patience, seconds))
+        if missing and warn and seconds > self.patience:
+            more = seconds - self.patience
+            said = self._waited(what, self.patience, missing)
+            warnings.warn(f"{said}; waiting for {more:g} s more", stacklevel=2)
+            missing = self._missing(store, key, more)
+        if missing:
+            store.delete_key(f"{key}/{self.rank}")
+            raise RuntimeError(
+                f"{self._waited(what, seconds, missing)}: call it outside of `if rank == 0`, and "
+                "look for errors of theirs"
+            )
+        if self._meetings:
+            # Whoever is here has left the meeting before.
+            store.delete_key(f"{self._key}/{self._meetings - 1}/{self.rank}")
+        self._meetings += 1
+
+    def _missing(self, store: Any, key: str, seconds: float) -> list[int]:
+        """The ranks that have not come after so many seconds."""
+        keys = {f"{key}/{rank}": member for rank, member in enumerate(self.members)}
+        try:
+            store.wait(list(keys), datetime.timedelta(seconds=seconds))
+        except RuntimeError:
+            return [member for each, member in keys.items() if not store.check([each])]
+        return []
+
+    def _waited(self, what: str, seconds: float, missing: Sequence[int]) -> str:
+        return (
+            f"{what} of an optimizer that is spread over {self.size} ranks is called by all of "
+            f"them; after {seconds:g} s the ranks {missing} had not"
+        )
+
+
+def timeout_of(group: Any, device: torch.device) -> float:
+    """The seconds after which a collective of a group gives up."""
+    return float(group._get_backend(device).options._timeout.total_seconds())
+
+
+def _all_gather() -> Any:
+    """The gather of equal tensors into one, which torch 2.13 has given another name."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Flight:
+    """An exchange that has been started; what it sends and receives lives until it has ended.
+
+    Attributes:
+        work: its handle.
+        sent, received: flat tensors.
+        sizes: elements from every rank.
+    """
+
+    work: Any
+    sent: Tensor
+    received: Tensor
+    sizes: list[int]
+
+    def wait(self) -> list[Tensor]:
+        """What every rank has sent."""
+        self.work.wait()
+        return list(self.received.split(self.sizes))
+
+
+@dataclass(eq=False)
+class Item:
+    """A tensor that is whole at its owner and lies in regions on the ranks of a group.
+
+    Attributes:
+        owner: the rank that has it whole.
+        regions: of every rank.
+        coordinates: of every rank in its mesh, by which the nearest of several holders is found.
+    """
+
+    owner: int
+    regions: Sequence[Region]
+    coordinates: Sequence[tuple[int, ...]]
+
+    @cached_property
+    def senders(self) -> set[int]:
+        """The ranks that send their part to the owner: of several that hold the same, the nearest.
+
+        That is the owner itself, or the one whose place in the mesh has most in common with its.
+        """
+        holders: dict[Region, list[int]] = {}
+        for rank, region in enumerate(self.regions):
+            if region.numel:
+                holders.setdefault(region, []).append(rank)
+        return {min(ranks, key=self._distance) for ranks in holders.values()}
+
+    def _distance(self, rank: int) -> tuple[int, int]:
+        mine, own = self.coordinates[rank], self.coordinates[self.owner]
+        return sum(a != b for a, b in zip(mine, own, strict=True)), rank
+
+
+@dataclass(eq=False)
+class Route:
+    """Items that travel together, and the order in which their parts are packed.
+
+    Attributes:
+        items: those; all ranks have them in the same order.
+        rank: this process's.
+        copies: tensors of each that travel to the owner.
+        owned: places of the items that this process owns.
+        sends: for every owner the places of the items whose part this process sends.
+        comes: for every rank the places of those whose part it sends here.
+        held: for every owner how many elements of its items this process has.
+    """
+
+    items: Sequence[Item]
+    rank: int
+    copies: int = 1
+    owned: list[int] = field(init=False)
+    sends: list[list[int]] = field(init=False)
+    comes: list[list[int]] = field(init=False)
+    held: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ranks = len(self.items[0].regions)
+        self.owned = [at for at, item in enumerate(self.items) if item.owner == self.rank]
+        self.sends = [[] for _ in range(ranks)]
+        self.comes = [[] for _ in range(ranks)]
+        self.held = [0] * ranks
+        for at, item in enumerate(self.items):
+            if self.rank in item.senders:
+                self.sends[item.owner].append(at)
+            if item.owner == self.rank:
+                for rank in item.senders:
+                    self.comes[rank].append(at)
+            self.held[item.owner] += item.regions[self.rank].numel
+
+    def gather(
+        self, channel: Channel, pieces: Sequence[Sequence[Tensor]], dtype: torch.dtype
+    ) -> Flight:
+        """Starts to send the parts of this rank to the owners.
+
+        Args:
+            channel: what they travel over.
+            pieces: of every item the tensors that travel.
+            dtype: of them all.
+        """
+        send = [[piece.reshape(-1) for at in own for piece in pieces[at]] for own in self.sends]
+        sizes = [
+            self.copies * sum(self.items[at].regions[rank].numel for at in items)
+            for rank, items in enumerate(self.comes)
+        ]
+        return channel.exchange(send, sizes, dtype)
+
+    def gathered(self, flight: Flight, whole: Sequence[Sequence[Tensor] | None]) -> None:
+        """Waits, and writes what has come into the whole tensors of the items owned here."""
+        for rank, received in enumerate(flight.wait()):
+            start = 0
+            for at in self.comes[rank]:
+                region = self.items[at].regions[rank]
+                for target in whole[at] or ():
+                    region.fill(target, received[start : start + region.numel])
+                    start += region.numel
+
+    def scatter(
+        self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> Flight:
+        """Starts to send the whole tensors of the items owned here to all that hold a part."""
+        send = [
+            [
+                region.cut(tensor).reshape(-1)
+                for at in self.owned
+                if (region := self.items[at].regions[rank]).numel
+                and (tensor := whole[at]) is not None
+            ]
+            for rank in range(channel.size)
+        ]
+        return channel.exchange(send, self.held, dtype)
+
+    def scattered(self, flight: Flight) -> list[Tensor]:
+        """Waits, and returns this rank's flat part of every item; empty where it has none."""
+        received = flight.wait()
+        at = [0] * len(received)
+        parts = []
+        for item in self.items:
+            size, start = item.regions[self.rank].numel, at[item.owner]
+            parts.append(received[item.owner][start : start + size])
+            at[item.owner] += size
+        return parts
+
+    def spread_out(
+        self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> Flight:
+        """`scatter` where every rank holds all of every item: what is sent is sent once."""
+        send = [tensor.reshape(-1) for at in self.owned if (tensor := whole[at]) is not None]
+        return channel.everyone(send, self.held, dtype)

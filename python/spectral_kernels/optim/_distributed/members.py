@@ -1,0 +1,112 @@
+"""Parameters that ranks share, and what travels together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from .exchange import Channel, Item, Route
+from .layout import Grid, Region
+from .table import Row
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter that ranks share.
+
+    Attributes:
+        key: the parameter, as its group has it.
+        index, position, name: its place and name.
+        is_matrix: whether it takes the matrix rule.
+        placements: how it lies on the exchange's mesh.
+        regions: what every rank of the group holds of it.
+        item, whole: of one that is stepped by an owner, what travels, and on the owner the whole
+            weights and gradient.
+        row: what becomes of it.
+    """
+
+    key: Tensor
+    index: int
+    position: int
+    name: str
+    is_matrix: bool
+    placements: tuple[Placement, ...]
+    regions: list[Region]
+    item: Item | None = None
+    whole: list[Tensor] | None = None
+    row: Row | None = None
+
+    @property
+    def label(self) -> str:
+        """What tells it from all others, on all ranks."""
+        return f"{self.name} {self.index} {self.position}"
+
+    @property
+    def on_all(self) -> bool:
+        """Whether every rank holds all of it."""
+        return all(isinstance(placement, Replicate) for placement in self.placements)
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Matrices that travel together.
+
+    Attributes:
+        members: those, dearest first.
+        route: how.
+        dtype: theirs.
+        on_all: whether every rank holds all of each, so that owners have what they need.
+        wire: the dtype of what travels, which is updates where it is not None.
+    """
+
+    members: list[Member]
+    route: Route
+    dtype: torch.dtype
+    on_all: bool
+    wire: torch.dtype | None
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        """The dtype of what travels."""
+        return self.wire or self.dtype
+
+    @property
+    def room(self) -> int:
+        """Whole tensors that the owner has room for: weights or updates and, if it comes, G."""
+        return 1 if self.on_all else 2
+
+
+@dataclass(eq=False)
+class Exchange:
+    """What is shared over one mesh, or one process group.
+
+    Attributes:
+        mesh: that, of one dimension where a group was given.
+        channel: its process group.
+        grid: the group's ranks in the mesh.
+        members: all of its parameters.
+        buckets: those that an owner steps.
+        loads: of every rank, the cost of what it owns.
+        rooms: by dtype the memory of the whole matrices of the bucket that is stepped.
+    """
+
+    mesh: DeviceMesh
+    channel: Channel
+    grid: Grid
+    members: list[Member] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    loads: list[int] = field(default_factory=list)
+    rooms: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+
+def plain(key: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    if not isinstance(key, DTensor):
+        return key
+    with torch.no_grad():
+        return key.to_local()

@@ -1,0 +1,269 @@
+"""Which parameters ranks share, and who owns them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from . import owners
+from .agreement import Agreement
+from .config import Distributed
+from .exchange import Channel, Item, Route, timeout_of
+from .layout import Grid, check_regions, only_batches
+from .members import Bucket, Exchange, Member, plain
+from .table import Row, Table
+
+if TYPE_CHECKING:
+    from .._base import MatrixOptimizer
+
+
+class Roster(Agreement):
+    """An optimizer's parameters on the ranks that share them.
+
+    Attributes:
+        members: by parameter.
+    """
+
+    def __init__(self, optimizer: MatrixOptimizer, how: Distributed) -> None:
+        super().__init__(optimizer, how)
+        self.members: dict[Tensor, Member] = {}
+        self._groups = 0
+
+    def extend(self) -> None:
+        """Takes in the groups that were added last. All ranks call it.
+
+        Raises:
+            TypeError, ValueError: parameters that cannot be shared, or that are not the same on all
+                ranks; nothing is taken in then.
+        """
+        before = self._groups, dict(self.members), list(self.exchanges)
+        kept = [(list(each.members), list(each.buckets), list(each.loads)) for each in before[2]]
+        try:
+            self._extend()
+        except BaseException:
+            self._groups, self.members, self.exchanges = before
+            for exchange, (members, buckets, loads) in zip(before[2], kept, strict=True):
+                exchange.members, exchange.buckets, exchange.loads = members, buckets, loads
+            self._furnish()
+            raise
+        for key in self.members:
+            # Also where another rank has the state: torch makes state, by a step, of an optimizer
+            # that has none, and would do so on this rank alone.
+            self.optimizer.state[key]
+        self.optimizer.init_state()
+
+    def _extend(self) -> None:
+        error: BaseException | None = None
+        new: list[Member] = []
+        try:
+            new = self._new_members()
+        except (TypeError, ValueError) as found:
+            error = found
+        if not self.exchanges:
+            if error is not None:
+                raise error
+            return
+        for exchange in self.exchanges:
+            exchange.channel.open("the constructor, or add_param_group(),")
+        self.tell(error)
+        for exchange in self.exchanges:
+            mine = [member for member in new if member in exchange.members]
+            self.compare(exchange, mine)
+            self._assign(exchange, [member for member in mine if member.is_matrix])
+        self._groups = len(self.optimizer.param_groups)
+        self._copies_compared = False
+        self._furnish()
+
+    def _new_members(self) -> list[Member]:
+        found = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            if index < self._groups:
+                continue
+            routes = self.optimizer._routes_of(index, group)
+            for position, (key, is_matrix) in enumerate(zip(group["params"], routes, strict=True)):
+                name = self.optimizer._name(index, position)
+                if isinstance(key, DTensor) and self.how.group is not None:
+                    raise ValueError(
+                        f"{name} is a DTensor, which has a mesh of its own: distributed is for "
+                        "plain parameters"
+                    )
+                exchange = self._exchange_of(key)
+                if exchange is None:
+                    continue
+                placements = tuple(key.placements) if isinstance(key, DTensor) else (Replicate(),)
+                regions = exchange.grid.regions(key.shape, placements)
+                member = Member(key, index, position, name, is_matrix, placements, regions)
+                if isinstance(key, DTensor):
+                    check_regions(name, key, regions[exchange.channel.rank])
+                self.members[key] = member
+                exchange.members.append(member)
+                found.append(member)
+        return found
+
+    def _exchange_of(self, key: Tensor) -> Exchange | None:
+        """The one of a parameter, made if it is the first of its kind."""
+        group = self.how.group
+        mesh: DeviceMesh | None
+        if isinstance(key, DTensor):
+            mesh, device = key.device_mesh, plain(key).device
+        elif group is None:
+            return None
+        else:
+            device = key.device
+            mesh = group if isinstance(group, DeviceMesh) else None
+        for exchange in self.exchanges:
+            if exchange.channel.device == device and (mesh is None or exchange.mesh == mesh):
+                return exchange
+        if mesh is None:
+            mesh = DeviceMesh.from_group(group, device.type)
+        channel = Channel(_group_of(mesh), device, self.how.patience)
+        exchange = Exchange(mesh, channel, Grid.of(mesh, channel.members))
+        exchange.loads = [0] * channel.size
+        self.exchanges.append(exchange)
+        return exchange
+
+    def _assign(self, exchange: Exchange, matrices: Sequence[Member]) -> None:
+        """Owners and buckets of new matrices."""
+        costs: dict[str, tuple[int, int]] = {}
+        by_name: dict[str, Member] = {}
+        for member in matrices:
+            group = self.optimizer.param_groups[member.index]
+            form = self.optimizer._form(member.key, group)
+            if only_batches(form, member.key.shape, member.regions):
+                member.row = Row(member.name, tuple(member.key.shape), "matrix, whole where it is")
+                continue
+            cost = owners.flops(self.optimizer._operator, form, group)
+            costs[member.label] = cost, member.key.numel() * member.key.element_size()
+            by_name[member.label] = member
+        who = owners.assign(costs, exchange.loads)
+        kinds: dict[tuple[torch.dtype, bool], list[tuple[Member, int]]] = {}
+        for label in owners.in_order(costs):
+            member, size = by_name[label], costs[label][1]
+            member.item = Item(who[label], member.regions, exchange.grid.coordinates)
+            kinds.setdefault((member.key.dtype, member.on_all), []).append((member, size))
+        for (dtype, on_all), entries in kinds.items():
+            for members in owners.buckets(entries, self.how.bucket_bytes, exchange.channel.size):
+                items = [member.item for member in members if member.item is not None]
+                # Of weights and gradient nothing comes, or the gradient alone, or both.
+                route = Route(items, exchange.channel.rank, 1 if on_all or self.how.wire else 2)
+                bucket = Bucket(members, route, dtype, on_all, self.how.wire)
+                for member in members:
+                    self._describe(member, len(exchange.buckets), costs[member.label][0], bucket)
+                exchange.buckets.append(bucket)
+
+    @staticmethod
+    def _describe(member: Member, number: int, cost: int, bucket: Bucket) -> None:
+        item = member.item
+        assert item is not None
+        element = bucket.sent_dtype.itemsize
+        away = [region.numel for rank, region in enumerate(member.regions) if rank != item.owner]
+        sent = sum(member.regions[rank].numel for rank in item.senders if rank != item.owner)
+        member.row = Row(
+            member.name,
+            tuple(member.key.shape),
+            "matrix, whole on every rank" if bucket.on_all else "matrix, in pieces",
+            item.owner,
+            number,
+            cost,
+            element * (sum(away) + (0 if bucket.on_all else bucket.route.copies * sent)),
+        )
+
+    def _furnish(self) -> None:
+        """Memory for the whole matrices of one bucket; all buckets use the same."""
+        for exchange in self.exchanges:
+            for dtype in {bucket.dtype for bucket in exchange.buckets}:
+                same = [bucket for bucket in exchange.buckets if bucket.dtype == dtype]
+                self._furnish_alike(exchange, dtype, same)
+
+    @staticmethod
+    def _furnish_alike(exchange: Exchange, dtype: torch.dtype, same: Sequence[Bucket]) -> None:
+        owned = [[bucket.members[at] for at in bucket.route.owned] for bucket in same]
+        sizes = [
+            sum(bucket.room * member.key.numel() for member in members)
+            for bucket, members in zip(same, owned, strict=True)
+        ]
+        room = torch.zeros(max(sizes), dtype=dtype, device=exchange.channel.device)
+        exchange.rooms[dtype] = room
+        for bucket, members in zip(same, owned, strict=True):
+            at = 0
+            for member in members:
+                count, shape = member.key.numel(), member.key.shape
+                member.whole = [
+                    room[at + i * count : at + (i + 1) * count].view(shape)
+                    for i in range(bucket.room)
+                ]
+                at += count * bucket.room
+
+    def here(self, key: Tensor) -> Tensor | None:
+        """The plain tensor that the state of a parameter fits on this rank, if it has any here."""
+        member = self.members.get(key)
+        if member is None:
+            return key
+        if member.item is None:
+            return plain(key)
+        return None if member.whole is None else member.whole[0]
+
+    def pieces(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of a parameter and of its gradient.
+
+        Raises:
+            TypeError, ValueError: a gradient that lies elsewhere than its parameter.
+            RuntimeError: a parameter that was none when the groups were compared.
+        """
+        grad = key.grad
+        assert grad is not None
+        member = self.members.get(key)
+        if member is None:
+            if isinstance(key, DTensor):
+                raise RuntimeError(
+                    "a parameter of a group was replaced by another DTensor, of which no other "
+                    "rank knows: make a new optimizer"
+                )
+            return key, grad
+        if not isinstance(key, DTensor):
+            return key, grad
+        if not isinstance(grad, DTensor):
+            raise TypeError(
+                f"the gradient of {member.name} is a {type(grad).__name__}, the parameter a DTensor"
+            )
+        if grad.placements != key.placements or grad.device_mesh != key.device_mesh:
+            raise ValueError(
+                f"the gradient of {member.name} has placements {tuple(grad.placements)}, the "
+                f"parameter {tuple(key.placements)}"
+            )
+        return key.to_local(), grad.to_local()
+
+    def table(self) -> Table:
+        """Which rank does what."""
+        rows = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            routes = self.optimizer._routes_of(index, group)
+            for position, (key, is_matrix) in enumerate(zip(group["params"], routes, strict=True)):
+                member = self.members.get(key)
+                how = "matrix, on every rank" if is_matrix else "adamw"
+                name = self.optimizer._name(index, position)
+                known = None if member is None else member.row
+                rows.append(known or Row(name, tuple(key.shape), how))
+        ranks = max(exchange.channel.size for exchange in self.exchanges)
+        return Table(ranks, tuple(rows))
+
+
+def _group_of(mesh: DeviceMesh) -> Any:
+    """The process group of all ranks of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    # Its own ranks alone take part, so meshes of pipeline stages do not wait for one another. A
+    # new group would have the default timeout.
+    seconds = timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
+    timeout = datetime.timedelta(seconds=seconds)
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
