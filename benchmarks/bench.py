@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import growth, ladder, peers, plots, report, run, sweep
+from . import distributed, growth, ladder, peers, plots, report, run, sweep
 from .case import Case
 
 
@@ -26,8 +26,10 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         cases = sweep.cases(options.sweep) if options.sweep else run.select(options)
         older = run.read(options.compare)["rows"] if options.compare else None
         isas = ladder.sets(options.isa) if options.isa else []
-        if options.growth and len(isas) > 1:
-            raise ValueError("--growth takes one instruction set")
+        if (options.growth or options.ranks) and len(isas) > 1:
+            raise ValueError("--growth and --ranks take one instruction set")
+        if options.ranks:
+            distributed.campaign(options)
         if len(isas) == 1:
             run.cap_instruction_set(isas[0], argv)
             cases = ladder.with_goals(cases)
@@ -45,6 +47,8 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         console.print(line, highlight=False, style="dim")
     if options.growth:
         return growth.main(options, facts, console)
+    if options.ranks:
+        return distributed.main(options, facts, console)
     kind = "acceptance" if options.acceptance else "sweep" if options.sweep else "bench"
     rows = measure(cases, threads, console, run.QUICK_BUDGET if options.quick else run.BUDGET)
     status = 1 if any(row["failure"] for row in rows) else 0

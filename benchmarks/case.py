@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 OURS = "spectral_kernels"
+MEMORY = "memory"
 
 DTYPES = {
     "float64": torch.float64,
@@ -18,7 +19,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# Useful FLOPs by the rate they run at ("fp64", "fp32" or "bf16").
+# Useful FLOPs by the rate they run at ("fp64", "fp32" or "bf16"), and under "memory" the bytes of
+# all operands, read or written once.
 Work = Mapping[str, float]
 
 
@@ -31,12 +33,16 @@ class Contender:
         run: what is timed.
         output: what is compared with float64, from a fresh state; None: what `run` returns.
         judged: whether it computes the same function, so that its error means something.
+        work: what it does itself, where that is known: for the share of the ceiling that it has.
+        torch: whether it is torch's own way, which a user has without any library.
     """
 
     name: str
     run: Callable[[], Any]
     output: Callable[[], Any] | None = None
     judged: bool = True
+    work: Work | None = None
+    torch: bool = False
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Problem:
 
     Attributes:
         contenders: ours first.
-        error: relative error of an output against float64.
+        error: relative error of an output against float64; of a list of matrices, one each.
         baseline: what sets the bound on our error: the name of a contender, or the output of plain
             torch in the same storage dtype.
         work: the cheapest ways of doing it within the accuracy rule; () if it is not counted.
@@ -53,7 +59,7 @@ class Problem:
     """
 
     contenders: list[Contender]
-    error: Callable[[Any], float]
+    error: Callable[[Any], float | list[float]]
     baseline: str | Callable[[], Any]
     work: Sequence[Work] = ()
     period: int = 1
@@ -136,6 +142,13 @@ def square_shape(shape: str) -> tuple[int, ...]:
     return sizes
 
 
+def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """A function of matrices on every matrix of some batches in turn, as a batch."""
+    each = zip(*(x.flatten(0, -3) for x in batches), strict=True)
+    results = torch.stack([function(*matrices) for matrices in each])
+    return results.reshape(*batches[0].shape[:-2], *results.shape[-2:])
+
+
 def relative_error(output: Tensor, exact: Tensor) -> float:
     """The largest ||output - exact||_F / ||exact||_F of a batch; infinite for a NaN."""
     difference = (output.double() - exact).flatten(0, -3) if exact.ndim > 2 else output - exact
@@ -144,10 +157,16 @@ def relative_error(output: Tensor, exact: Tensor) -> float:
     return float(ratio.nan_to_num(nan=torch.inf).max())
 
 
-def list_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The relative error of several matrices taken as one."""
-    off = sum(float((a.double() - b).square().sum()) for a, b in zip(outputs, exact, strict=True))
-    return (off / sum(float(b.square().sum()) for b in exact)) ** 0.5
+def list_errors(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The relative error of every matrix of a list: as one, a large one would hide a small one."""
+    return [relative_error(a, b) for a, b in zip(outputs, exact, strict=True)]
+
+
+def worst_entry(ours: Sequence[float], baseline: Sequence[float]) -> int:
+    """The entry of a list whose error is the largest multiple of its baseline's."""
+    tiny = torch.finfo(torch.float64).tiny
+    ratios = [a / max(b, tiny) for a, b in zip(ours, baseline, strict=True)]
+    return max(range(len(ratios)), key=ratios.__getitem__)
 
 
 def within_rule(ours: float, baseline: float, dtype: torch.dtype) -> bool:

@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Opcodes of SASS that say what a kernel is made of.
 OPCODES = ("HMMA", "HGMMA", "LDSM", "MOVM", "LDGSTS", "UTMALDG", "LDG", "STG", "LDS", "STS", "BAR")
 OPCODES += ("FFMA", "DFMA", "DADD")
-# Kernels of one architecture alone, by a part of their names; elsewhere they are empty.
+# Kernels of one architecture alone, by a part of their names; elsewhere they are a trap.
 _ONLY = {"wgmma": "90a"}
 
 _PTXAS = re.compile(
@@ -41,6 +41,8 @@ def inspect(source: Path, architecture: str) -> Iterator[dict[str, Any]]:
         cubin = Path(folder) / "kernel.cubin"
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
         said = _run([*command, "-cubin", str(source), "-o", str(cubin)]).stderr
+        if "instructions are serialized" in said:
+            raise RuntimeError(f"{source} for sm_{architecture}: wgmma is serialized\n{said}")
         counts = dict(_instructions(_run(["cuobjdump", "-sass", str(cubin)]).stdout))
     for match in _PTXAS.finditer(said):
         only = next((arch for part, arch in _ONLY.items() if part in match["kernel"]), architecture)

@@ -39,7 +39,7 @@ from .newton_schulz import gram_form, gram_newton_schulz, standard
 FORMAT = 1
 _MUON = sk.coefficients.resolve("muon").rows
 
-# gpu-kernels.md 5.2, the long ones last.
+# Layers of transformers, batches of heads, low rank and convolutions; the long ones last.
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((768, 768), (768, 3072), (1024, 4096), (2048, 2048), (4096, 4096), (2048, 8192)),
     *((12, 768, 768), (24, 768, 3072), (8, 2048, 2048), (64, 128, 4096), (64, 128, 7168)),
@@ -377,7 +377,9 @@ def _gaussian(
     session: Session, shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
     generator = torch.Generator(session.device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=session.device).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=session.device).to(
+        dtype
+    )
 
 
 def _relative(exact: Tensor) -> Callable[[Any], float]:
@@ -506,7 +508,10 @@ def kron_factor(session: Session) -> list[dict[str, Any]]:
                 return rows
             n = 4 * m
             g = _gaussian(session, (m, n), dtype)
-            left, right = (torch.zeros(size, size, device=session.device) for size in (m, n))
+            left, right = (
+                torch.zeros(size, size, dtype=torch.float32, device=session.device)
+                for size in (m, n)
+            )
 
             def plain(g: Tensor = g, left: Tensor = left, right: Tensor = right) -> None:
                 wide = g.float()

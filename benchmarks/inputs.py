@@ -35,13 +35,13 @@ def parameter_shapes(shape: str) -> tuple[tuple[int, int], ...]:
 def gaussian(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Standard normal elements."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 def decaying(shape: Sequence[int], dtype: torch.dtype, low: float = 1e-4, seed: int = 0) -> Tensor:
     """Random singular vectors, singular values from 1 down to `low`, evenly spaced in logarithm."""
     *batch, m, n = shape
-    s = torch.logspace(0.0, math.log10(low), min(m, n), dtype=torch.float64)
+    s = torch.logspace(0.0, math.log10(low), min(m, n), dtype=torch.float64, device="cpu")
     x = torch.stack(
         [
             (orthonormal(m, min(m, n), seed + 2 * i) * s)
@@ -83,7 +83,7 @@ def drifted_factor(
 
 def spectrum(n: int, low: float, rank: int | None = None) -> Tensor:
     """Eigenvalues from 1 down to `low`, evenly spaced in logarithm, 0 beyond `rank`."""
-    values = torch.logspace(0.0, math.log10(low), n, dtype=torch.float64)
+    values = torch.logspace(0.0, math.log10(low), n, dtype=torch.float64, device="cpu")
     if rank is not None:
         values[rank:] = 0.0
     return values

@@ -21,6 +21,7 @@ from .case import (
     Family,
     Problem,
     Work,
+    one_by_one,
     relative_error,
     shape_name,
     square_shape,
@@ -55,12 +56,15 @@ def _root(
 def _build(sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float) -> Problem:
     a = factor(sizes, dtype, low)
     exact = cache(lambda: eigen_root(a.double(), p, _RIDGE))
+    contenders = [
+        Contender(OURS, lambda: inverse_root(a, p, ridge=_RIDGE)),
+        Contender("torch eigh", lambda: eigen_root(a, p, _RIDGE), torch=True),
+    ]
+    if a.ndim > 2:
+        looped = partial(one_by_one, lambda one: eigen_root(one, p, _RIDGE), a)
+        contenders.append(Contender("torch eigh loop", looped, torch=True))
     return Problem(
-        [
-            Contender(OURS, lambda: inverse_root(a, p, ridge=_RIDGE)),
-            Contender("torch eigh", lambda: eigen_root(a, p, _RIDGE)),
-            *_distributed_shampoo(a, p),
-        ],
+        [*contenders, *_distributed_shampoo(a, p)],
         error=lambda out: relative_error(out, exact()),
         baseline="torch eigh",
         work=work(a, p),
@@ -153,7 +157,7 @@ def work(a: Tensor, p: int) -> tuple[Work, ...]:
     """One triangle of every product of the iteration, and of A^2 for the norm."""
     if _extension.MODULE is None:
         return ()
-    b = a.double() + _RIDGE * torch.eye(a.shape[-1], dtype=torch.float64)
+    b = a.double() + _RIDGE * torch.eye(a.shape[-1], dtype=torch.float64, device="cpu")
     scale = float((b @ b).norm(dim=(-2, -1)).max().sqrt())
     roundoff = torch.finfo(a.dtype).eps / 2.0
     products = 1 + _extension.MODULE.root_products(_RIDGE / scale, p, roundoff)

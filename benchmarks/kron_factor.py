@@ -11,7 +11,18 @@ import torch
 from spectral_kernels.kron_factor import kron_factors_update_, kron_precondition
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Family, Problem, parse_shape, relative_error, shape_name
+from .case import (
+    MEMORY,
+    OURS,
+    Case,
+    Contender,
+    Family,
+    Problem,
+    one_by_one,
+    parse_shape,
+    relative_error,
+    shape_name,
+)
 from .inputs import gaussian, rate_of
 
 _SHAPES = ("256x1024", "768x768", "1024x1024", "768x3072", "64x128x128")
@@ -47,20 +58,26 @@ def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
         right.lerp_((grad.mT @ grad).to(state), 1 - _BETA)
         return left, right
 
-    def contender(name: str, update: Callable[[Tensor, Tensor], Any]) -> Contender:
+    def contender(name: str, update: Callable[[Tensor, Tensor], Any], **facts: Any) -> Contender:
         kept = [factor.clone() for factor in start]
         return Contender(
             name,
             lambda: update(*kept),
             output=lambda: update(*(factor.clone() for factor in start)),
+            **facts,
         )
 
     work = math.prod(batch) * (m * m * n + m * n * n)
+    moved = grad.nbytes + 2.0 * sum(factor.nbytes for factor in start)
+    whole = {rate_of(dtype): 2.0 * work, MEMORY: moved}
     return Problem(
-        [contender(OURS, ours), contender("torch two products", torch_lerp)],
+        [
+            contender(OURS, ours),
+            contender("torch two products", torch_lerp, work=whole, torch=True),
+        ],
         error=lambda out: max(map(relative_error, out, exact())),
         baseline="torch two products",
-        work=({rate_of(dtype): float(work)},),
+        work=({rate_of(dtype): float(work), MEMORY: moved},),
     )
 
 
@@ -70,21 +87,26 @@ def _precondition(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     left = gaussian((*batch, m, m), dtype, seed=1) / math.sqrt(m)
     right = gaussian((*batch, n, n), dtype, seed=2) / math.sqrt(n)
     exact = cache(lambda: left.double() @ grad.double() @ right.double())
-    work = math.prod(batch) * 2 * (m * m * n + m * n * n)
+    flops = float(math.prod(batch) * 2 * (m * m * n + m * n * n))
+    work = {rate_of(dtype): flops, MEMORY: 2.0 * grad.nbytes + left.nbytes + right.nbytes}
+    contenders = [
+        Contender(OURS, lambda: kron_precondition(grad, left, right)),
+        Contender("torch", lambda: left @ grad @ right, work=work, torch=True),
+    ]
+    if batch:
+        looped = partial(one_by_one, lambda a, g, b: a @ g @ b, left, grad, right)
+        contenders.append(Contender("torch loop", looped, work=work, torch=True))
     return Problem(
-        [
-            Contender(OURS, lambda: kron_precondition(grad, left, right)),
-            Contender("torch", lambda: left @ grad @ right),
-        ],
+        contenders,
         error=lambda out: relative_error(out, exact()),
         baseline="torch",
-        work=({rate_of(dtype): float(work)},),
+        work=(work,),
     )
 
 
 def _factor(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     x = gaussian(sizes, dtype, seed=3)
-    return (x + x.mT) / 2 + math.sqrt(sizes[-1]) * torch.eye(sizes[-1], dtype=dtype)
+    return (x + x.mT) / 2 + math.sqrt(sizes[-1]) * torch.eye(sizes[-1], dtype=dtype, device="cpu")
 
 
 def _cases() -> Iterator[Case]:

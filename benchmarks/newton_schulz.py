@@ -22,6 +22,7 @@ from .case import (
     Family,
     Problem,
     Work,
+    one_by_one,
     parse_shape,
     relative_error,
     shape_name,
@@ -65,16 +66,21 @@ def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarte
     options = {"method": "gram", "restarts": ()} if unrestarted else {}
     exact = cache(lambda: standard(x.double(), _MUON))
     contenders = [Contender(OURS, lambda: newton_schulz(x, **options))]
+    full = _full_work(sizes, dtype, _MUON)
     if x.ndim > 2:
-        contenders.append(Contender("torch bmm", lambda: standard(x, _MUON)))
+        contenders.append(Contender("torch bmm", lambda: standard(x, _MUON), work=full, torch=True))
     if dtype == torch.bfloat16:
-        contenders.append(_torch_muon(x))
-    elif x.ndim == 2:
-        contenders.append(Contender("torch addmm", lambda: standard(x, _MUON)))
+        contenders.append(_torch_muon(x, full))
+    if x.ndim == 2:
+        alone = Contender("torch addmm", lambda: standard(x, _MUON), work=full, torch=True)
     else:
-        contenders.append(
-            Contender("torch loop", lambda: torch.stack([standard(one, _MUON) for one in x]))
+        alone = Contender(
+            "torch loop",
+            lambda: one_by_one(lambda one: standard(one, _MUON), x),
+            work=full,
+            torch=True,
         )
+    contenders.append(alone)
     contenders += gram_newton_schulz(x)
     return Problem(
         contenders,
@@ -112,7 +118,15 @@ def gram_form(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
     return iterate.mT if x.shape[-2] > x.shape[-1] else iterate
 
 
-def _torch_muon(x: Tensor) -> Contender:
+def _full_work(sizes: Sequence[int], dtype: torch.dtype, rows: Sequence[Sequence[float]]) -> Work:
+    """FLOPs of the standard form with whole products, as torch does them."""
+    *batch, m, n = sizes
+    short, long = min(m, n), max(m, n)
+    flops = math.prod(batch) * len(rows) * (4 * short**2 * long + 2 * short**3)
+    return {rate_of(dtype): float(flops)}
+
+
+def _torch_muon(x: Tensor, work: Work) -> Contender:
     """torch.optim.Muon's own function, matrix by matrix; it scales a bf16 input in place."""
     from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -122,7 +136,13 @@ def _torch_muon(x: Tensor) -> Contender:
         return torch.stack([call(one) for one in x])
 
     kept = x.clone()
-    return Contender("torch.optim.Muon", lambda: call(kept), output=lambda: call(x.clone()))
+    return Contender(
+        "torch.optim.Muon",
+        lambda: call(kept),
+        output=lambda: call(x.clone()),
+        work=work,
+        torch=True,
+    )
 
 
 def gram_newton_schulz(x: Tensor) -> Iterator[Contender]:
@@ -147,7 +167,7 @@ def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
         return (u @ vh).to(dtype)
 
     return Problem(
-        [Contender(OURS, lambda: polar(x)), Contender("torch.linalg.svd", svd)],
+        [Contender(OURS, lambda: polar(x)), Contender("torch.linalg.svd", svd, torch=True)],
         error=lambda out: relative_error(out, exact()),
         baseline="torch.linalg.svd",
     )
@@ -161,7 +181,7 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Prob
 
     contenders = [
         steps.contender(OURS, muon(optim.Muon)),
-        steps.contender("torch.optim.Muon", muon(torch.optim.Muon)),
+        steps.contender("torch.optim.Muon", muon(torch.optim.Muon), torch=True),
     ]
     library = peers.find("pytorch-optimizer")
     if library is not None:
@@ -191,18 +211,18 @@ def work(
     short, long, count = min(m, n), max(m, n), math.prod(batch)
     rate, steps = rate_of(dtype), len(rows)
     forms: list[Work] = [{rate: float(count * steps * (3 * short**2 * long + short**3))}]
-    # In 16 bits before every third step, and the products of Q in 16 bits too.
     halves = rate == "bf16"
-    restarts = range(2, steps, 3) if halves else coefficients.gram_restarts(rows, m, n)
+    growth = coefficients.BFLOAT16_GROWTH if dtype.itemsize == 2 else coefficients.FULL_GROWTH
+    restarts = coefficients.gram_restarts(rows, m, n, growth)
     if restarts is not None:
-        passes = 1 + len(restarts)
-        wide = count * 3 * passes * short**2 * long
-        of_q = count * (steps - passes) * short**3
-        of_r = count * (steps + 2 * (steps - passes)) * short**3
+        # Steps of the standard form, then the last ones on R. A Q of two 16-bit numbers meets X.
+        alone, last = len(restarts), steps - len(restarts)
+        wide = count * short**2 * long * (3 * alone + (5 if halves else 3))
+        standard, of_r = count * alone * short**3, count * (4 * last - 3) * short**3
         if halves:
-            forms.append({"bf16": float(wide + of_q), "fp32": float(of_r)})
+            forms.append({"bf16": float(wide + standard), "fp32": float(of_r)})
         else:
-            forms.append({rate: float(wide + of_q + of_r)})
+            forms.append({rate: float(wide + standard + of_r)})
     return tuple(forms)
 
 

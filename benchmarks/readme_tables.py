@@ -4,9 +4,10 @@
     python -m spectral_kernels.benchmarks.readme_tables --check README.md
 
 A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is
-relative to the Markdown file; keys (op, shape, dtype, threads, isa, variant) choose rows, several
-values by comma. Of a training's file all runs are shown. `--check` writes nothing and fails where a
-table is not what its file says.
+relative to the Markdown file; keys (key, op, shape, dtype, threads, isa, variant) choose rows,
+`against` those that they are compared with; several values by comma, + for a space. Of a training's
+file all runs are shown, of the doctor's all faults; a Markdown file is shown as it is. `--check`
+writes nothing and fails where a table is not what its file says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .case import OURS
 from .report import seconds
 
 _TABLE = re.compile(r"(<!-- table (\S+)([^>]*?) *-->\n).*?(<!-- end table -->)", re.DOTALL)
-_KEYS = ("op", "shape", "dtype", "threads", "isa", "variant")
+_KEYS = ("key", "op", "shape", "dtype", "threads", "isa", "variant")
+_AGAINST = "against"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,28 +64,32 @@ def _choice(keys: str) -> dict[str, list[str]]:
     chosen = {}
     for pair in keys.split():
         key, _, values = pair.partition("=")
-        if key not in _KEYS:
-            raise ValueError(f"a table is chosen by {', '.join(_KEYS)}, not {key!r}")
-        chosen[key] = values.split(",")
+        if key not in (*_KEYS, _AGAINST):
+            raise ValueError(f"a table is chosen by {', '.join((*_KEYS, _AGAINST))}, not {key!r}")
+        chosen[key] = values.replace("+", " ").split(",")
     return chosen
 
 
 def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
+    if path.suffix == ".md":
+        return path.read_text()
     record = run.read(path)
+    if record["kind"] == "doctor":
+        return "\n".join(_scoreboard(record)) + "\n"
     if "runs" in record:
         lines = _training(record["runs"])
     else:
         rows = [
             row
             for row in record["rows"]
-            if all(str(row[key]) in values for key, values in chosen.items())
+            if all(str(row[key]) in values for key, values in chosen.items() if key != _AGAINST)
         ]
         if not rows:
             raise ValueError(f"{path} has no rows with {dict(chosen)}")
         lines = [
             "| operation | threads | time | of peak | error | against | time | error | speed-up |",
             "|---|---|---|---|---|---|---|---|---|",
-            *(line for row in rows for line in _lines(row)),
+            *(line for row in rows for line in _lines(row, chosen.get(_AGAINST))),
         ]
     facts = record["machine"]
     place = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}"
@@ -91,8 +97,34 @@ def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(row: Mapping[str, Any]) -> list[str]:
-    """One line a contender."""
+_MARKS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "by design": "by design"}
+
+
+def _scoreboard(record: Mapping[str, Any]) -> list[str]:
+    """Every fault against every optimizer, and the sum of those that were seen."""
+    checks = [check for check in record["checks"] if check["section"] == "optimizers"]
+    columns = list(dict.fromkeys((c["implementation"], c["subject"]) for c in checks))
+    found = {(c["name"], c["implementation"], c["subject"]): c["outcome"] for c in checks}
+    headings = [name if owner == "torch" else f"{owner} {name}" for owner, name in columns]
+    lines = [f"| right under | {' | '.join(headings)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(check["name"] for check in checks):
+        marks = [_MARKS[found[name, *column]] for column in columns]
+        lines.append(f"| {name} | {' | '.join(marks)} |")
+    sums = []
+    for column in columns:
+        own = [found[key] for key in found if key[1:] == column]
+        tried = sum(outcome != "not applicable" for outcome in own)
+        sums.append(f"{sum(outcome == 'failed' for outcome in own)} of {tried}")
+    lines.append(f"| faults seen | {' | '.join(sums)} |")
+    facts = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["peers"].items())
+    place = f"{facts['cpu']}, {facts['cores']} cores, {facts['instruction_sets'][-1]}"
+    lines += ["", f"{place}, torch {facts['torch']}, {facts['date'][:10]}; {versions}."]
+    return lines
+
+
+def _lines(row: Mapping[str, Any], against: Sequence[str] | None) -> list[str]:
+    """One line a contender, or one of each in `against`."""
     if row["failure"]:
         return [f"| {row['key']} | {row['threads']} | {row['failure']} | | | | | | |"]
     ours = next(entry for entry in row["contenders"] if entry["name"] == OURS)
@@ -101,7 +133,11 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
         f"| {row['key']} | {row['threads']} | {seconds(ours['median_s'])} | "
         f"{f'{share:.0%}' if share is not None else ''} | {_error(ours)} |"
     )
-    others = [entry for entry in row["contenders"] if "speedup" in entry]
+    others = [
+        entry
+        for entry in row["contenders"]
+        if "speedup" in entry and (against is None or entry["name"] in against)
+    ]
     return [
         f"{begin} {entry['name']} | {seconds(entry['median_s'])} | {_error(entry)} | "
         f"{entry['speedup']:.2f}x |"

@@ -45,7 +45,7 @@ def table(op: str, rows: Sequence[Row]) -> Table:
     out = Table(title=op, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     out.add_column("case", no_wrap=True)
     out.add_column("", min_width=20)
-    for heading in ("error", "time", "of peak", "speed-up", "goal"):
+    for heading in ("of ceiling", "speed-up", "time", "error", "goal"):
         out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         for line in _lines(row):
@@ -62,6 +62,8 @@ def _lines(row: Row) -> list[list[str | Text]]:
     else:
         entries = [[OURS], [Text(row["failure"], style="red")]]
     threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    if row.get("worst_entry") is not None and row["failure"] is None:
+        entries.append(_worst_entry(row))
     labels = [f"{row['shape']} {row['dtype']}", ", ".join(filter(None, (row["variant"], threads)))]
     pairs = itertools.zip_longest(labels, entries, fillvalue=None)
     return [[label or "", *(entry or ())] for label, entry in pairs]
@@ -73,19 +75,26 @@ def _cells(row: Row, entry: Row) -> list[str | Text]:
         return [Text(f"{name}: {entry['failure']}", style="red")]
     half = (entry["high_s"] - entry["low_s"]) / (2 * entry["median_s"])
     spread = " once" if entry["samples"] == 1 else f" ±{half:3.0%}"
-    share = row.get("share_of_peak")
-    cells: list[str | Text] = [
-        name,
-        "" if entry["error"] is None else f"{entry['error']:.1e}",
-        seconds(entry["median_s"]) + spread,
-        f"{share:.0%}" if name == OURS and share is not None else "",
-    ]
-    if "speedup" not in entry:
-        return cells
+    share = entry.get("share_of_peak")
+    bound = f" {row['bound']}" if name == OURS and row.get("bound") else ""
+    ratio: str | Text = ""
+    if "speedup" in entry:
+        ratio = Text(f"{entry['speedup']:.2f}x", style=speedup_style(entry))
     goal = entry.get("goal")
-    cells.append(Text(f"{entry['speedup']:.2f}x", style=speedup_style(entry)))
-    cells.append("" if goal is None else f">= {goal:g}x")
-    return cells
+    return [
+        name,
+        "" if share is None else f"{share:.0%}{bound}",
+        ratio,
+        seconds(entry["median_s"]) + spread,
+        "" if entry["error"] is None else f"{entry['error']:.1e}",
+        "" if goal is None else f">= {goal:g}x",
+    ]
+
+
+def _worst_entry(row: Row) -> list[str | Text]:
+    """The entry of a list that the errors above are of, and what plain torch makes of it."""
+    name = f"errors of entry {row['worst_entry']}; plain torch"
+    return [name, "", "", "", f"{row['baseline_error']:.1e}"]
 
 
 def speedup_style(entry: Row) -> str:
@@ -97,7 +106,7 @@ def speedup_style(entry: Row) -> str:
 def _error_goal(goal: Row) -> list[str | Text]:
     style = "green" if goal["ratio"] <= goal["goal"] else "red"
     ratio = Text(f"{goal['ratio']:.2f}", style=style)
-    return [f"error over that of {goal['name']}", ratio, "", "", "", f"<= {goal['goal']:g}"]
+    return [f"error over that of {goal['name']}", "", "", "", ratio, f"<= {goal['goal']:g}"]
 
 
 def seconds(value: float) -> str:
@@ -111,10 +120,14 @@ def summary(rows: Iterable[Row]) -> list[str]:
     """How many comparisons were won, which goals were missed, what failed."""
     rows = list(rows)
     pairs = [(row, e) for row in rows for e in row["contenders"] if "speedup" in e]
+    best = [(row, e) for row in rows if (e := _best_of_torch(row)) is not None]
     lost = [(row, e) for row, e in pairs if e["speedup"] < 1.0 - _MARGIN]
     goals = [(row, e) for row, e in pairs if "goal" in e]
     missed = [(row, e) for row, e in goals if e["speedup"] < e["goal"]]
     lines = [f"{len(pairs) - len(lost)} of {len(pairs)} comparisons are not slower"]
+    if best:
+        won = sum(entry["speedup"] >= 1.0 - _MARGIN for _, entry in best)
+        lines.append(f"{won} of {len(best)} cases are not slower than the best of torch's own ways")
     lines += [f"  slower: {row['key']}: {e['speedup']:.2f}x of {e['name']}" for row, e in lost]
     if goals:
         lines.append(f"{len(goals) - len(missed)} of {len(goals)} goals are reached")
@@ -127,6 +140,11 @@ def summary(rows: Iterable[Row]) -> list[str]:
     if loads:
         lines.append(f"other processes used {sum(loads) / len(loads):.0%} of the cores meanwhile")
     return lines
+
+
+def _best_of_torch(row: Row) -> Row | None:
+    ways = [e for e in row["contenders"] if e.get("torch") and "speedup" in e]
+    return min(ways, key=lambda e: float(e["speedup"]), default=None)
 
 
 def comparison(old: Iterable[Row], new: Iterable[Row]) -> Table:

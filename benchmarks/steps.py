@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from .case import Contender, Work, list_error
+from .case import Contender, Work, list_errors
 from .inputs import gaussian, orthonormal, spectrum, with_spectrum
 
 # Steps from refresh to refresh, of all contenders.
@@ -102,9 +102,17 @@ class Training:
         self._optimizer.step()
 
     def moved(self, steps: int) -> list[Tensor]:
-        """How far the weights are from where they began after some steps."""
+        """How far the weights are from where they began after some steps.
+
+        Raises:
+            RuntimeError: a counter of failures has risen: what is compared would be less work.
+        """
         for _ in range(steps):
             self.step()
+        for counter in ("skipped", "failed_roots"):
+            count = getattr(self._optimizer, counter, 0)
+            if isinstance(count, int) and count:
+                raise RuntimeError(f"{type(self._optimizer).__name__}: {counter} is {count}")
         pairs = zip(self._params, self._begun, strict=True)
         return [param.detach().double() - begun for param, begun in pairs]
 
@@ -124,6 +132,7 @@ class Steps:
         prepare: Prepare | None = None,
         *,
         judged: bool = True,
+        torch: bool = False,
         every: int = FREQUENCY,
     ) -> Contender:
         """`make` takes the steps from refresh to refresh: 1 to compare, `every` to time."""
@@ -133,6 +142,7 @@ class Steps:
             run=lambda: timed().step(),
             output=lambda: Training(self.begin, self.dtype, make(1), prepare).moved(self.compared),
             judged=judged,
+            torch=torch,
         )
 
     def on_reference(self, make: Make, prepare: Prepare | None = None) -> list[Tensor]:
@@ -140,9 +150,11 @@ class Steps:
         with use_backend("reference"):
             return Training(self.begin, self.dtype, make, prepare).moved(self.compared)
 
-    def error(self, exact: Callable[[], Sequence[Tensor]]) -> Callable[[Sequence[Tensor]], float]:
+    def error(
+        self, exact: Callable[[], Sequence[Tensor]]
+    ) -> Callable[[Sequence[Tensor]], list[float]]:
         kept = functools.cache(exact)
-        return lambda moved: list_error(moved, kept())
+        return lambda moved: list_errors(moved, kept())
 
     def oracle(self, make: Make, prepare: Prepare | None = None) -> list[Tensor]:
         """What is moved in float64, from the same rounded weights and gradients."""

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
 from spectral_kernels.symmetric_matmul import gram
 
-from .case import OURS, Case, Contender, Family, Problem, parse_shape, relative_error, shape_name
+from .case import (
+    MEMORY,
+    OURS,
+    Case,
+    Contender,
+    Family,
+    Problem,
+    one_by_one,
+    parse_shape,
+    relative_error,
+    shape_name,
+)
 from .inputs import gaussian, rate_of
 
 _SHAPES = (
@@ -34,11 +46,21 @@ def _build(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     exact = cache(lambda: x.double() @ x.double().mT)
     *batch, m, n = sizes
     peer = "torch.mm" if not batch else "torch.bmm"
+    count, rate = math.prod(batch), rate_of(dtype)
+    moved = float(count * (m * n + m * m) * dtype.itemsize)
+    whole = {rate: 2.0 * count * m * m * n, MEMORY: moved}
+    contenders = [
+        Contender(OURS, lambda: gram(x)),
+        Contender(peer, lambda: x @ x.mT, work=whole, torch=True),
+    ]
+    if batch:
+        looped = partial(one_by_one, lambda one: one @ one.mT, x)
+        contenders.append(Contender("torch loop", looped, work=whole, torch=True))
     return Problem(
-        [Contender(OURS, lambda: gram(x)), Contender(peer, lambda: x @ x.mT)],
+        contenders,
         error=lambda out: relative_error(out, exact()),
         baseline=peer,
-        work=({rate_of(dtype): float(torch.Size(batch).numel() * m * m * n)},),
+        work=({rate: float(count * m * m * n), MEMORY: moved},),
     )
 
 

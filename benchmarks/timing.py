@@ -22,6 +22,7 @@ _SLOW_ROUNDS = 3  # of a contender one period of which takes half the budget
 _HOPELESS = 8  # times the budget for one period: its first call is all that is measured
 
 _PEAK_MILLISECONDS = 10
+_COPIED = 128 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,19 @@ def fma_peak(kind: str, threads: int = 1) -> float | None:
         return max(together() for _ in range(3)) or None
 
 
+def memory_peak(threads: int = 1) -> float:
+    """GB/s of a copy that no cache holds, bytes read and written: the best of four, now."""
+    source = torch.ones(_COPIED // 4, dtype=torch.float32, device="cpu")
+    target = torch.empty_like(source)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seconds = min(_once(lambda: target.copy_(source)) for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * _COPIED / seconds / 1e9
+
+
 class Load:
     """How busy other processes keep the machine while the `with` block runs.
 
@@ -141,7 +155,7 @@ class Load:
     others: float | None = None
 
     def __enter__(self) -> Load:
-        self._busy, self._own, self._wall = _busy_seconds(), time.process_time(), time.monotonic()
+        self._busy, self._own, self._wall = _busy_seconds(), _own_seconds(), time.monotonic()
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -149,7 +163,7 @@ class Load:
         wall = time.monotonic() - self._wall
         if busy is None or self._busy is None or wall < 0.05:
             return
-        others = busy - self._busy - (time.process_time() - self._own)
+        others = busy - self._busy - (_own_seconds() - self._own)
         self.others = min(1.0, max(0.0, others / wall / (os.cpu_count() or 1)))
 
 
@@ -158,6 +172,12 @@ def idle_check(seconds: float = 0.3) -> float | None:
     with Load() as load:
         time.sleep(seconds)
     return load.others
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, and of those that it started and that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def _busy_seconds() -> float | None:

@@ -19,7 +19,7 @@ _SHORT_SIDES = (12, 30, 60, 200, 700)
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def calls() -> Iterator[Callable[[], object]]:
@@ -44,6 +44,8 @@ def calls() -> Iterator[Callable[[], object]]:
                         norm_factor=1.0,
                     )
                 yield partial(_muon, shape, dtype)
+                if short == _SHORT_SIDES[-1]:
+                    yield partial(_muon, shape, dtype, neurons=True)
     for dtype in _DTYPES:
         for short in _SHORT_SIDES[3:]:
             yield partial(_factors, (short, 2 * short), dtype)
@@ -52,18 +54,22 @@ def calls() -> Iterator[Callable[[], object]]:
     yield partial(_deva, (60, 120))
 
 
-def _muon(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def _muon(shape: tuple[int, int], dtype: torch.dtype, neurons: bool = False) -> None:
     param, grad = _zeros(*shape, dtype=dtype), _zeros(*shape, dtype=dtype)
     triton_kernels.operator("muon_step_")(
         [param],
         [grad],
         [_zeros(*shape)],
-        [torch.zeros(())],
-        torch.zeros((), dtype=torch.int64),
-        torch.zeros((), dtype=torch.float64),
+        [_zeros(shape[0], 1) if neurons else _zeros(0)],
+        [torch.zeros((), dtype=torch.float32, device="cpu")],
+        torch.zeros((), dtype=torch.int64, device="cpu"),
+        torch.zeros((), dtype=torch.float64, device="cpu"),
         momentum=0.95,
         nesterov=True,
+        beta2=0.95 if neurons else None,
+        neuron_eps=1e-8,
         weight_decay=0.1,
+        cautious=neurons,
         rows=_MUON,
         scales=[1.0],
         method="auto",
@@ -79,12 +85,12 @@ def _muon(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 def _factors(shape: tuple[int, int], dtype: torch.dtype) -> None:
     m, n = shape
-    nothing = torch.zeros(0)
+    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     triton_kernels.operator("kron_factors_update_")(
         _zeros(m, m),
         _zeros(n, n),
         _zeros(*shape, dtype=dtype),
-        torch.zeros((), dtype=torch.int64),
+        torch.zeros((), dtype=torch.int64, device="cpu"),
         beta=0.9,
         weight=0.1,
         left_root=nothing,
@@ -100,7 +106,7 @@ def _squares(n: int) -> None:
     from spectral_kernels.triton_kernels._batch import gram, product
     from spectral_kernels.triton_kernels.inverse_root import roots_of
 
-    a = torch.eye(n)[None]
+    a = torch.eye(n, dtype=torch.float32, device="cpu")[None]
     roots_of(a, 4, ridge=0.0, relative_ridge=1e-6)
     product(a, a)
     gram(a)
@@ -115,9 +121,9 @@ def _deva(shape: tuple[int, int]) -> None:
             [_zeros(m, n)],
             [_zeros(m, n)],
             *([_zeros(0)] for _ in range(4)),
-            [torch.zeros(())],
-            torch.zeros((), dtype=torch.int64),
-            torch.zeros((), dtype=torch.float64),
+            [torch.zeros((), dtype=torch.float32, device="cpu")],
+            torch.zeros((), dtype=torch.int64, device="cpu"),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
             beta1=0.9,
             beta2=0.95,
             shampoo_beta=0.9,
