@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import distributed, growth, ladder, peers, plots, report, run, sweep
+from . import distributed, isa_comparison, peers, plots, report, run, scaling, sweep
 from .case import Case
 
 
@@ -25,14 +25,14 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         threads = run.thread_counts(options.threads)
         cases = sweep.cases(options.sweep) if options.sweep else run.select(options)
         older = run.read(options.compare)["rows"] if options.compare else None
-        isas = ladder.sets(options.isa) if options.isa else []
-        if (options.growth or options.ranks) and len(isas) > 1:
-            raise ValueError("--growth and --ranks take one instruction set")
+        isas = isa_comparison.sets(options.isa) if options.isa else []
+        if (options.scaling or options.ranks) and len(isas) > 1:
+            raise ValueError("--scaling and --ranks take one instruction set")
         if options.ranks:
             distributed.campaign(options)
         if len(isas) == 1:
             run.cap_instruction_set(isas[0], argv)
-            cases = ladder.with_goals(cases)
+            cases = isa_comparison.with_goals(cases)
     except (ValueError, OSError) as error:
         print(f"spectral-kernels bench: {error}", file=sys.stderr)
         return 2
@@ -41,12 +41,12 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
             console.print(case.key, highlight=False)
         return 0
     if len(isas) > 1:
-        return ladder.main(isas, options, argv, console)
+        return isa_comparison.main(isas, options, argv, console)
     facts = run.machine()
     for line in report.machine_lines(facts):
         console.print(line, highlight=False, style="dim")
-    if options.growth:
-        return growth.main(options, facts, console)
+    if options.scaling:
+        return scaling.main(options, facts, console)
     if options.ranks:
         return distributed.main(options, facts, console)
     kind = "acceptance" if options.acceptance else "sweep" if options.sweep else "bench"

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from spectral_kernels import _dispatch, _extension
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
 pytest.register_assert_rewrite("support")
 
 from optim_support import CONFIGS, FEW, Factory  # noqa: E402 (found by the path above)

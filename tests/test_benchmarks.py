@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("rich", reason="the extra 'cli' is not installed")
 pytest.importorskip("matplotlib", reason="the extra 'cli' is not installed")
 
+import readme_tables  # noqa: E402
 import spectral_kernels as sk  # noqa: E402
 from rich.console import Console  # noqa: E402
 from spectral_kernels import _extension, cli, coefficients  # noqa: E402
@@ -26,16 +27,15 @@ from spectral_kernels.benchmarks import (  # noqa: E402
     distributed,
     distributed_costs,
     distributed_ranks,
-    growth,
     inputs,
     inverse_root,
-    ladder,
+    isa_comparison,
     newton_schulz,
     peers,
     plots,
-    readme_tables,
     report,
     run,
+    scaling,
     steps,
     sweep,
     timing,
@@ -379,29 +379,30 @@ def test_no_picture_without_comparisons(tmp_path):
     assert not (tmp_path / "speed.png").exists()
 
 
-def test_growth_fits_the_exponent_of_the_upper_half():
+def test_scaling_fits_the_exponent_of_the_upper_half():
     sizes = [64, 128, 256, 512, 1024]
-    assert growth.exponent(sizes, [2e-9 * n**3 for n in sizes]) == pytest.approx(3.0)
-    assert growth.exponent(sizes, [1e-3 + 1e-30 * n for n in sizes]) == pytest.approx(0.0)
-    assert growth.exponent([64], [1.0]) is None
+    assert scaling.exponent(sizes, [2e-9 * n**3 for n in sizes]) == pytest.approx(3.0)
+    assert scaling.exponent(sizes, [1e-3 + 1e-30 * n for n in sizes]) == pytest.approx(0.0)
+    assert scaling.exponent([64], [1.0]) is None
 
 
-def test_growth_draws(tmp_path):
+def test_scaling_draws(tmp_path):
     family = run.FAMILIES[0]
     rows = [
         run.run_case(family.case("gram", f"{n}x{n}", torch.float32), 1, BUDGET, check=False)
         for n in (8, 16)
     ]
     groups = {("gram", "float32"): rows}
-    growth.draw(groups, groups, tmp_path / "growth.png", "here")
+    scaling.draw(groups, groups, tmp_path / "growth.png", "here")
     assert (tmp_path / "growth.png").exists()
-    assert "gram" in rendered(growth._table("n", groups, axis=-1))
+    assert "gram" in rendered(scaling._table("n", groups, axis=-1))
 
 
-def test_growth_from_the_command_to_its_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(growth, "_BATCHES", (1, 2, 4))
-    monkeypatch.setattr(growth, "_BUDGET", BUDGET)
+def test_scaling_from_the_command_to_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "_BATCHES", (1, 2, 4))
+    monkeypatch.setattr(scaling, "_BUDGET", BUDGET)
     path = tmp_path / "growth.json"
+    # "--growth" is what "--scaling" was called.
     options = ["bench", "--growth", "128", "--op", "gram", "--threads", "1,2", "--json", str(path)]
     assert cli.main(options) == 0
     record = run.read(path)
@@ -412,9 +413,9 @@ def test_growth_from_the_command_to_its_files(tmp_path, monkeypatch, capsys):
     assert "time ~ n^a" in capsys.readouterr().out
 
 
-def test_growth_sizes():
-    assert growth.measured_sizes(2048, 4096) == [64, 128, 256, 512, 1024, 2048]
-    assert growth.measured_sizes(4096, 1024)[-1] == 1024
+def test_scaling_sizes():
+    assert scaling.measured_sizes(2048, 4096) == [64, 128, 256, 512, 1024, 2048]
+    assert scaling.measured_sizes(4096, 1024)[-1] == 1024
 
 
 def test_a_sweep_is_the_same_every_time_and_bounded():
@@ -428,7 +429,7 @@ def test_a_sweep_is_the_same_every_time_and_bounded():
 
 
 @pytest.mark.skipif(_extension.MODULE is None, reason=_extension.REASON or "")
-def test_the_ladder_runs_every_set_with_torch_capped_alike(tmp_path, capfd):
+def test_a_comparison_of_sets_runs_every_one_with_torch_capped_alike(tmp_path, capfd):
     """The paths, not the times: a process a set, which multiplies bf16 in what the set has."""
     least, *others = _extension.MODULE.supported_isas()
     if not others:
@@ -450,16 +451,16 @@ def test_the_ladder_runs_every_set_with_torch_capped_alike(tmp_path, capfd):
         goals = [entry["goal"] for entry in row["contenders"] if "goal" in entry]
         assert goals == ([10.0] if row["dtype"] == "bfloat16" and not has_pairs else [])
     said = capfd.readouterr().out
-    assert "the ladder" in said and said.count("written: ") == 1
+    assert "instruction sets side by side" in said and said.count("written: ") == 1
 
 
-def test_ladder_sets():
+def test_sets_to_compare():
     with pytest.raises(ValueError, match="--isa must be one of baseline"):
-        ladder.sets("avx2,mmx" if _extension.MODULE is None else "baseline,mmx")
+        isa_comparison.sets("avx2,mmx" if _extension.MODULE is None else "baseline,mmx")
     if _extension.MODULE is not None:
-        assert set(ladder.sets("all")) <= set(_extension.MODULE.supported_isas())
+        assert set(isa_comparison.sets("all")) <= set(_extension.MODULE.supported_isas())
         with pytest.raises(ValueError, match="names a set twice"):
-            ladder.sets("baseline,baseline")
+            isa_comparison.sets("baseline,baseline")
 
 
 def test_readme_tables(tmp_path):

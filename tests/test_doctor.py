@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import readme_tables
 import torch
 from spectral_kernels import _extension, cli
-from spectral_kernels.benchmarks import readme_tables
 from spectral_kernels.doctor import _accuracy, _child, _faults, _machine, _outcome, _subjects
 from torch import Tensor
 from torch.optim import Optimizer

@@ -14,7 +14,7 @@ import pytest
 from spectral_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "benchmarks" / "results" / "cuda_kernels.json"
+TABLE = ROOT / "tools" / "results" / "cuda_kernels.json"
 NVCC = shutil.which("nvcc")
 # Installed as part of the package under other names than in the repository.
 FOLDERS = {
@@ -54,6 +54,10 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.partition("/")[0] for name in names} == {"spectral_kernels"}
+    # Developers' tools and results stay in the repository.
+    tools = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert len(tools) >= 6 and not tools & {Path(name).name for name in names}
+    assert not [name for name in names if name.endswith((".json", ".md", ".png"))]
     assert "spectral_kernels/py.typed" in names
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == (0 if _extension.MODULE is None else 1)

@@ -331,7 +331,7 @@ def test_factors_on_another_device_are_refused(name, room):
 
 class TestTuning:
     def test_candidates_are_checked_before_they_are_timed(self, room, monkeypatch):
-        from spectral_kernels.benchmarks import triton_tune as tune
+        import triton_tune as tune
 
         good, odd, wrong = (room.config.Config(64, depth, 4, 1) for depth in (64, 48, 32))
         ours = tune._OPERATORS["gram"][0]
@@ -350,7 +350,7 @@ class TestTuning:
 
     def test_what_is_timed_on_a_card_is_a_graph(self, monkeypatch):
         """A call of the function itself would time the launches from Python."""
-        from spectral_kernels.benchmarks import triton_tune as tune
+        import triton_tune as tune
 
         done = []
 
@@ -365,12 +365,12 @@ class TestTuning:
         assert done == ["call", "replay", "replay", "replay"]
 
     def test_no_step_is_tuned(self):
-        from spectral_kernels.benchmarks import triton_tune as tune
+        import triton_tune as tune
 
         assert not [name for name in tune._OPERATORS if name.endswith("_")]
 
     def test_nothing_counts_where_everything_fails(self, room):
-        from spectral_kernels.benchmarks import triton_tune as tune
+        import triton_tune as tune
 
         failed = tune.Trial(room.config.Config(64, 64, 4, 1), "it spills", None)
         assert tune.best([failed]) is None
@@ -381,7 +381,7 @@ def test_products_compile_for_every_target(target):
     """The large 16-bit product: matrix instructions, no spills, within the shared memory."""
     code = (
         "import torch\n"
-        "from spectral_kernels.benchmarks import triton_resources as r, triton_workload as w\n"
+        "import triton_resources as r, triton_workload as w\n"
         "w._SHORT_SIDES, w._DTYPES = (700,), (torch.bfloat16,)\n"
         "call = next(w.calls())\n"
         f"recorder = r.record({target!r}, call)\n"
@@ -391,6 +391,11 @@ def test_products_compile_for_every_target(target):
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent / "tools",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]

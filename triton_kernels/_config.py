@@ -5,7 +5,7 @@ neighbours or of a measurement at run time, so the same matrix gets the same bit
 
 Every entry says where it comes from. "derived": from the shared memory and registers that
 ahead-of-time compilation reports and from the wave model of the design notes, not from a run.
-`benchmarks/triton_tune.py` measures candidates on a card, and is the only thing that does.
+`tools/triton_tune.py` measures candidates on a card, and is the only thing that does.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--acceptance", action="store_true", help="the cases that have goals")
     what.add_argument("--sweep", type=int, metavar="N", help="N generated shapes an operator")
     what.add_argument(
+        "--scaling",
         "--growth",
+        dest="scaling",
         type=int,
         nargs="?",
         const=2048,

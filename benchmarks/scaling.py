@@ -1,4 +1,4 @@
-"""How the cost grows with n, with the batch and with threads: `spectral-kernels bench --growth`.
+"""How the cost grows with n, with the batch and with threads: `spectral-kernels bench --scaling`.
 
 Against torch alone, and without comparing results: the same calls are compared elsewhere.
 """
@@ -25,7 +25,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _BATCHED = 64  # the size of the matrices of a growing batch
 
 # (operator, dtype, largest n whatever is asked for): a root or basis of 4096 takes a minute.
-_GROWING = (
+_CASES = (
     ("gram", torch.float32, 4096),
     ("newton_schulz", torch.float32, 4096),
     ("newton_schulz", torch.bfloat16, 4096),
@@ -44,19 +44,19 @@ def main(options: argparse.Namespace, facts: Mapping[str, Any], console: Console
     """Measures, prints the fitted exponents and draws."""
     peers.point(["none"])
     threads = run.thread_counts(options.threads or "1,2")
-    wanted = options.op.split(",") if options.op else [op for op, _, _ in _GROWING]
-    growing = [entry for entry in _GROWING if entry[0] in wanted]
+    wanted = options.op.split(",") if options.op else [op for op, _, _ in _CASES]
+    cases = [entry for entry in _CASES if entry[0] in wanted]
     by_n = {
         (op, dtype_name(dtype)): _measure(
-            op, dtype, [f"{n}x{n}" for n in measured_sizes(options.growth, most)], threads, console
+            op, dtype, [f"{n}x{n}" for n in measured_sizes(options.scaling, most)], threads, console
         )
-        for op, dtype, most in growing
+        for op, dtype, most in cases
     }
     by_batch = {
         (op, dtype_name(dtype)): _measure(
             op, dtype, [f"{b}x{_BATCHED}x{_BATCHED}" for b in _BATCHES], threads, console
         )
-        for op, dtype, _ in growing
+        for op, dtype, _ in cases
     }
     console.print(_table("time ~ n^a, square matrices", by_n, axis=-1))
     console.print(_table(f"time ~ batch^a, matrices {_BATCHED}x{_BATCHED}", by_batch, axis=0))

@@ -1,7 +1,7 @@
 """Writes result files into the tables of a Markdown file.
 
-    python -m spectral_kernels.benchmarks.readme_tables README.md
-    python -m spectral_kernels.benchmarks.readme_tables --check README.md
+    python tools/readme_tables.py README.md
+    python tools/readme_tables.py --check README.md
 
 A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is
 relative to the Markdown file; keys (key, op, shape, dtype, threads, isa, variant) choose rows,
@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import demo, run
-from .case import OURS
-from .report import seconds
+from spectral_kernels.benchmarks import demo, run
+from spectral_kernels.benchmarks.case import OURS
+from spectral_kernels.benchmarks.report import seconds
 
 _TABLE = re.compile(r"(<!-- table (\S+)([^>]*?) *-->\n).*?(<!-- end table -->)", re.DOTALL)
 _KEYS = ("key", "op", "shape", "dtype", "threads", "isa", "variant")

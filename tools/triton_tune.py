@@ -1,6 +1,6 @@
 """Tries tile configurations of the Triton products on this card. Opt-in; it changes nothing.
 
-    python -m spectral_kernels.benchmarks.triton_tune [--dtypes bfloat16,float32] [--sides 384,2048]
+    python tools/triton_tune.py [--dtypes bfloat16,float32] [--sides 384,2048]
 
 Every candidate forms X X^T and iterates Newton-Schulz, functions that write none of their inputs,
 and counts only if its error against float64 is at most twice that of plain torch. What is printed
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 
 import spectral_kernels as sk
 import torch
+from spectral_kernels.benchmarks.newton_schulz import standard
 from spectral_kernels.coefficients import resolve
 from spectral_kernels.triton_kernels import _config, newton_schulz
 from spectral_kernels.triton_kernels._config import Config
 from torch import Tensor
-
-from .newton_schulz import standard
 
 _MUON = resolve("muon").rows
 _ROUNDS = 15

@@ -25,7 +25,7 @@ from . import plots, report, run
 from .case import OURS, Case
 from .inputs import rate_of
 
-# What a ladder measures where nothing else is asked for.
+# What is measured where nothing else is asked for.
 _STANDING = (
     *("--op", "gram,newton_schulz"),
     *("--shape", "512x512,768x768,768x3072"),
@@ -124,7 +124,12 @@ def merged(
 
 def table(rows: Sequence[Row]) -> Table:
     """A line a case, a column a set: our time, and how many times faster than torch that is."""
-    out = Table(title="the ladder", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    out = Table(
+        title="instruction sets side by side",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
     out.add_column("case", no_wrap=True)
     out.add_column("threads", justify="right")
     isas = list(dict.fromkeys(row["isa"] for row in rows))
