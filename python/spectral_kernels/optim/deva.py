@@ -12,8 +12,10 @@ from .. import coefficients as _coefficients
 from .. import deva as _deva
 from .. import newton_schulz as _newton_schulz
 from . import _rules
-from ._base import Params, Part, Values
+from ._base import Params
 from ._forms import Form, Slot
+from ._groups import Values
+from ._work import Part
 from .muon import coefficients_rule
 from .soap import EigenbasisOptimizer
 

@@ -11,8 +11,11 @@ from torch import Tensor
 from .. import coefficients as _coefficients
 from .. import newton_schulz as _newton_schulz
 from . import _rules, _split
-from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
+from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, step_slot
+from ._groups import Values
+from ._state import as_matrices
+from ._work import Part
 
 
 def coefficients_rule(name: str, value: Any) -> Any:

@@ -14,8 +14,11 @@ from torch import Tensor
 from .. import _backend
 from .. import inverse_root as _inverse_root
 from . import _diagnostics, _rules
-from ._base import MatrixOptimizer, Params, Part, Values, as_matrices
+from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, side, step_slot
+from ._groups import Values
+from ._state import as_matrices
+from ._work import Part
 
 SIDES = ("both", "left", "right", "shorter")
 

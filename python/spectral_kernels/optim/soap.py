@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _diagnostics, _rules
-from ._base import MatrixOptimizer, Params, Part, Values
+from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, side, step_slot
+from ._groups import Values
+from ._work import Part
 
 
 class EigenbasisOptimizer(MatrixOptimizer):

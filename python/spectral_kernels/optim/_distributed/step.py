@@ -20,7 +20,8 @@ from .members import Bucket, Exchange, Member, plain
 from .roster import Roster
 
 if TYPE_CHECKING:
-    from .._base import AdamwCall, MatrixCall, MatrixOptimizer, Work
+    from .._base import MatrixOptimizer
+    from .._work import AdamwCall, MatrixCall, Work
 
 
 class Spread(Roster):

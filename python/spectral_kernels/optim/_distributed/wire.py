@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .._base import MatrixCall
+    from .._work import MatrixCall
 
 
 def counts(calls: Sequence[MatrixCall]) -> list[list[Tensor]]:
