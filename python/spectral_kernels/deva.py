@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _checks, _dispatch
 from . import coefficients as _coefficients
-from .newton_schulz import NONFINITE, CoefficientsLike, counters, scales_of
+from ._lists import NONFINITE, counters, scales_of
+from .newton_schulz import CoefficientsLike
 
 __all__ = ["deva_step_"]
 

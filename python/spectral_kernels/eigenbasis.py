@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks, _dispatch
-from .newton_schulz import NONFINITE, counters
+from ._lists import NONFINITE, counters
 
 __all__ = ["eigenbasis", "refresh_eigenbasis", "soap_step_"]
 

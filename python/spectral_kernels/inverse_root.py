@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
-from .newton_schulz import NONFINITE, counters
+from ._lists import NONFINITE, counters
 
 __all__ = ["RootInfo", "inverse_root", "shampoo_step_"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from . import _checks, _dispatch
 from . import coefficients as _coefficients
+from ._lists import NONFINITE, counters, scales_of
+from ._restarts import restarts_for, restarts_of
 
 __all__ = ["muon_step_", "newton_schulz", "polar"]
 
@@ -17,10 +18,8 @@ CoefficientsLike = str | Sequence[float] | Sequence[Sequence[float]]
 
 METHODS = ("auto", "standard", "gram")
 NORMS = ("frobenius", "schatten8")
-NONFINITE = ("skip", "propagate", "raise")
 # Of the roots of second moments, as in the public code of NorMuon.
 NEURON_EPS = 1e-8
-SCALES = ("original", "match_rms_adamw", "spectral_unclamped", "none")
 
 
 def newton_schulz(
@@ -231,106 +230,6 @@ def muon_step_(
         maximize=_checks.flag("maximize", maximize),
         nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
     )
-
-
-def scale_factor(scale: str, m: int, n: int) -> float:
-    """The factor of the polar factor of an m x n matrix.
-
-    "original" is KellerJordan/Muon's, "match_rms_adamw" arXiv 2502.16982's, "spectral_unclamped"
-    that of Bernstein, "Deriving Muon" (2025); the names are those of torch.optim.Muon's
-    `adjust_lr_fn`.
-    """
-    _checks.choice("scale", scale, SCALES)
-    if scale == "none" or m == 0 or n == 0:
-        return 1.0
-    if scale == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(m, n))
-    return math.sqrt(max(1.0, m / n) if scale == "original" else m / n)
-
-
-def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) -> list[float]:
-    """One factor an entry."""
-    if isinstance(scale, str):
-        return [scale_factor(scale, p.shape[-2], p.shape[-1]) for p in params]
-    if not isinstance(scale, Sequence):
-        return [_checks.number("scale", scale)] * len(params)
-    if len(scale) != len(params):
-        raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
-    return [_checks.number(f"scale[{i}]", value) for i, value in enumerate(scale)]
-
-
-def restarts_for(
-    x: Tensor,
-    rows: _coefficients.Coefficients,
-    method: str,
-    dtype: torch.dtype,
-    restarts: Sequence[int] | None = None,
-) -> tuple[int, ...]:
-    """Steps before which the Gram form of a matrix of x's shape restarts.
-
-    Before every step means the standard form.
-    """
-    count = len(rows.rows)
-    if restarts is not None:
-        given = {_checks.integer("restarts", step, 1, count - 1) for step in restarts}
-        return _bounded(rows.rows, given)
-    if method == "gram":
-        alone = _coefficients.steps_alone(rows.rows, _GROWTH[dtype])
-        return tuple(range(1, min(alone + 1, count)))
-    found = _coefficients.gram_restarts(rows, x.shape[-2], x.shape[-1], _GROWTH[dtype])
-    return tuple(range(1, count)) if found is None else found
-
-
-_GROWTH = {
-    torch.float64: _coefficients.FULL_GROWTH,
-    torch.float32: _coefficients.FULL_GROWTH,
-    torch.bfloat16: _coefficients.BFLOAT16_GROWTH,
-    torch.float16: _coefficients.FLOAT16_GROWTH,
-}
-
-
-def _bounded(rows: Sequence[_coefficients.Row], restarts: set[int]) -> tuple[int, ...]:
-    """The restarts, and further ones where rounding noise could outgrow the matrix."""
-    kept, growth = [], 1.0
-    for step, (a, _, _) in enumerate(rows):
-        growth *= abs(a)
-        if step > 0 and (step in restarts or growth > _coefficients.BFLOAT16_GROWTH):
-            kept.append(step)
-            growth = abs(a)
-    return tuple(kept)
-
-
-def restarts_of(
-    params: Sequence[Tensor],
-    rows: _coefficients.Coefficients,
-    method: str,
-    dtype: torch.dtype,
-    restarts: Sequence[int] | None = None,
-) -> tuple[tuple[int, ...], ...]:
-    """`restarts_for` of every entry of a list step, where float64 is computed in itself."""
-    full = torch.float64
-    return tuple(
-        restarts_for(p, rows, method, full if p.dtype == full else dtype, restarts) for p in params
-    )
-
-
-def counters(
-    params: Sequence[Tensor], step_counts: Sequence[Tensor] | None, skipped: Tensor | None
-) -> tuple[Sequence[Tensor], Tensor]:
-    """The counters of a list step, or throw-away ones."""
-    if not isinstance(params, Sequence):
-        raise TypeError(f"params must be a list of tensors, not {type(params).__name__}")
-    for i, param in enumerate(params):
-        _checks.matrix(f"params[{i}]", param)
-    device = params[0].device if len(params) else torch.device("cpu")
-    if step_counts is None:
-        step_counts = [torch.zeros((), dtype=torch.float32, device=device) for _ in params]
-    _checks.tensors("step_counts", step_counts, len(params))
-    if skipped is None:
-        skipped = torch.zeros((), dtype=torch.int64, device=device)
-    if not isinstance(skipped, Tensor):
-        raise TypeError(f"skipped must be a tensor, not {type(skipped).__name__}")
-    return step_counts, skipped
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import _lists
 from .. import coefficients as _coefficients
 from .. import deva as _deva
 from .. import newton_schulz as _newton_schulz
@@ -115,7 +116,7 @@ class DeVA(EigenbasisOptimizer):
         "reference": _rules.flag,
         "coefficients": coefficients_rule,
         "steps": _rules.optional(_rules.whole(1, 99)),
-        "scale": _rules.optional(_rules.number_or(*_newton_schulz.SCALES)),
+        "scale": _rules.optional(_rules.number_or(*_lists.SCALES)),
         "compute_dtype": _rules.compute_dtype,
         "stagger": _rules.optional(_rules.flag),
     }
@@ -226,7 +227,7 @@ class DeVA(EigenbasisOptimizer):
             "nesterov": not linf if values["nesterov"] is None else values["nesterov"],
             "sign": sign,
             "rows": _coefficients.resolve(values["coefficients"], values["steps"]).rows,
-            "scales": _newton_schulz.scales_of(part.lists[0], scale),
+            "scales": _lists.scales_of(part.lists[0], scale),
             "compute_dtype": values["compute_dtype"] or torch.bfloat16,
         }
 

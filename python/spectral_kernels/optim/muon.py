@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import _lists, _restarts
 from .. import coefficients as _coefficients
 from .. import newton_schulz as _newton_schulz
 from . import _rules, _split
@@ -100,7 +101,7 @@ class Muon(MatrixOptimizer):
         "ns_coefficients": coefficients_rule,
         "eps": _rules.real(),
         "ns_steps": _rules.optional(_rules.whole(1, 99)),
-        "adjust_lr_fn": _rules.optional(_rules.choice(*_newton_schulz.SCALES)),
+        "adjust_lr_fn": _rules.optional(_rules.choice(*_lists.SCALES)),
         "coefficients": _rules.optional(coefficients_rule),
         "method": _rules.choice(*_newton_schulz.METHODS),
         "compute_dtype": _rules.compute_dtype,
@@ -224,9 +225,9 @@ class Muon(MatrixOptimizer):
             "weight_decay": values["weight_decay"],
             "cautious": values["cautious_weight_decay"],
             "rows": rows.rows,
-            "scales": _newton_schulz.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
+            "scales": _lists.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
             "method": values["method"],
-            "restarts": _newton_schulz.restarts_of(part.lists[0], rows, values["method"], dtype),
+            "restarts": _restarts.restarts_of(part.lists[0], rows, values["method"], dtype),
             "compute_dtype": dtype,
             "eps": values["eps"],
             "norm": "frobenius",

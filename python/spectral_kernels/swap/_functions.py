@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import coefficients as _coefficients
-from ..newton_schulz import SCALES, newton_schulz, scale_factor
+from .._lists import SCALES, scale_factor
+from ..newton_schulz import newton_schulz
 from ._adapter import Adapter
 from ._orthogonalizer import BOUND, Row
 from ._points import Point, Refused, agree, trial_matrix, unfit
@@ -49,7 +50,7 @@ class Rule:
     Attributes:
         rows: of the iteration.
         eps: the norm's floor.
-        scale: of the result, out of `newton_schulz.SCALES`.
+        scale: of the result, out of `_lists.SCALES`.
         compute: the dtype that it rounds to, None for its argument's.
         results: dtype of a matrix -> that of its result.
         batches: whether it takes batches of matrices.

@@ -1,0 +1,59 @@
+"""What list steps take beside their tensors: counters, and one factor an entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+NONFINITE = ("skip", "propagate", "raise")
+SCALES = ("original", "match_rms_adamw", "spectral_unclamped", "none")
+
+
+def counters(
+    params: Sequence[Tensor], step_counts: Sequence[Tensor] | None, skipped: Tensor | None
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The counters of a list step, or throw-away ones."""
+    if not isinstance(params, Sequence):
+        raise TypeError(f"params must be a list of tensors, not {type(params).__name__}")
+    for i, param in enumerate(params):
+        _checks.matrix(f"params[{i}]", param)
+    device = params[0].device if len(params) else torch.device("cpu")
+    if step_counts is None:
+        step_counts = [torch.zeros((), dtype=torch.float32, device=device) for _ in params]
+    _checks.tensors("step_counts", step_counts, len(params))
+    if skipped is None:
+        skipped = torch.zeros((), dtype=torch.int64, device=device)
+    if not isinstance(skipped, Tensor):
+        raise TypeError(f"skipped must be a tensor, not {type(skipped).__name__}")
+    return step_counts, skipped
+
+
+def scale_factor(scale: str, m: int, n: int) -> float:
+    """The factor of the polar factor of an m x n matrix.
+
+    "original" is KellerJordan/Muon's, "match_rms_adamw" arXiv 2502.16982's, "spectral_unclamped"
+    that of Bernstein, "Deriving Muon" (2025); the names are those of torch.optim.Muon's
+    `adjust_lr_fn`.
+    """
+    _checks.choice("scale", scale, SCALES)
+    if scale == "none" or m == 0 or n == 0:
+        return 1.0
+    if scale == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(m, n))
+    return math.sqrt(max(1.0, m / n) if scale == "original" else m / n)
+
+
+def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) -> list[float]:
+    """One factor an entry."""
+    if isinstance(scale, str):
+        return [scale_factor(scale, p.shape[-2], p.shape[-1]) for p in params]
+    if not isinstance(scale, Sequence):
+        return [_checks.number("scale", scale)] * len(params)
+    if len(scale) != len(params):
+        raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
+    return [_checks.number(f"scale[{i}]", value) for i, value in enumerate(scale)]
