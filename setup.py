@@ -83,8 +83,9 @@ def cuda_options(home: Path) -> dict:
     nvcc.append(f"-gencode=arch=compute_{first},code=compute_{first}")
     folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
     listed = ",".join(architectures)
+    cuda = ROOT / "csrc" / "cuda"
     return {
-        "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c*")),
+        "sources": sorted(str(p.relative_to(ROOT)) for p in cuda.glob("*/*.c*")),
         "nvcc": nvcc,
         "defines": [("SPECTRAL_KERNELS_CUDA_ARCHITECTURES", f'"{listed}"')],
         "library_dirs": [str(p) for p in folders if (p / "libcudart_static.a").exists()],

@@ -26,7 +26,7 @@ CUDA = ROOT / "csrc" / "cuda"
 # Of kernels and of the linker, such as sanitizers.
 FLAGS = tuple(os.environ.get("SPECTRAL_KERNELS_EMULATION_FLAGS", "").split())
 
-# The operators that csrc/cuda/register.cpp implements.
+# The operators that the files operators.cpp of csrc/cuda implement.
 OPERATORS = _cuda.OPERATORS
 
 
@@ -35,7 +35,7 @@ def compiler() -> str:
 
 
 def kernels() -> list[Path]:
-    return sorted(CUDA.glob("*.cu"))
+    return sorted(CUDA.glob("*/*.cu"))
 
 
 def compile_kernel(source: Path, to: Path) -> None:
@@ -43,7 +43,7 @@ def compile_kernel(source: Path, to: Path) -> None:
     run(
         [compiler(), "-std=c++17", "-O2", "-g0", "-fPIC", "-Wno-unknown-pragmas", *FLAGS]
         + ["-x", "c++", "-include", str(EMULATION / "emulation.h"), "-c", str(source)]
-        + ["-I", str(CUDA), "-o", str(to)]
+        + ["-o", str(to)]
     )
 
 
@@ -72,12 +72,17 @@ def fingerprint(files: Iterable[Path], flags: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _label(path: Path) -> str:
+    """A name for the object of a source: files of two folders may have the same."""
+    return "-".join(path.relative_to(ROOT).with_suffix("").parts[1:])
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The operators in torch.ops.spectral_kernels_emulated; what did not change is kept built."""
-    headers = [p for d in (CUDA, EMULATION, ROOT / "csrc") for p in d.glob("*.h")]
+    headers = [*CUDA.glob("*/*.h"), *EMULATION.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     headers.append(Path(__file__))
-    bindings = [*CUDA.glob("*.cpp"), EMULATION / "bind.cpp"]
+    bindings = [*CUDA.glob("*/*.cpp"), EMULATION / "bind.cpp"]
     bindings += [
         ROOT / "csrc" / name
         for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
@@ -87,7 +92,7 @@ def library() -> ctypes.CDLL:
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         objects = {
-            path: built.parent / f"{path.stem}-{fingerprint([*headers, path], flags)}.o"
+            path: built.parent / f"{_label(path)}-{fingerprint([*headers, path], flags)}.o"
             for paths, flags in ((kernels(), FLAGS), (bindings, ()))
             for path in paths
         }
@@ -95,7 +100,7 @@ def library() -> ctypes.CDLL:
 
             def make(path: Path) -> None:
                 if not objects[path].exists():
-                    fresh = Path(folder) / f"{path.stem}.o"
+                    fresh = Path(folder) / f"{_label(path)}.o"
                     sources[path](path, fresh)
                     os.replace(fresh, objects[path])
 
@@ -124,9 +129,9 @@ def arrange(
     multiprocessors: int = 132,
 ) -> None:
     """The order of blocks, warps and lanes of later launches, the rounding of mma, a barrier, as
-    "file:line", that does nothing, the bytes of shared memory that a block may have, how many
-    blocks are at work at a time, whether products of a list are one launch, or as the model says,
-    and for how many multiprocessors."""
+    "folder/file:line", that does nothing, the bytes of shared memory that a block may have, how
+    many blocks are at work at a time, whether products of a list are one launch, or as the model
+    says, and for how many multiprocessors."""
     wish = -1 if queue is None else int(queue)
     library().set_emulation(
         order,
@@ -158,16 +163,18 @@ def slices(elements: int) -> Iterator[None]:
 
 
 def barriers() -> dict[str, str]:
-    """Every block-wide barrier in the kernels as "file:line", with the file and what follows."""
+    """Every block-wide barrier in the kernels as "folder/file:line", with the file and what
+    follows."""
     found = {}
-    for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.h")]):
-        if path.stem.endswith("sm90"):
+    for path in sorted([*CUDA.glob("*/*.cu"), *CUDA.glob("*/*.h")]):
+        if path.stem in ("ptx_sm90", "product_wgmma"):
             continue  # not in the emulation
         lines = [line.strip() for line in path.read_text().splitlines()]
         for number, line in enumerate(lines, 1):
             if line == "__syncthreads();" or line.startswith("BARRIER("):
                 following = " ".join(lines[number : number + 2])
-                found[f"{path.name}:{number}"] = f"{path.name}: {following}"
+                name = str(path.relative_to(CUDA))
+                found[f"{name}:{number}"] = f"{name}: {following}"
     return found
 
 

@@ -35,15 +35,16 @@ def loaded():
 
 # Barriers whose absence cannot be seen here, by what follows them.
 UNSEEN = {
-    "eigenbasis.cu: } if (lane == 0) scratch[warp] = worst;": (
+    "eigenbasis/jacobi.cu: } if (lane == 0) scratch[warp] = worst;": (
         "rotations are whole here, and any order of them ends in the same vectors"
     ),
-    "inverse_root.cu: }; const auto multiply = [&](bool by_m) {  // Y <- B / nu Y, or X Y": (
+    "inverse_root/iteration.cu: "
+    "}; const auto multiply = [&](bool by_m) {  // Y <- B / nu Y, or X Y": (
         "the first signs meet another barrier; the second lead to a number that is only compared "
         "with its limit, some hundred times above"
     ),
-    "inverse_root.cu: return float(sqrt(error / all)); };": "likewise",
-    "product_queue.cu: if (threadIdx.x == 0) { __threadfence();": (
+    "inverse_root/iteration.cu: return float(sqrt(error / all)); };": "likewise",
+    "symmetric_matmul/queue.cu: if (threadIdx.x == 0) { __threadfence();": (
         "other blocks run only while this one waits, and by then all of its threads have written"
     ),
 }
@@ -150,11 +151,21 @@ def products():
 # Every kernel and every barrier of csrc/cuda, on more than one warp, step and tile; with the files
 # whose barriers a part is about.
 PARTS = {
-    chains: ("newton_schulz",),
-    steps: ("list_step", "adapt", "deva", "reduce"),
-    roots: ("inverse_root", "eigen_root", "eigenbasis", "onchip"),
-    grams: ("symmetric_matmul", "product_tile", "product_unit", "schatten8"),
-    factors: ("kron_factor",),
+    chains: ("newton_schulz/on_chip",),
+    steps: ("base/list_step", "eigenbasis/moments", "deva/passes", "base/reduce"),
+    roots: (
+        "inverse_root/iteration",
+        "inverse_root/eigen_root",
+        "eigenbasis/jacobi",
+        "symmetric_matmul/on_chip_matrix",
+    ),
+    grams: (
+        "symmetric_matmul/product",
+        "symmetric_matmul/tile",
+        "symmetric_matmul/tile_mma",
+        "newton_schulz/schatten_norm",
+    ),
+    factors: ("kron_factor/overflow",),
 }
 
 
@@ -215,7 +226,7 @@ def test_every_barrier_is_missed():
 
         def missed(site):
             together = ({"residents": 7}, {"residents": 4, "order": 3})
-            if site.startswith("product_") and any(
+            if site.startswith(("symmetric_matmul/queue", "symmetric_matmul/tile")) and any(
                 noticed(site, few, **arrangement) for arrangement in together
             ):
                 return True

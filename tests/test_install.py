@@ -197,7 +197,7 @@ def test_the_build_stops_where_wgmma_is_serialized(remark, status, expected):
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_no_wgmma_of_the_kernels_is_serialized(tmp_path):
     checked = ROOT / "csrc" / "cuda" / "checked_nvcc.py"
-    source = ROOT / "csrc" / "cuda" / "symmetric_matmul_sm90.cu"
+    source = ROOT / "csrc" / "cuda" / "symmetric_matmul" / "product_wgmma.cu"
     command = [sys.executable, str(checked), NVCC, "-std=c++17", "-O3", "-arch=sm_90a"]
     command += ["-cubin", str(source), "-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -162,8 +162,8 @@ def eigenbases(count: int, n: int, sweeps: int) -> list[Floor]:
 def symmetric_product(rows: int, columns: int) -> list[Floor]:
     """X Xᵀ of one bf16 matrix by wgmma, against all of it in tiles of 128 x 256.
 
-    A triangle of 128-wide tiles by csrc/cuda/stream_k.h: where a stretch of steps ends inside of a
-    tile, a part goes to L2 and back at 24 bytes a clock.
+    A triangle of 128-wide tiles by csrc/cuda/symmetric_matmul/stream_k.h: where a stretch of steps
+    ends inside of a tile, a part goes to L2 and back at 24 bytes a clock.
     """
     down, steps = math.ceil(rows / 128), math.ceil(columns / 64)
     total, step = down * (down + 1) // 2 * steps, 128 * 128 * 64 / WGMMA_PER_CLOCK

@@ -11,7 +11,7 @@
 #include "../check.h"
 #include "../check_deva.h"
 #include "../counters.h"
-#include "eigenbasis/rotated.h"
+#include "eigenbasis/eigenbasis_step.h"
 #include "list_step.h"
 #include "newton_schulz.h"
 #include "parallel.h"

@@ -5,14 +5,13 @@
 
 #include <utility>
 
-#include "../../csrc/cuda/device.h"
-#include "../../csrc/cuda/register.h"
-#include "../../csrc/cuda/rotated.h"
-#include "../../csrc/cuda/two_sided.h"
+#include "../../csrc/cuda/base/device.h"
+#include "../../csrc/cuda/eigenbasis/eigenbasis_step.h"
+#include "../../csrc/cuda/kron_factor/products.h"
 #include "emulation.h"
 // What kernels include needs the emulation before it.
-#include "../../csrc/cuda/stream_k.h"
-#include "../../csrc/cuda/symmetric_matmul.h"
+#include "../../csrc/cuda/symmetric_matmul/product.h"
+#include "../../csrc/cuda/symmetric_matmul/stream_k.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
                               int residents, int queue, int multiprocessors) {
@@ -85,8 +84,4 @@ TORCH_LIBRARY(spectral_kernels_emulated, m) {
               .findSchemaOrThrow((std::string("spectral_kernels::") + op).c_str(), "")
               .schema()
               .cloneWithName(std::string("spectral_kernels_emulated::") + op, ""));
-}
-
-TORCH_LIBRARY_IMPL(spectral_kernels_emulated, CPU, m) {
-  spectral_kernels::cuda::register_operators(m);
 }

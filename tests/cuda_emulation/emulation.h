@@ -470,7 +470,7 @@ inline void load(uint32_t r[4], const void* row, bool transposed) {
   wait_for_warp();  // the rows are read above: nobody may store before
 }
 
-// The barrier at "file:line" is left out, or "wait_for".
+// The barrier at "folder/file:line" is left out, or "wait_for".
 inline std::string left_out;
 inline int left_out_line = 0;
 inline void leave_out(const char* what) {
@@ -480,9 +480,9 @@ inline void leave_out(const char* what) {
 }
 inline void barrier(const char* file, int line) {
   if (line == left_out_line) {
-    const char* name = strrchr(file, '/');
-    if (std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line) == left_out)
-      return;
+    const std::string place = std::string(file) + ":" + std::to_string(line);
+    const size_t size = left_out.size();
+    if (place.size() >= size && place.compare(place.size() - size, size, left_out) == 0) return;
   }
   wait(block->barrier, block->alive, [] {});
 }
@@ -538,7 +538,7 @@ T atomicMax(T* p, T value) {
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 
-// The functions that csrc/cuda/ptx.h holds for nvcc.
+// The functions that csrc/cuda/base/ptx.h holds for nvcc.
 namespace spectral_kernels::cuda {
 
 inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {

@@ -8,7 +8,7 @@
 #include "../list_step.h"
 #include "../parallel.h"
 #include "../views.h"
-#include "rotated.h"
+#include "eigenbasis_step.h"
 
 namespace spectral_kernels::cpu {
 namespace {

@@ -1,0 +1,114 @@
+// A list step in the eigenbases of its Kronecker factors: SOAP's and DeVA's. Matrices are worked on
+// in slices, so that workspaces stay small; no bit depends on where a list is cut.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "../kron_factor/products.h"
+#include "moments.h"
+
+namespace spectral_kernels::cuda {
+
+// Elements of the parameters in a slice, 128 MB of every workspace; tests make it smaller.
+extern int64_t slice_elements;
+
+struct RotatedLists {
+  at::TensorList params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases,
+      step_counts;
+  const at::Tensor &skipped, &lr;
+  at::IntArrayRef refresh;
+
+  // All but the squares, whose shape is the step's own.
+  void check(const char* op) const;
+};
+
+// What exp_avg_sqs holds for every matrix.
+enum class Squares : int {
+  kNone,
+  kMatrix,
+  kLine,  // v_r and v_c
+};
+
+struct RotatedOptions {
+  Squares squares = Squares::kMatrix;
+  bool new_squares = false;  // the step's own passes leave V' in a workspace, checked
+  bool bounded =
+      false;  // gradients outside 2^±50 are refused where there is state of their squares
+  at::ArrayRef<double> scales;  // of the direction, one an entry; none: 1
+  double shampoo_beta = 0;
+  bool idle_first = false;       // a first call only sets factors and bases
+  bool permute_squares = false;  // a refresh sorts columns, and the squares with them
+  bool normalize = false;
+  Adam adam;
+  Schedule schedule;
+  std::string nonfinite;
+};
+
+// Matrices that are served alike: a batch, or one of it where they differ or have no common stride.
+// Tensors are undefined where there is nothing.
+struct Rotated {
+  size_t entry = 0;
+  int64_t index = 0;  // of the matrix, if it is one of several
+  int64_t number = 0, count = 0;
+  bool first = false, idle = false, refresh = false;
+  at::Tensor param, grad, moment, squares, left, right, left_basis, right_basis;
+  at::Tensor new_left, new_right, new_left_basis, new_right_basis;
+  at::Tensor rotated, direction, update, new_moment, new_squares;
+
+  bool has_sides() const { return left.defined() || right.defined(); }
+  // Those of this step: a first call's are new.
+  bool started() const { return new_left_basis.defined() || new_right_basis.defined(); }
+  const at::Tensor& left_rotation() const { return started() ? new_left_basis : left_basis; }
+  const at::Tensor& right_rotation() const { return started() ? new_right_basis : right_basis; }
+};
+
+class RotatedStep {
+ public:
+  RotatedStep(const RotatedLists& lists, const RotatedOptions& options, const char* op);
+
+  bool empty() const { return items_.empty(); }
+  // First calls, numbers, and which matrices are not finite.
+  void begin();
+  // Takes the next matrices, and their workspaces.
+  bool next_slice();
+  void rotate();
+  // The matrices of the slice that are updated, for the step's own passes from G' to the direction.
+  const std::vector<Adapted>& adapted() const { return adapted_; }
+  std::vector<at::Tensor> directions() const;
+  int64_t matrices() const { return largest_.numel(); }
+  at::TensorOptions options() const { return items_[begin_].param.options(); }
+  // Back out of the bases, factors, their refresh; state and parameters of what is not kept.
+  void finish();
+  void count();
+
+  Numbers* numbers() const { return static_cast<Numbers*>(numbers_.data_ptr()); }
+  uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
+  void* stream() const { return stream_; }
+
+ private:
+  void find_first();
+  void number();
+  void initialise();
+  void place(Rotated& item, const at::Tensor& slab, int64_t& offset);
+  void refresh();
+  void keep(const at::Tensor& now, const at::Tensor& old, const Rotated& item);
+  void check_kept(size_t from);
+
+  const RotatedLists& lists_;
+  const RotatedOptions& options_;
+  const char* op_;
+  void* stream_ = nullptr;
+  NonFinite nonfinite_;
+  at::Tensor largest_, numbers_;
+  std::vector<Counter> counters_;
+  std::vector<Rotated> items_;
+  size_t begin_ = 0, end_ = 0;  // the slice
+  at::Tensor slab_;
+  std::vector<Adapted> adapted_;
+  std::vector<Entry> copies_;  // new state to old
+};
+
+}  // namespace spectral_kernels::cuda

@@ -1,0 +1,15 @@
+// What Kronecker factors need beside the products of two_sided.h.
+#pragma once
+
+#include <vector>
+
+#include "../base/matrix_list.h"
+
+namespace spectral_kernels::cuda {
+
+// overflow[i] <- kInfinityBits where keep F + scale X Xᵀ of matrix i, source X and momentum F, has
+// an element that is not finite.
+int launch_overflow(const std::vector<Entry>& entries, const uint32_t* largest, uint32_t* overflow,
+                    void* stream);
+
+}  // namespace spectral_kernels::cuda
