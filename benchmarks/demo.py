@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from spectral_kernels import info
+from spectral_kernels import _records, info
 
 from . import bench, peers, plots, report, run
 
@@ -161,7 +160,7 @@ def _training(example: ModuleType, steps: int, console: Console, output: Path) -
         console.print(line, highlight=False)
     path = output / "demo-training.json"
     record = {"format": run.FORMAT, "kind": "demo-training", "machine": facts, "steps": steps}
-    path.write_text(json.dumps({**record, "sha256": text.sha256, "runs": results}) + "\n")
+    path.write_text(_records.text({**record, "sha256": text.sha256, "runs": results}))
     title = f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {facts['torch']}"
     plots.losses(results, output / "demo-loss.png", title)
     plots.step_times(results, output / "demo-step-time.png", title)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import platform
@@ -30,7 +29,7 @@ from typing import Any
 
 import spectral_kernels as sk
 import torch
-from spectral_kernels import _cuda, _extension
+from spectral_kernels import _cuda, _extension, _records
 from torch import Tensor
 
 from .inputs import decaying, factor
@@ -92,7 +91,7 @@ class Session:
 
     def save(self) -> None:
         """Writes what there is so far."""
-        self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+        self.path.write_text(_records.text(self.record))
 
     def part(self, name: str, work: Callable[[Session], Any]) -> None:
         """Runs a part, whatever became of the ones before."""

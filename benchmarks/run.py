@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spectral_kernels import _extension, info
+from spectral_kernels import _extension, _records, info
 
 from . import deva, eigenbasis, inverse_root, kron_factor, newton_schulz, peers, symmetric_matmul
 from .case import (
@@ -363,7 +363,7 @@ def result_path(given: str | None, kind: str) -> Path:
 def write(path: Path, kind: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """One result file."""
     record = {"format": FORMAT, "kind": kind, "machine": facts, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(_records.text(record))
 
 
 def read(path: str | Path) -> dict[str, Any]:

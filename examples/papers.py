@@ -37,6 +37,7 @@ from characters import Characters
 from digits import Autoencoder, Convolutional, Perceptron
 from matrix_problem import MatrixProblem
 from moe import MixtureOfExperts
+from spectral_kernels import _records
 from spectral_kernels.benchmarks import plots, run
 from workload import (
     CHOICES,
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, result in results.items()
         },
     }
-    (options.output / "papers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.output / "papers.json").write_text(_records.text(record))
     print(f"written: {options.output / 'tables.md'}, papers.json and the figures beside it")
 
 

@@ -15,13 +15,13 @@ Source: arXiv 2602.06880; github.com/Tsedao/Decoupled-Variance-Adaptation, trace
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import spectral_kernels as sk
 import torch
+from spectral_kernels import _records
 from spectral_kernels.benchmarks import plots
 from torch import Tensor, nn
 from workload import PLOT_DPI, digest, progress
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
         for hessian, runs in found.items()
     }
     record = {"steps": options.steps, "seeds": options.seeds, "ends": ends}
-    (options.output / "trace-quadratic.json").write_text(json.dumps(record) + "\n")
+    (options.output / "trace-quadratic.json").write_text(_records.text(record))
     print(f"written: {options.output / 'trace-quadratic.png'}")
     return found
 

@@ -16,7 +16,6 @@ import contextlib
 import csv
 import hashlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 import spectral_kernels as sk
 import torch
 from matplotlib.ticker import EngFormatter
+from spectral_kernels import _records
 from spectral_kernels.benchmarks import plots
 from torch import Tensor, nn
 
@@ -379,7 +379,7 @@ def main(task: Task, argv: Sequence[str] | None = None) -> None:
         )
     record = {"task": task.name, "sha256": task.sha256, "steps": options.steps}
     runs = {label: asdict(history) for label, history in found.items()}
-    stem.with_suffix(".json").write_text(json.dumps({**record, "runs": runs}) + "\n")
+    stem.with_suffix(".json").write_text(_records.text({**record, "runs": runs}))
     curves = {label: [history] for label, history in found.items()}
     plot_losses(curves, stem.with_suffix(".png"), f"{task.name}, torch {torch.__version__}", task)
     print(f"written: {stem}.json, {stem}.png")

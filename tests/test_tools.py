@@ -10,9 +10,57 @@ from pathlib import Path
 import cuda_kernels
 import pytest
 import roofline
+from spectral_kernels import _records
 
-TOOLS = Path(__file__).parent.parent / "tools"
+ROOT = Path(__file__).parent.parent
+TOOLS = ROOT / "tools"
 RESULTS = TOOLS / "results"
+
+
+RECORDS = [
+    path
+    for folder in ("benchmarks/results", "docs/papers", "tests/golden", "tests/mutations", "tools")
+    for path in sorted((ROOT / folder).rglob("*.json"))
+]
+
+
+def test_records_have_a_line_for_every_entry():
+    record = {
+        "format": 1,
+        "machine": {"cpu": "one", "peaks": {"fp32": 1.5}},
+        "rows": [{"key": "a", "times": [1, 2]}, {"key": "b", "times": []}],
+        "tasks": {"c": {"d": {"e": {}}, "f": {"g": [1.0]}}},
+        "none": [],
+        3: float("inf"),
+    }
+    written = _records.text(record)
+    assert (
+        written
+        == """{
+ "format": 1,
+ "machine": {"cpu": "one", "peaks": {"fp32": 1.5}},
+ "rows": [
+  {"key": "a", "times": [1, 2]},
+  {"key": "b", "times": []}
+ ],
+ "tasks": {
+  "c": {
+   "d": {"e": {}},
+   "f": {"g": [1.0]}
+  }
+ },
+ "none": [],
+ "3": Infinity
+}
+"""
+    )
+    assert json.loads(written) == json.loads(json.dumps(record))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_committed_records_have_that_form(path):
+    text = path.read_text()
+    assert _records.text(json.loads(text)) == text
 
 
 def test_pages_are_those_of_their_records():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from spectral_kernels import _records
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": kernels,
     }
     options.to.mkdir(parents=True, exist_ok=True)
-    (options.to / "cuda_kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.to / "cuda_kernels.json").write_text(_records.text(report))
     (options.to / "cuda_kernels.md").write_text(markdown(report))
     return int(any(row["spilled_bytes"] for row in kernels))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spectral_kernels import _records
 
 # target -> (backend, architecture, threads of a warp, bytes of shared memory, matrix instruction)
 TARGETS: dict[str, tuple[str, int | str, int, int, str]] = {
@@ -357,7 +357,7 @@ def main() -> int:
     print(f"{len(found)} variants, {len(failed)} fail")
     if options.to:
         report = {"triton": triton.__version__, "lines": [asdict(line) for line in found]}
-        text = json.dumps(report, indent=1) + "\n"
+        text = _records.text(report)
         (options.to / "triton_resources.json").write_text(text)
         (options.to / "triton_resources.md").write_text(markdown(found, triton.__version__))
     return 1 if failed else 0

@@ -12,11 +12,11 @@ rank-deficient and the basis of its null space is the solver's choice.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from spectral_kernels import _records
 
 OUT = Path(__file__).with_name("public_trajectories.json")
 CALLS = 14
@@ -122,7 +122,7 @@ def main():
             }
         )
     settings = {"lr": LR, "weight_decay": WEIGHT_DECAY, "frequency": FREQUENCY}
-    OUT.write_text(json.dumps({**settings, "groups": groups}, indent=None) + "\n")
+    OUT.write_text(_records.text({**settings, "groups": groups}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ test_parity.py imports the problem from here, so this module imports no public c
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spectral_kernels import _records
 from torch import Tensor
 
 FILE = Path(__file__).with_name("parity.json")
@@ -181,7 +181,7 @@ def main() -> None:
     # Copies, as a cast to another dtype makes one: torch.optim.Muon writes what it cast.
     torch.Tensor.float = torch.Tensor.bfloat16 = lambda x: x.double().clone()  # type: ignore
     found["float64"] = ends(options.peers, torch.float64)
-    options.out.write_text(json.dumps(found) + "\n")
+    options.out.write_text(_records.text(found))
 
 
 if __name__ == "__main__":

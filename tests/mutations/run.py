@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spectral_kernels import _records
+
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutations.toml")
 RESULTS = Path(__file__).with_name("results.json")
@@ -195,7 +197,7 @@ def main() -> int:
         results[name] = {"file": mutation["file"], **verdict(mutation, options.seconds)}
         print(f"{results[name]['outcome']}: {name} ({results[name]['by']})", flush=True)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        options.out.write_text(json.dumps({"date": date, "results": results}, indent=1) + "\n")
+        options.out.write_text(_records.text({"date": date, "results": results}))
     decided = [result["outcome"] for result in results.values()]
     decided = [outcome for outcome in decided if outcome != "no verdict"]
     killed = decided.count("killed")

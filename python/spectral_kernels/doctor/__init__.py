@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, info
+from .. import __version__, _records, info
 from . import _accuracy, _faults, _machine, _subjects
 from ._outcome import FAILED, Finding
 
@@ -57,7 +56,7 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
             print(f"\r\033[K{finding.section}: {finding.name}", end="", file=sys.stderr)
     record = _record(findings, time.perf_counter() - begun)
     if options.json:
-        print(json.dumps(record, indent=1))
+        print(_records.text(record), end="")
     else:
         _show(record)
     return 1 if record["verdict"] == FAILED else 0
