@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import distributed, isa_comparison, peers, plots, report, run, scaling, sweep
-from .case import Case
 
 
 def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -50,7 +45,7 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.ranks:
         return distributed.main(options, facts, console)
     kind = "acceptance" if options.acceptance else "sweep" if options.sweep else "bench"
-    rows = measure(cases, threads, console, run.QUICK_BUDGET if options.quick else run.BUDGET)
+    rows = run.measure(cases, threads, console, run.QUICK_BUDGET if options.quick else run.BUDGET)
     status = 1 if any(row["failure"] for row in rows) else 0
     report.show(console, rows)
     if options.part:
@@ -66,34 +61,3 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     plots.speedups(rows, picture, f"{facts['cpu']}, {facts['isa']}, torch {facts['torch']}")
     console.print(f"written: {path}" + (f", {picture}" if picture.exists() else ""))
     return status
-
-
-def measure(
-    cases: Sequence[Case],
-    threads: Sequence[int],
-    console: Console,
-    budget: float,
-    *,
-    check: bool = True,
-    limit: float = math.inf,
-) -> list[dict[str, Any]]:
-    """All cases on every number of threads, with a progress bar; none is begun after `limit` s."""
-    rows = []
-    start = time.monotonic()
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("", total=len(cases) * len(threads))
-        for count in threads:
-            for case in cases:
-                if time.monotonic() - start > limit:
-                    return rows
-                progress.update(task, description=f"{case.key}, threads={count}")
-                rows.append(run.run_case(case, count, budget, check=check))
-                progress.advance(task)
-    return rows

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from spectral_kernels import _records, info
 
-from . import bench, peers, plots, report, run
+from . import peers, plots, report, run
 
 # Seconds that the microbenchmarks may take; on a busy machine the rest of them is left out.
 _KERNEL_SECONDS = 100.0
@@ -114,7 +114,7 @@ def _kernels(console: Console, output: Path) -> int:
         console.print(line, highlight=False, style="dim")
     cases = [case for family in run.FAMILIES for case in family.cases() if case.quick]
     threads = [torch.get_num_threads()]
-    rows = bench.measure(cases, threads, console, run.QUICK_BUDGET, limit=_KERNEL_SECONDS)
+    rows = run.measure(cases, threads, console, run.QUICK_BUDGET, limit=_KERNEL_SECONDS)
     report.show(console, rows)
     for line in report.summary(rows):
         console.print(line, highlight=False)

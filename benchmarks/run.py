@@ -1,4 +1,4 @@
-"""Goes through the cases: correctness first, then time. `spectral-kernels bench` calls `main`."""
+"""Goes through the cases: correctness first, then time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import math
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from spectral_kernels import _extension, _records, info
@@ -30,7 +31,11 @@ from .case import (
     within_rule,
     worst_entry,
 )
-from .timing import Load, Timing, fma_peak, idle_check, measure, memory_peak
+from .timing import Load, Timing, fma_peak, idle_check, memory_peak
+from .timing import measure as interleaved
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FORMAT = 1
 
@@ -122,7 +127,7 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
         calls = {c.name: c.run for c in problem.contenders if c.name not in failures}
         with Load() as load:
             before = _peaks(problem.work, threads)
-            timings = measure(calls, budget=budget, period=problem.period)
+            timings = interleaved(calls, budget=budget, period=problem.period)
             peaks = {
                 rate: max(peak, before[rate])
                 for rate, peak in _peaks(problem.work, threads).items()
@@ -138,7 +143,8 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
         if name in timings:
             entry.update(_times(timings[name], timings[OURS], case, name))
             entry["torch"] = own[name].torch
-            _, alone = _bound([own[name].work] if own[name].work else (), peaks, threads)
+            work = own[name].work
+            _, alone = _bound([work] if work else (), peaks, threads)
             entry["share_of_peak"] = (
                 row["share_of_peak"] if name == OURS else alone and alone / timings[name].median
             )
@@ -150,6 +156,46 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
     if _extension.faults() != wrong_before:
         row["failure"] = f"results of LAPACK had to be computed again: {_extension.faults()}"
     return row
+
+
+def measure(
+    cases: Sequence[Case],
+    threads: Sequence[int],
+    console: Console,
+    budget: float,
+    *,
+    check: bool = True,
+    limit: float = math.inf,
+) -> list[dict[str, Any]]:
+    """All cases on every number of threads, with a progress bar; none is begun after `limit` s."""
+    # Only here, so that rows can be had where rich is not installed.
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    rows: list[dict[str, Any]] = []
+    start = time.monotonic()
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=len(cases) * len(threads))
+        for count in threads:
+            for case in cases:
+                if time.monotonic() - start > limit:
+                    return rows
+                progress.update(task, description=f"{case.key}, threads={count}")
+                rows.append(run_case(case, count, budget, check=check))
+                progress.advance(task)
+    return rows
 
 
 def _errors(problem: Problem) -> tuple[dict[str, list[float]], dict[str, str]]:

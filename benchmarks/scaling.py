@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import bench, peers, plots, report, run
+from . import peers, plots, report, run
 from .case import OURS, dtype_name
 
 _SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -78,7 +79,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     family = next(family for family in run.FAMILIES if op in family.ops)
     cases = [family.case(op, shape, dtype) for shape in shapes]
-    return bench.measure(cases, threads, console, _BUDGET, check=False)
+    return run.measure(cases, threads, console, _BUDGET, check=False)
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float | None:
@@ -116,7 +117,7 @@ def _counts(rows: Sequence[Row]) -> list[int]:
     return sorted({row["threads"] for row in rows})
 
 
-def _table(title: str, groups: Mapping[tuple[str, str], list[Row]], axis: int) -> Table:
+def _table(title: str, groups: Mapping[tuple[str, str], Sequence[Row]], axis: int) -> Table:
     out = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     out.add_column("operator", no_wrap=True)
     out.add_column("dtype")
@@ -149,8 +150,8 @@ def _table(title: str, groups: Mapping[tuple[str, str], list[Row]], axis: int) -
 
 
 def draw(
-    by_n: Mapping[tuple[str, str], list[Row]],
-    by_batch: Mapping[tuple[str, str], list[Row]],
+    by_n: Mapping[tuple[str, str], Sequence[Row]],
+    by_batch: Mapping[tuple[str, str], Sequence[Row]],
     path: Path,
     title: str,
 ) -> None:
@@ -174,7 +175,7 @@ def draw(
     plots.save(figure, path)
 
 
-def _panel(axes: plt.Axes, rows: Sequence[Row], axis: int) -> None:
+def _panel(axes: Axes, rows: Sequence[Row], axis: int) -> None:
     peer = _peer(rows)
     for threads, line in zip(_counts(rows), ("-", "--", ":"), strict=False):
         many = f"{threads} thread{'s' if threads > 1 else ''}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import cuda_kernels
+import import_circles
 import pytest
 import roofline
 from spectral_kernels import _records
@@ -83,3 +86,59 @@ def test_a_tool_starts_from_any_folder(name, tmp_path):
     command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+def test_no_module_of_the_package_imports_itself_by_way_of_others():
+    paths = import_circles.modules()
+    assert {"spectral_kernels", "spectral_kernels.benchmarks.run"} < paths.keys()
+    edges = {name: import_circles.imports(name, paths, inside=True) for name in paths}
+    assert "spectral_kernels.benchmarks.run" in edges["spectral_kernels.benchmarks.bench"]
+    assert import_circles.circles(edges) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    texts = {"a": "from . import b", "b": "if True:\n    from .c import x", "c": "import p.a"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "d.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import e\nfrom . import a"
+    )
+    (tmp_path / "e.py").write_text("def f():\n    from . import d, f")
+    (tmp_path / "f.py").write_text("from . import e")
+    paths = import_circles.modules({"p": tmp_path})
+    for inside, expected in ((False, []), (True, [["p.e", "p.f"]])):
+        edges = {name: import_circles.imports(name, paths, inside=inside) for name in paths}
+        assert import_circles.circles(edges) == [["p.a", "p.b", "p.c"], *expected]
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"- id: (\S+)", config) == [
+        "ruff-check",
+        "ruff-format",
+        "clang-format",
+        "mypy",
+    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = dict(pin.split("==") for pin in project["optional-dependencies"]["lint"])
+    found = re.findall(r"/(\S+)\n    rev: v(\S+)", config)
+    names = {"ruff-pre-commit": "ruff", "mirrors-clang-format": "clang-format"}
+    assert {name: versions[name] for name in names.values()} == {
+        names[repository.rpartition("/")[2]]: version for repository, version in found
+    }
+    # The files of CXX_FILES in the Makefile.
+    pattern = re.compile(re.search(r"files: (\S+)", config)[1])
+    formatted = {
+        path.relative_to(ROOT).as_posix()
+        for folder, suffixes in (
+            ("csrc", {".cpp", ".h", ".inl", ".cu"}),
+            ("tests/tiles", {".cpp", ".h"}),
+            ("tests/cuda_emulation", {".cpp", ".h"}),
+        )
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in suffixes
+    }
+    assert len(formatted) > 80
+    everything = [path for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*.*")]
+    matched = {p.relative_to(ROOT).as_posix() for p in everything}
+    assert {name for name in matched if pattern.search(name)} == formatted
