@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import char_gpt
 import torch
+from shared.workload import Task, main
 from torch import Tensor, nn
-from workload import Task, main
 
 WIDTH = 128
 

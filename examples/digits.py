@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from shared.workload import Task, digest, main
 from torch import Tensor, nn
-from workload import Task, digest, main
 
 BATCH = 128
 HELD_OUT = 360

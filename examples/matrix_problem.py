@@ -9,8 +9,8 @@ relative to where X began. Shampoo's factors see A and B; an elementwise method 
 from __future__ import annotations
 
 import torch
+from shared.workload import Task, digest, main
 from torch import Tensor, nn
-from workload import Task, digest, main
 
 ROWS, COLUMNS, CONDITION = 24, 16, 30.0
 

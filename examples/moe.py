@@ -13,8 +13,8 @@ from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
+from shared.workload import Task, main
 from torch import Tensor, nn
-from workload import Task, main
 
 CONTEXT, EMBEDDED, EXPERTS, HIDDEN, BATCH = 8, 16, 8, 64, 256
 WIDTH = CONTEXT * EMBEDDED

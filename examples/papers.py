@@ -29,7 +29,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import orthogonality
 import step_cost
 import torch
 import trace_quadratic
@@ -37,9 +36,8 @@ from characters import Characters
 from digits import Autoencoder, Convolutional, Perceptron
 from matrix_problem import MatrixProblem
 from moe import MixtureOfExperts
-from spectral_kernels import _records
-from spectral_kernels.benchmarks import plots, run
-from workload import (
+from shared import orthogonality
+from shared.workload import (
     CHOICES,
     History,
     Task,
@@ -49,6 +47,8 @@ from workload import (
     seconds,
     train,
 )
+from spectral_kernels import _records
+from spectral_kernels.benchmarks import plots, run
 
 TUNING_SEED = 1000
 OPTIMIZERS = ("adamw", "muon", "shampoo", "shampoo-half", "kl-shampoo", "soap", "deva")

@@ -21,10 +21,10 @@ from typing import Any
 
 import spectral_kernels as sk
 import torch
+from shared.workload import PLOT_DPI, digest, progress
 from spectral_kernels import _records
 from spectral_kernels.benchmarks import plots
 from torch import Tensor, nn
-from workload import PLOT_DPI, digest, progress
 
 SIZE, BLOCK, ROWS = 9, 3, 3
 SCALES = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))

@@ -80,6 +80,32 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {name_of(page) for page in PAGES}
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "examples/README.md", "tools/README.md"]
+)
+def test_links_of_the_repository_lead_somewhere(page: str) -> None:
+    path = DOCS.parent / page
+    targets = re.findall(r"\]\((?!http)([^)#]+)", path.read_text())
+    assert targets or page == "tools/README.md"
+    for target in targets:
+        assert (path.parent / target).is_file(), target
+
+
+def test_the_first_screen_of_the_readme() -> None:
+    """One sentence, install, six lines of code, one picture, a table of four rows."""
+    first, *sections = re.split(
+        r"^## ", (DOCS.parent / "README.md").read_text(), flags=re.MULTILINE
+    )
+    kinds = re.findall(r"^```(sh|python)$|^(!)\[|^<!-- (table) ", first, flags=re.MULTILINE)
+    assert ["".join(kind) for kind in kinds] == ["sh", "python", "!", "table"]
+    (code,) = BLOCK.findall(first)
+    assert len(code.strip().splitlines()) - code.count("\n\n") <= 6
+    rows = [line for line in first.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 4
+    # All other figures are in docs/benchmarks.md.
+    assert not [section for section in sections if "<!-- table" in section]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_snippets_lead_somewhere(page: Path) -> None:
     text = page.read_text()

@@ -20,14 +20,15 @@ pytest.importorskip("rich")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = (
     "first_steps",
-    "workload",
+    "shared",
+    "shared.workload",
     "digits",
     "moe",
     "matrix_problem",
     "trace_quadratic",
     "char_gpt",
     "characters",
-    "orthogonality",
+    "shared.orthogonality",
     "step_cost",
     "papers",
 )
@@ -76,7 +77,7 @@ def test_digits(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_training_learns() -> None:
     pytest.importorskip("sklearn")
-    workload, digits = load("workload"), load("digits")
+    workload, digits = load("shared.workload"), load("digits")
     task = digits.Perceptron()
     for name in ("adamw", "muon", "kl-shampoo", "deva"):
         history = workload.train(task, name, steps=40)
@@ -84,7 +85,7 @@ def test_training_learns() -> None:
 
 
 def test_experts_are_batches_of_matrices(tmp_path: Path) -> None:
-    moe, workload = load("moe"), load("workload")
+    moe, workload = load("moe"), load("shared.workload")
     moe.main(moe.MixtureOfExperts(), ["--steps", "3", "--output", str(tmp_path)])
     task = moe.MixtureOfExperts()
     model = task.model()
@@ -107,7 +108,7 @@ def test_characters(tmp_path: Path) -> None:
 
 
 def test_matrix_problem_has_its_optimum() -> None:
-    problem, workload = load("matrix_problem"), load("workload")
+    problem, workload = load("matrix_problem"), load("shared.workload")
     task = problem.MatrixProblem()
     model = task.model()
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_trace_quadratic(tmp_path: Path) -> None:
 
 def test_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
-    papers, orthogonality = load("papers"), load("orthogonality")
+    papers, orthogonality = load("papers"), load("shared.orthogonality")
     some = {name: orthogonality.VARIANTS[name] for name in ("gradient", "Muon", "Shampoo 1/2")}
     monkeypatch.setattr(orthogonality, "VARIANTS", some)
     arguments = ["--tasks", "digits-mlp", "--optimizers", "muon,deva", "--trials", "2"]
@@ -183,7 +184,7 @@ def test_search_leaves_divergence_behind() -> None:
 
 
 def test_isotropy_error() -> None:
-    orthogonality = load("orthogonality")
+    orthogonality = load("shared.orthogonality")
     eye = torch.eye(4, dtype=torch.float64)
     assert orthogonality.isotropy_error(3.0 * eye) == pytest.approx(0.0)
     one = torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
@@ -191,6 +192,6 @@ def test_isotropy_error() -> None:
 
 
 def test_seconds_are_medians_over_seeds() -> None:
-    workload = load("workload")
+    workload = load("shared.workload")
     histories = [workload.History(step_seconds=[1.0, x]) for x in (2.0, 3.0, 99.0)]
     assert workload.seconds(histories) == [1.0, 4.0]

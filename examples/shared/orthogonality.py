@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared.workload import PLOT_DPI, Task, progress, train
 from spectral_kernels.benchmarks import plots
 from torch import Tensor
-from workload import PLOT_DPI, Task, progress, train
 
 FRESH = {"precondition_frequency": 1}
 GRADIENT = "gradient"
