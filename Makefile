@@ -37,17 +37,16 @@ demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
 # Four runs, two at a time; each prints when it has ended.
-EMULATED := $(wildcard tests/test_cuda_*.py)
 RANKS := tests/test_distributed.py
 test: $(VENV)/.triton
 	$(MAKE) --jobs=2 --output-sync=target test-rest test-cuda test-triton test-ranks
 
 test-rest: $(VENV)/.built
-	$(RUN) pytest -m 'not long' $(addprefix --ignore=,$(EMULATED) $(RANKS))
+	$(RUN) pytest -m 'not long and not emulated' --ignore=$(RANKS)
 
 # The CUDA C++ kernels in their emulation on the CPU.
 test-cuda: $(VENV)/.built
-	$(RUN) pytest -m 'not long' $(EMULATED)
+	$(RUN) pytest -m 'emulated and not long'
 
 # Optimizers over ranks, which are processes of their own.
 test-ranks: $(VENV)/.built

@@ -10,7 +10,7 @@ import mmap
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,27 @@ def arranged(order: int = 0, **options: Any) -> Iterator[None]:
         arrange()
 
 
+def refusal(
+    backend: str, op: str, tensors: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> str | None:
+    """What the kernels leave to other backends, on a processor of sm_90."""
+    if op != "inverse_root":
+        # Whether coefficients fit is asked of a module with CUDA, which this one is not.
+        return _cuda.rejection(op, tensors, {k: v for k, v in options.items() if k != "rows"})
+    # What it asks of the card is how much shared memory a block has.
+    a = tensors[0]
+    if a.dtype == torch.float64:
+        return "the CUDA C++ kernels compute in fp32"
+    return None if a.shape[-1] <= _cuda.MOST_ROWS else "it does not fit on chip"
+
+
 @contextlib.contextmanager
-def emulated() -> Iterator[None]:
-    """Backend "cuda" is the emulation, and takes CPU tensors."""
+def emulated(*, refuse: bool = False) -> Iterator[None]:
+    """Backend "cuda" is the emulation, and takes CPU tensors; with `refuse` only those that the
+    kernels would take on a card."""
     library()
     rejection, operator = _dispatch._rejection, _native.operator
-    _dispatch._rejection = lambda *_: None
+    _dispatch._rejection = refusal if refuse else lambda *_: None
     _native.operator = functools.partial(operator, library="spectral_kernels_emulated")
     try:
         with _dispatch.use_backend("cuda"):

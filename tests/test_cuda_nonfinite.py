@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import case, later_step, same_bits
+from support import case, later_step, new_step, same_bits
 from test_nonfinite import PLACES, VARIANTS, case_of, check_raise, check_skip
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
@@ -35,6 +35,21 @@ def test_propagated_elements_reach_the_parameter_at_once(variant):
     assert one["skipped"] == 0
     assert torch.equal(one["params"][1][1].isnan(), expected["params"][1][1].isnan())
     assert one["params"][1][1].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["lefts", "rights", "exp_avgs", "exp_avg_sqs"])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_first_call_with_nonfinite_state(skip_first, name):
+    """Of a call that only makes bases too, where no kernel reads the second moments."""
+    one = new_step("soap_step_", ((3, 4), (4, 3)), skip_first=skip_first, per_matrix_counts=True)
+    one[name][0].view(-1)[0] = math.nan
+    before, expected = one.clone(), one.run_reference()
+    one.run()
+    assert one["skipped"] == expected["skipped"] == 1
+    for written in one.names(write=True):
+        if written != "skipped":
+            assert same_bits(one[written][0], before[written][0]), written
+    assert one["left_bases"][1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -242,7 +242,19 @@ void RotatedStep::begin() {
     schedule.lr = lists_.lr.item<double>();
   check_launch(launch_numbers(counters_, schedule, numbers(), largest(), stream_), op_);
   if (bounded) check_launch(launch_largest(entries, Of::kMomentum, largest(), stream_), op_);
+  look_at_idle_squares();
   initialise();
+}
+
+// The second moments of matrices that are not updated, which no later kernel reads.
+void RotatedStep::look_at_idle_squares() {
+  std::vector<Entry> entries;
+  for (const Rotated& item : items_) {
+    if (!item.idle || !item.squares.defined()) continue;
+    append(entries, item.squares, {}, item.squares, 1, false);
+    entries.back().first = item.number;
+  }
+  if (!entries.empty()) check_launch(launch_largest(entries, Of::kSource, largest(), stream_), op_);
 }
 
 // The factors of first gradients that are not zero, and their eigenbases.

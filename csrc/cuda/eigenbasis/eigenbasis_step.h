@@ -91,6 +91,7 @@ class RotatedStep {
  private:
   void find_first();
   void number();
+  void look_at_idle_squares();
   void initialise();
   void place(Rotated& item, const at::Tensor& slab, int64_t& offset);
   void refresh();
