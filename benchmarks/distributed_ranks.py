@@ -171,7 +171,7 @@ def _made(algorithm: str, net: nn.Module, **more: Any) -> Any:
 
 def _trainings(algorithm: str, shapes: Sequence[Shape]) -> dict[str, tuple[nn.Module, Any]]:
     """By layout a model with gradients and its optimizer; "replicated" steps all on every rank."""
-    found = {}
+    found: dict[str, tuple[nn.Module, Any]] = {}
     for name, layout in {"replicated": None, **layouts(dist.get_world_size())}.items():
         net = _Net(shapes)
         more = {"distributed": dist.group.WORLD} if name == "ddp" else {}
@@ -182,7 +182,8 @@ def _trainings(algorithm: str, shapes: Sequence[Shape]) -> dict[str, tuple[nn.Mo
         for i, param in enumerate(net.parameters()):
             # The same on all ranks where all hold all.
             param.grad = torch.zeros_like(param)
-            local = param.grad if layout is None or layout.shards == 1 else param.grad.to_local()
+            grad: Any = param.grad
+            local = grad if layout is None or layout.shards == 1 else grad.to_local()
             local.copy_(gaussian(local.shape, torch.float32, 1000 + i))
         found[name] = net, _made(algorithm, net, **more)
     return found

@@ -31,7 +31,7 @@ _QUICK = ("512x512",)
 _AUTHORS = "SOAP's own code"
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "soap_step_":
         return Case(
             op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
@@ -48,7 +48,7 @@ def _refresh(
     *,
     condition: float = 1e6,
     deficient: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Case:
     variant = "rank n/4" if deficient else f"cond={condition:.0e}".replace("e+0", "e")
     build = partial(_build_refresh, sizes, dtype, 1.0 / condition, deficient)

@@ -411,7 +411,7 @@ def _other_products(x: Tensor, run: Callable[[], Any]) -> dict[str, Callable[[],
     """The CUDA C++ kernels with large products by wgmma, which is off by default."""
     if _cuda.unavailable() is not None or x.dtype == torch.float32:
         return {}
-    module = _extension.MODULE
+    module: Any = _extension.MODULE
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         return {}
     return {"cuda, wgmma": _switched(lambda on: module.cuda_prefer_wgmma(bool(on)), run)}
@@ -419,7 +419,7 @@ def _other_products(x: Tensor, run: Callable[[], Any]) -> dict[str, Callable[[],
 
 def _paths(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     """All CUDA C++ products of an iteration in one launch, and in one each: with the same bits."""
-    module = _extension.MODULE
+    module: Any = _extension.MODULE
     if _cuda.unavailable() is not None:
         return {}
     one = _switched(module.cuda_prefer_queue, run)
@@ -434,7 +434,7 @@ def newton_schulz(session: Session) -> list[dict[str, Any]]:
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     compiled, compiled_gram = (torch.compile(f, dynamic=False) for f in (standard, gram_form))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in _TINY_SHAPES if session.rehearsing else SHAPES:
         if session.left < 60:
             break
@@ -477,7 +477,7 @@ def _peers(session: Session, x: Tensor) -> dict[str, Callable[[], Any]]:
 
 def gram(session: Session) -> list[dict[str, Any]]:
     """X X^T against cuBLAS."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     shapes = _TINY_SHAPES if session.rehearsing else SHAPES[:12]
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -500,7 +500,7 @@ def gram(session: Session) -> list[dict[str, Any]]:
 
 def kron_factor(session: Session) -> list[dict[str, Any]]:
     """L <- beta L + w G G^T and R likewise, and L G R, against fp32 products of torch."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for m in (24,) if session.rehearsing else FACTORS:
         for dtype in (torch.float32, torch.bfloat16):
             if session.left < 45:
@@ -553,7 +553,7 @@ def inverse_root(session: Session) -> list[dict[str, Any]]:
         values = values.clamp(min=0.0) + 1e-6 * a.abs().sum(-1).amax(-1)[..., None]
         return (vectors * values[..., None, :] ** -0.25) @ vectors.mT
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count, n in ((2, 20),) if session.rehearsing else ROOTS:
         if session.left < 45:
             break
@@ -576,7 +576,7 @@ def steps(session: Session) -> list[dict[str, Any]]:
 
     Plain torch is the specification, matrix by matrix, on the card.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     lists = {"tiny": ((12, 20), (20, 12), (30, 30))} if session.rehearsing else LISTS
     for name, shapes in lists.items():
         if session.left < 30:
@@ -629,7 +629,7 @@ def _on(backend: str, step: Callable[[], Any]) -> None:
 
 def spectra(session: Session) -> list[dict[str, Any]]:
     """Errors on decaying spectra against plain torch's, in every dtype: the accuracy rule."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     shapes = _TINY_SHAPES[:1] if session.rehearsing else ((128, 512), (768, 768), (768, 3072))
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

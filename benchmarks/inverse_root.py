@@ -38,14 +38,14 @@ _RIDGE = 1e-6  # the largest eigenvalue is 1
 _STEP_RIDGE, _NO_RIDGE = 1e-4, 1e-6
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "shampoo_step_":
         return _shampoo(shape, dtype, FREQUENCY, **options)
     return _root(square_shape(shape), dtype, 4, **options)
 
 
 def _root(
-    sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float = 1e-6, **options: object
+    sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float = 1e-6, **options: Any
 ) -> Case:
     """Eigenvalues from 1 down to `low`, before the ridge."""
     variant = f"p={p}" if low == 1e-6 else f"p={p} low={low:.0e}"
@@ -114,7 +114,7 @@ def _build_step(
 ) -> Problem:
     """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
     steps = Steps(start(shapes), dtype)
-    common = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    common: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
 
     def ours(every: int) -> Make:
         return lambda params: optim.Shampoo(

@@ -30,7 +30,7 @@ _QUICK = ("768x768", "64x128x128")
 _BETA = 0.95
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     build = {"kron_factors_update_": _update, "kron_precondition": _precondition}[op]
     sizes = parse_shape(shape)
     return Case(op, shape_name(sizes), dtype, partial(build, sizes, dtype), **options)
@@ -46,8 +46,10 @@ def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     def exact() -> tuple[Tensor, Tensor]:
         g = grad.double()
         old = [factor.double() for factor in start]
-        products = g @ g.mT, g.mT @ g
-        return tuple(_BETA * a + (1 - _BETA) * b for a, b in zip(old, products, strict=True))
+        left, right = (
+            _BETA * a + (1 - _BETA) * b for a, b in zip(old, (g @ g.mT, g.mT @ g), strict=True)
+        )
+        return left, right
 
     def ours(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         kron_factors_update_(left, right, grad, _BETA)

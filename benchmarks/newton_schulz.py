@@ -35,7 +35,7 @@ _QUICK = ("768x768", "768x3072", "64x96x112")
 _MUON = coefficients.resolve("muon").rows
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "muon_step_":
         return Case(
             op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
@@ -52,7 +52,7 @@ def _newton_schulz(
     *,
     spectrum: str = "gaussian",
     unrestarted: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Case:
     variant = " ".join(
         name for name, on in (("decaying", spectrum != "gaussian"), ("gram", unrestarted)) if on
@@ -63,7 +63,7 @@ def _newton_schulz(
 
 def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarted: bool) -> Problem:
     x = gaussian(sizes, dtype) if spectrum == "gaussian" else decaying(sizes, dtype)
-    options = {"method": "gram", "restarts": ()} if unrestarted else {}
+    options: dict[str, Any] = {"method": "gram", "restarts": ()} if unrestarted else {}
     exact = cache(lambda: standard(x.double(), _MUON))
     contenders = [Contender(OURS, lambda: newton_schulz(x, **options))]
     full = _full_work(sizes, dtype, _MUON)

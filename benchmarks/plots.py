@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -44,7 +45,7 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
             _kind(e["name"]) for row in shown for e in row["contenders"] if "speedup" in e
         )
     )
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         kind: {"color": COLOURS[i % len(COLOURS)], "marker": "os^D"[i // len(COLOURS) % 4], "ms": 5}
         for i, kind in enumerate(kinds)
     }
@@ -71,7 +72,7 @@ def speedups(rows: Iterable[Row], path: Path, title: str) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("time of the other / our time (right of 1: we are faster)")
     axes.set_title(title, loc="left")
-    handles = [plt.Line2D([], [], ls="", label=kind, **styles[kind]) for kind in kinds]
+    handles = [Line2D([], [], ls="", label=kind, **styles[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)))
     save(figure, path)
 

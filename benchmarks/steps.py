@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from spectral_kernels import use_backend
@@ -175,7 +176,7 @@ Squares = Callable[[Tensor], Tensor]
 def ours_with(squares: Squares) -> Prepare:
     """Puts the start into the state of our SOAP or DeVA; `squares` makes V of the momentum."""
 
-    def prepare(optimizer: Optimizer, entries: list[Entry]) -> None:
+    def prepare(optimizer: Any, entries: list[Entry]) -> None:
         optimizer.init_state()
         for entry in entries:
             state = optimizer.state[entry.param]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache, partial
+from typing import Any
 
 import torch
 from spectral_kernels.symmetric_matmul import gram
@@ -36,7 +37,7 @@ _SHAPES = (
 _QUICK = ("512x512", "768x3072", "64x128x128")
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, **options: object) -> Case:
+def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     sizes = parse_shape(shape)
     return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
 

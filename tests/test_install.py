@@ -58,7 +58,7 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     tools = {path.name for path in (ROOT / "tools").glob("*.py")}
     assert len(tools) >= 6 and not tools & {Path(name).name for name in names}
     assert not [name for name in names if name.endswith((".json", ".md", ".png"))]
-    assert "spectral_kernels/py.typed" in names
+    assert {"spectral_kernels/py.typed", "spectral_kernels/_C.pyi"} < names
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == (0 if _extension.MODULE is None else 1)
 

@@ -92,7 +92,9 @@ TABLE: dict[str, dict[tuple[int, bool], Config]] = {
         (4, False): Config(64, 32, 4, 2),
         (4, True): Config(64, 32, 4, 2),
     },
-    "interpreter": {(size, large): Config(64, 64, 4, 1) for size in (2, 4) for large in (0, 1)},
+    "interpreter": {
+        (size, large): Config(64, 64, 4, 1) for size in (2, 4) for large in (False, True)
+    },
 }
 
 _SHARED_MEMORY_OF_86 = ((8, 6), (8, 9), (12, 0), (12, 1))

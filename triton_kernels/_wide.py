@@ -233,7 +233,7 @@ def wide(
         # Element by element a large tile takes more registers than there are.
         spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
         fitting = config.halved() if spread else config
-        tiles = layout.tiles(fitting.tile, None if everything else tuple(chosen))
+        tiles = layout.tiles(fitting.tile, None if chosen is None or everything else tuple(chosen))
         launch(
             _wide_kernel,
             len(tiles),

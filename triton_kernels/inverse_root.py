@@ -62,7 +62,7 @@ class Roots(NamedTuple):
 
 
 @functools.cache
-def _schedules(p: int) -> list[list[tuple[float, ...]]]:
+def _schedules(p: int) -> list[tuple[tuple[float, float, float], ...]]:
     """Rows for spectra in [2^(-i / 4), 1]."""
     lows = [2.0 ** (-i / _QUARTERS) for i in range(_BOUNDS * _QUARTERS + 1)]
     return [root_schedule(low, p, root_tolerance(_U)) for low in lows]
@@ -287,7 +287,7 @@ def inverse_root(
     if not a.numel():
         numbers = [a.new_zeros(batch) for _ in range(2)]
         counts = [a.new_zeros(batch, dtype=torch.int64) for _ in range(2)]
-        return torch.empty_like(a), *counts, *numbers
+        return torch.empty_like(a), counts[0], counts[1], numbers[0], numbers[1]
     given = flattened(a)
     found = roots_of(given, p, ridge=ridge, relative_ridge=relative_ridge, wait=True)
     few = given.shape[-1] <= MOST_ROOT_ROWS_DECOMPOSED
@@ -309,8 +309,8 @@ def inverse_root(
         found = Roots(
             *(x.index_copy(0, chosen, y.to(x.dtype)) for x, y in zip(found, fallback, strict=True))
         )
-    numbers = (x.reshape(batch) for x in found[1:])
-    return found.root.reshape(a.shape).contiguous(), *numbers
+    status, steps, residual, delta = (x.reshape(batch) for x in found[1:])
+    return found.root.reshape(a.shape).contiguous(), status, steps, residual, delta
 
 
 def _or_iterated(eigen: Roots, iterated: Roots, a: Tensor) -> Roots:

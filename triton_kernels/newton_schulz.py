@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -391,7 +392,7 @@ class _Iteration:
             unit *= a
             taken += 1
             if not closing:
-                scales = {"factors": powers, "columns": (2, 2, 0)}
+                scales: dict[str, Any] = {"factors": powers, "columns": (2, 2, 0)}
                 symmetric(layout, config, r, z, half, beta=a, c=r, **scales)
                 symmetric(layout, config, half, z, r, beta=a, c=half)
                 powers = None
@@ -645,9 +646,9 @@ def muon_step_(
     check_state("momentum_buffers", momentum_buffers, params)
     check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
     check_list("scales", scales, len(params))
-    restarts = [tuple(steps) for steps in restarts] or [()] * len(params)
-    check_list("restarts", restarts, len(params))
-    for steps in restarts:
+    anew: list[tuple[int, ...]] = [tuple(steps) for steps in restarts] or [()] * len(params)
+    check_list("restarts", anew, len(params))
+    for steps in anew:
         check_rows(rows, steps)
     check_distinct([params, momentum_buffers, second_moments], grads)
     raise_nonfinite(
@@ -662,7 +663,7 @@ def muon_step_(
     device = params[0].device
     rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
     lists = [params, grads, momentum_buffers] + ([] if beta2 is None else [second_moments])
-    items = items_of(lists, rule, restarts, architecture(device))
+    items = items_of(lists, rule, anew, architecture(device))
     progress = Progress(items, step_counts, skipped, nonfinite)
     for group in groups_of(items):
         layout, plan = layout_for(group, device), group[0].plan
