@@ -11,23 +11,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-# Operator -> the family that holds it.
-FAMILIES = {
-    "gram": "symmetric_matmul",
-    "newton_schulz": "newton_schulz",
-    "polar": "newton_schulz",
-    "muon_step_": "newton_schulz",
-    "kron_factors_update_": "kron_factor",
-    "kron_precondition": "kron_factor",
-    "inverse_root": "inverse_root",
-    "shampoo_step_": "inverse_root",
-    "eigenbasis": "eigenbasis",
-    "refresh_eigenbasis": "eigenbasis",
-    "soap_step_": "eigenbasis",
-    "deva_step_": "deva",
-}
+from spectral_kernels._operators import TABLE
+
+# Operator -> the family that holds it; all of them have kernels here.
+FAMILIES = {name: operator.family for name, operator in TABLE.items()}
 
 
 def operator(name: str) -> Callable[..., Any]:
     """The function of an operator, under the reference's signature."""
-    return getattr(importlib.import_module(f".{FAMILIES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{TABLE[name].module}", __name__), name)

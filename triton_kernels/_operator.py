@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from spectral_kernels._backend import (
-    check_choice,
     check_device,
     check_list,
     check_step_lists,
@@ -77,23 +76,13 @@ def check_sides(
                 )
 
 
-def check_rows(rows: Sequence[Sequence[float]], restarts: Sequence[int]) -> None:
-    """(a, b, c) for every step, and the steps before which the Gram form starts anew."""
-    if not rows or any(len(row) != 3 for row in rows):
-        raise ValueError(f"rows must hold (a, b, c) for every step, not {rows!r}")
-    if not all(1 <= step < len(rows) for step in restarts):
-        raise ValueError(f"restarts must be steps in 1..{len(rows) - 1}, not {tuple(restarts)}")
-
-
-def check_number(name: str, value: float, *, positive: bool = False) -> None:
+def check_number(name: str, value: float) -> None:
     """A finite number of at least 0."""
-    if not 0.0 <= value < math.inf or (positive and value == 0.0):
-        bound = "positive" if positive else "at least 0"
-        raise ValueError(f"{name} must be {bound} and finite, not {value}")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, not {value}")
 
 
 def raise_nonfinite(nonfinite: str, **lists: Sequence[Tensor]) -> None:
     """nonfinite="raise": before anything is written, at the price of waiting for the card."""
-    check_choice("nonfinite", nonfinite, ("skip", "propagate", "raise"))
     if nonfinite == "raise":
         raise_if_nonfinite(**lists)

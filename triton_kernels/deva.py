@@ -7,26 +7,23 @@ the variance, its adaptation and the scaling of the direction are one pass over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from spectral_kernels._backend import (
-    check_choice,
     check_device,
     check_distinct,
     check_list,
     check_writable,
     operator,
 )
+from spectral_kernels._options import BasisLists, DevaOptions, takes
 from torch import Tensor
 
 from ._config import PASS_WARPS
 from ._device import launch
 from ._operator import (
-    check_number,
-    check_rows,
     check_sides,
     check_state,
     check_step,
@@ -47,32 +44,10 @@ from .eigenbasis import (
 )
 from .newton_schulz import newton_schulz
 
-_NORMS = ("schatten", "linf")
-_VARIANCES = ("momentum", "gradient", "instant", "low_memory", "none")
-_EPS_MODES = ("relative", "outside", "inside")
-_PUBLIC_VARIANCES = {"schatten": ("momentum", "instant"), "linf": ("momentum",)}
-
 _LINES = 16
 _ALONG = 128
 _BLOCK_ROWS = 32
 _BLOCK_COLS = 128
-
-
-@dataclass(frozen=True)
-class _Deva:
-    """The options of a step."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    eps_mode: str
-    norm: str
-    variance: str
-    nesterov: bool
-    sign: bool
-    correct_bias: bool
-    rows: Sequence[Sequence[float]]
-    compute_dtype: torch.dtype
 
 
 @triton.jit
@@ -149,56 +124,24 @@ def _adapt_kernel(
 
 
 @operator
-def deva_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_bases: Sequence[Tensor],
-    right_bases: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    eps_mode: str,
-    weight_decay: float,
-    norm: str,
-    variance: str,
-    nesterov: bool,
-    sign: bool,
-    correct_bias: bool,
-    normalize_grads: bool,
-    rows: Sequence[Sequence[float]],
-    scales: Sequence[float],
-    compute_dtype: torch.dtype,
-    reference: bool,
-    maximize: bool,
-    nonfinite: str,
-    refresh: Sequence[int],
-) -> None:
+@takes(BasisLists, DevaOptions)
+def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     """One DeVA step over a list of matrices; see `spectral_kernels.deva_step_`.
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
+    params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
+    step_counts, skipped, lr = lists[8:]
+    beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
     check_step(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_sides(params, lefts, rights, left_bases, right_bases, "bases")
-    _check_options(eps_mode, norm, variance, rows, reference)
+    options.check(len(params))
     _check_squares(exp_avg_sqs, params, variance)
-    check_list("scales", scales, len(params))
-    check_list("refresh", refresh, len(params))
-    check_number("eps", eps)
-    check_number("weight_decay", weight_decay)
     kept_lists = [params, exp_avgs, lefts, rights, left_bases, right_bases]
     check_distinct(kept_lists + ([] if variance == "none" else [exp_avg_sqs]), grads)
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         exp_avgs=exp_avgs,
         exp_avg_sqs=() if variance == "none" else exp_avg_sqs,
@@ -208,23 +151,11 @@ def deva_step_(
         right_bases=right_bases,
         params=params,
     )
-    public_schatten = reference and norm == "schatten"
-    step = _Deva(
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        eps_mode=eps_mode,
-        norm=norm,
-        variance=variance,
-        nesterov=nesterov,
-        sign=sign,
-        correct_bias=correct_bias and not reference,
-        rows=rows,
-        compute_dtype=compute_dtype,
-    )
-    checked = nonfinite != "propagate"
+    public_schatten = options.public_schatten
+    bounded = not options.reference and options.eps_mode == "relative"
+    checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-    flags = [bool(flag) for flag in refresh]
+    flags = [bool(flag) for flag in options.refresh]
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
@@ -232,20 +163,21 @@ def deva_step_(
         v = stack.take(exp_avg_sqs, 1 if variance == "low_memory" else 2)
         v = None if variance == "none" else v
         assert m is not None and g is not None
-        g = -g.float() if maximize else g.float()
+        g = -g.float() if options.maximize else g.float()
         none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
         kept = ~finite(g, m) if checked else none
         old = Bases(*(stack.take(x) for x in states))
         factors = old.left is not None or old.right is not None
-        if not reference and eps_mode == "relative" and (variance != "none" or factors):
+        if bounded and (variance != "none" or factors):
             kept = kept | outside_range(g)
         t = stack.steps(step_counts)
         first = uninitialised(old, stack, (left_bases, right_bases))
         new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
         rotated = rotate(g, new)
         new_m = beta1 * m + (1.0 - beta1) * rotated
-        direction = _direction(new_m, rotated, step)
-        new_v, update = _adapted(direction, new_m, rotated, v, t, stack.spread(scales), step)
+        direction = _direction(new_m, rotated, options)
+        scales = stack.spread(options.scales)
+        new_v, update = _adapted(direction, new_m, rotated, v, t, scales, options)
         update = rotate_back(update, new)
         idle = none if first is None or not public_schatten else first
         later = ~none if first is None else ~first
@@ -257,14 +189,14 @@ def deva_step_(
         new_m = torch.where(idle[:, None, None], m, new_m)
         if v is not None and new_v is not None:
             new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)
-        if normalize_grads:
+        if options.normalize_grads:
             update = rms_normalized(update)
         rate = rate_of(lr, len(g), g.device)
-        decay = 1.0 - rate * weight_decay
+        decay = 1.0 - rate * options.weight_decay
         if public_schatten:
             rate = rate * decay
-            if correct_bias:
-                rate = rate * adam_bias(beta1, beta2, t)
+            if options.correct_bias:
+                rate = rate * adam_bias(beta1, options.beta2, t)
         w = stack.take(params)
         assert w is not None
         new_w = moved(w, update, rate=rate, decay=decay)
@@ -282,7 +214,7 @@ def deva_step_(
         step_of(stack)
 
 
-def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
+def _direction(m: Tensor, g: Tensor, step: DevaOptions) -> Tensor:
     """O, the matrix sign or the elementwise one."""
     n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
     if step.norm == "linf":
@@ -300,15 +232,15 @@ def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
 
 
 def _adapted(
-    o: Tensor, m: Tensor, g: Tensor, v: Tensor | None, t: Tensor, scales: Tensor, step: _Deva
+    o: Tensor, m: Tensor, g: Tensor, v: Tensor | None, t: Tensor, scales: Tensor, step: DevaOptions
 ) -> tuple[Tensor | None, Tensor]:
     """The new V, and scale Gamma o O."""
     scale = column(scales, o)
     if v is None:
         return None, scale * o
     one = torch.ones_like(t)
-    m_bias = 1.0 - step.beta1**t if step.correct_bias else one
-    v_bias = 1.0 - step.beta2**t if step.correct_bias else one
+    m_bias = 1.0 - step.beta1**t if step.debiased else one
+    v_bias = 1.0 - step.beta2**t if step.debiased else one
     if step.norm == "linf":
         mhat = m / column(m_bias, m)
         seen = mhat if step.variance == "momentum" else g
@@ -340,7 +272,7 @@ def _adapt(
     top: tuple[Tensor, Tensor],
     v_bias: Tensor,
     scales: Tensor,
-    step: _Deva,
+    step: DevaOptions,
 ) -> tuple[Tensor, Tensor]:
     count, m, n = o.shape
     seen_norms = [x.sqrt() for x in seen]
@@ -377,7 +309,7 @@ def _adapt(
     return new_v, update
 
 
-def _ratio(top: Tensor, v: Tensor, step: _Deva) -> Tensor:
+def _ratio(top: Tensor, v: Tensor, step: DevaOptions) -> Tensor:
     """sqrt(e / v) with its eps from sqrt(e); 1 for 0 / 0."""
     if step.eps_mode == "outside":
         bottom = v.sqrt() + step.eps
@@ -386,29 +318,6 @@ def _ratio(top: Tensor, v: Tensor, step: _Deva) -> Tensor:
     else:
         bottom = (v + step.eps).sqrt()
     return torch.where((bottom == 0.0) & (top == 0.0), 1.0, top / bottom)
-
-
-def _check_options(
-    eps_mode: str,
-    norm: str,
-    variance: str,
-    rows: Sequence[Sequence[float]],
-    reference: bool,
-) -> None:
-    check_choice("eps_mode", eps_mode, _EPS_MODES)
-    check_choice("norm", norm, _NORMS)
-    check_choice("variance", variance, _VARIANCES)
-    if norm == "linf" and variance == "low_memory":
-        raise ValueError("variance='low_memory' keeps row and column sums, which norm='linf' lacks")
-    if norm == "schatten":
-        check_rows(rows, ())
-    if reference and eps_mode != "inside":
-        raise ValueError(f"reference=True has its eps inside the root, not eps_mode={eps_mode!r}")
-    if reference and variance not in _PUBLIC_VARIANCES[norm]:
-        raise ValueError(
-            f"reference=True with norm={norm!r} has variance "
-            f"{' or '.join(_PUBLIC_VARIANCES[norm])}, not {variance!r}"
-        )
 
 
 def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance: str) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_distinct, check_list, is_capturing, operator
+from spectral_kernels._backend import check_distinct, is_capturing, operator
+from spectral_kernels._options import BasisLists, SoapOptions, takes
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, gram, product, scaled_by, two_sided
 from ._operator import (
-    check_number,
     check_sides,
     check_state,
     check_step,
@@ -273,46 +273,23 @@ def refreshed(
 
 
 @operator
-def soap_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_bases: Sequence[Tensor],
-    right_bases: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    weight_decay: float,
-    correct_bias: bool,
-    normalize_grads: bool,
-    skip_first: bool,
-    permute_squares: bool,
-    maximize: bool,
-    nonfinite: str,
-    refresh: Sequence[int],
-) -> None:
+@takes(BasisLists, SoapOptions)
+def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     """One SOAP step over a list of matrices; see `spectral_kernels.soap_step_`.
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
+    params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
+    step_counts, skipped, lr = lists[8:]
+    beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
     check_step(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
     check_sides(params, lefts, rights, left_bases, right_bases, "bases")
-    check_list("refresh", refresh, len(params))
-    check_number("eps", eps)
-    check_number("weight_decay", weight_decay)
+    options.check(len(params))
     check_distinct([params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases], grads)
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         exp_avgs=exp_avgs,
         exp_avg_sqs=exp_avg_sqs,
@@ -322,16 +299,16 @@ def soap_step_(
         right_bases=right_bases,
         params=params,
     )
-    checked = nonfinite != "propagate"
+    checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-    flags = [bool(flag) for flag in refresh]
+    flags = [bool(flag) for flag in options.refresh]
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
         m, v = stack.take(exp_avgs), stack.take(exp_avg_sqs)
         g = stack.take(grads)
         assert m is not None and v is not None and g is not None
-        g = -g.float() if maximize else g.float()
+        g = -g.float() if options.maximize else g.float()
         none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
         kept = ~finite(g, m) if checked else none
         t = stack.steps(step_counts)
@@ -341,24 +318,25 @@ def soap_step_(
         rotated = rotate(g, new)
         new_m = beta1 * m + (1.0 - beta1) * rotated
         new_v = beta2 * v + (1.0 - beta2) * (rotated * rotated)
-        divisor = new_v.sqrt() + eps
+        divisor = new_v.sqrt() + options.eps
         update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
         update = rotate_back(update, new)
-        idle = none if first is None or not skip_first else first
+        idle = none if first is None or not options.skip_first else first
         later = ~none if first is None else ~first
         if first is None or not bool(first.all()):
             new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
             if stack.option(flags) and any(x is not None for x in new):
                 chosen = later & ~kept & finite(*new)
-                new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute_squares)
+                permute = options.permute_squares
+                new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute)
                 assert new_v_ is not None
                 new_v = new_v_
         new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)
-        if normalize_grads:
+        if options.normalize_grads:
             update = rms_normalized(update)
         rate = rate_of(lr, len(g), g.device)
-        decay = 1.0 - rate * weight_decay
-        bias = adam_bias(beta1, beta2, t) if correct_bias else torch.ones_like(t)
+        decay = 1.0 - rate * options.weight_decay
+        bias = adam_bias(beta1, beta2, t) if options.correct_bias else torch.ones_like(t)
         w = stack.take(params)
         assert w is not None
         new_w = moved(w, update, rate=decay * rate * bias, decay=decay)

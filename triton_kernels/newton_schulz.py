@@ -16,9 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from spectral_kernels._backend import check_distinct, check_list, check_rows_state, operator
+from spectral_kernels._backend import check_distinct, check_rows_state, operator
+from spectral_kernels._options import (
+    MuonLists,
+    MuonOptions,
+    check_norm_factor,
+    check_restarts,
+    check_rows,
+    takes,
+)
 from torch import Tensor
 
 from ._batch import flattened
@@ -31,7 +37,7 @@ from ._config import (
     precision_of,
     small_config,
 )
-from ._device import corner, launch, multiplied, narrowed, widened
+from ._device import launch
 from ._layout import (
     SHORT,
     WIDE,
@@ -45,16 +51,16 @@ from ._layout import (
     upload,
 )
 from ._neurons import by_neurons, check_moments
+from ._newton_schulz_kernels import _powers_kernel, _small_kernel
 from ._operator import (
     check_number,
-    check_rows,
     check_state,
     check_step,
     raise_nonfinite,
 )
 from ._passes import NONFINITE, Mix, Summary, pack, summarize
 from ._steps import Progress, numbers_of
-from ._wide import Delivery, Operand, deliver, wide
+from ._wide import Delivery, Operand, wide
 from .symmetric_matmul import symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.
@@ -144,123 +150,6 @@ def _is_gram(
             + rate * (squares + 1.5 * square * (end - begin - 1))
         )
     return gram < standard
-
-
-@triton.jit
-def _powers_kernel(
-    spans, squares, floor, out, norm_factor, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    matrix = tl.program_id(0)
-    first = tl.load(spans + matrix * 2)
-    count = tl.load(spans + matrix * 2 + 1)
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        at = start + lanes
-        sums += tl.load(squares + first + at, mask=at < count, other=0.0)
-    total = tl.sum(sums, 0)
-    norm = tl.sqrt(tl.sqrt(tl.sqrt(total)))
-    divisor = tl.maximum(norm_factor * norm, tl.load(floor + matrix))
-    scale = 1.0 / tl.where(total > 0.0, divisor, 1.0)
-    power = scale * 0.0 + 1.0
-    for k in tl.static_range(COUNT):
-        tl.store(out + matrix * COUNT + k, power.to(tl.float32))
-        power *= scale
-
-
-@triton.jit
-def _mean_with_transpose(x):
-    return 0.5 * (x + tl.trans(x))
-
-
-@triton.jit(do_not_specialize=("steps", "restarts"))
-def _small_kernel(
-    x, layout, matrices, rows, steps, restarts, floor, norm_factor,
-    places, state, scales, lr, rate, kept, decay,
-    SCHATTEN: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
-    UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
-    DELIVER: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    # All steps on one matrix. Q is unit I + q: of a step by itself a I is exact, and what is
-    # rounded is small. Over several, q takes the unit in, and is two numbers of X's dtype: on a
-    # null space Q is hundreds of times what it is elsewhere, and one would not cancel there.
-    matrix = tl.load(matrices + tl.program_id(0)).to(tl.int64)
-    first, ld = corner(layout, matrix, WIDE)
-    base = x + first
-    dtype: tl.constexpr = x.dtype.element_ty
-    short = tl.arange(0, TILE)
-    inner = tl.arange(0, DEPTH)
-    block = short[:, None] * ld + inner[None, :]
-    r = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, ld, DEPTH):
-        part = tl.load(base + start + block)
-        r = multiplied(part, tl.trans(part), r, PRECISION)
-    r = _mean_with_transpose(r)
-    scale = tl.full((), 1.0, tl.float32)
-    if SCHATTEN:
-        square = multiplied(r, r, tl.zeros((TILE, TILE), tl.float32), PRECISION).to(tl.float64)
-        total = tl.sum(tl.sum(square * square, 1), 0)
-        norm = tl.sqrt(tl.sqrt(tl.sqrt(total)))
-        divisor = tl.maximum(norm_factor * norm, tl.load(floor + matrix))
-        scale = (1.0 / tl.where(total > 0.0, divisor, 1.0)).to(tl.float32)
-        r *= scale * scale
-    unit = tl.full((), 1.0, tl.float32)
-    q = tl.zeros((TILE, TILE), tl.float32)
-    since = 0
-    eye = tl.where(short[:, None] == short[None, :], 1.0, 0.0)
-    for t in range(steps):
-        a = tl.load(rows + t * 3)
-        b = tl.load(rows + t * 3 + 1)
-        c = tl.load(rows + t * 3 + 2)
-        if ((restarts >> t) & 1) == 1:
-            whole = tl.where(since > 1, unit, 0.0)
-            left = (q + whole * eye) * scale
-            high = narrowed(left, dtype)
-            low = narrowed(left - widened(high), dtype)
-            unit = (unit - whole) * scale
-            r = tl.zeros((TILE, TILE), tl.float32)
-            for start in range(0, ld, DEPTH):
-                part = tl.load(base + start + block)
-                value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
-                if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
-                    if since > 1:
-                        value = multiplied(low, part, value, PRECISION)
-                part = narrowed(value, dtype)
-                tl.store(base + start + block, part)
-                r = multiplied(part, tl.trans(part), r, PRECISION)
-            # The next pass reads what other threads wrote.
-            tl.debug_barrier()
-            r = _mean_with_transpose(r)
-            q = tl.zeros((TILE, TILE), tl.float32)
-            unit = tl.full((), 1.0, tl.float32)
-            scale = tl.full((), 1.0, tl.float32)
-            since = 0
-        since += 1
-        z = multiplied(c * r, r, b * r, PRECISION)
-        q = _mean_with_transpose(multiplied(q, z, a * q + unit * z, PRECISION))
-        unit *= a
-        if t + 1 < steps and ((restarts >> (t + 1)) & 1) == 0:
-            half = _mean_with_transpose(multiplied(r, z, a * r, PRECISION))
-            r = _mean_with_transpose(multiplied(half, z, a * half, PRECISION))
-    whole = tl.where(since > 1, unit, 0.0)
-    left = (q + whole * eye) * scale
-    high = narrowed(left, dtype)
-    low = narrowed(left - widened(high), dtype)
-    unit = (unit - whole) * scale
-    for start in range(0, ld, DEPTH):
-        part = tl.load(base + start + block)
-        value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
-        if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
-            if since > 1:
-                value = multiplied(low, part, value, PRECISION)
-        if DELIVER:
-            deliver(
-                value, matrix, 0, start, short, inner, places, layout, state, scales, lr, rate,
-                kept, decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
-            )  # fmt: skip
-        else:
-            tl.store(base + start + block, narrowed(value, dtype))
 
 
 def orthogonalize(
@@ -572,9 +461,10 @@ def newton_schulz(
     norm_factor: float,
 ) -> Tensor:
     """Polynomials of X / norm(X); see `spectral_kernels.newton_schulz`."""
-    check_rows(rows, restarts)
+    check_rows(rows)
+    check_restarts(rows, restarts)
     check_number("eps", eps)
-    check_number("norm_factor", norm_factor, positive=True)
+    check_norm_factor(norm_factor)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
@@ -615,44 +505,18 @@ def _polar_of(x: Tensor) -> Tensor:
 
 
 @operator
-def muon_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    beta2: float | None,
-    neuron_eps: float,
-    weight_decay: float,
-    cautious: bool,
-    rows: Sequence[Sequence[float]],
-    scales: Sequence[float],
-    method: str,
-    restarts: Sequence[Sequence[int]],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-    maximize: bool,
-    nonfinite: str,
-) -> None:
+@takes(MuonLists, MuonOptions)
+def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
+    params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
+    beta2 = options.beta2
     check_step(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
     check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
-    check_list("scales", scales, len(params))
-    anew: list[tuple[int, ...]] = [tuple(steps) for steps in restarts] or [()] * len(params)
-    check_list("restarts", anew, len(params))
-    for steps in anew:
-        check_rows(rows, steps)
+    options.check(len(params))
     check_distinct([params, momentum_buffers, second_moments], grads)
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         momentum_buffers=momentum_buffers,
         second_moments=second_moments,
@@ -661,17 +525,17 @@ def muon_step_(
     if not params:
         return
     device = params[0].device
-    rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
-    lists = [params, grads, momentum_buffers] + ([] if beta2 is None else [second_moments])
-    items = items_of(lists, rule, anew, architecture(device))
-    progress = Progress(items, step_counts, skipped, nonfinite)
+    rule = rule_of(options)
+    used = [params, grads, momentum_buffers] + ([] if beta2 is None else [second_moments])
+    items = items_of(used, rule, options.restarts_of(len(params)), architecture(device))
+    progress = Progress(items, step_counts, skipped, options.nonfinite)
+    propagate = options.nonfinite == "propagate"
     for group in groups_of(items):
         layout, plan = layout_for(group, device), group[0].plan
         weights, gradients, buffers = (places_in(group, i, device) for i in range(3))
-        factors = numbers_of(tuple(scales[item.entry] for item in group), device)
-        propagate = nonfinite == "propagate"
+        factors = numbers_of(tuple(options.scales[item.entry] for item in group), device)
         beside = None if propagate else weights
-        mix = Mix(gradients, buffers, momentum, nesterov, maximize, beside)
+        mix = Mix(gradients, buffers, options.momentum, options.nesterov, options.maximize, beside)
         summary = _summary(mix, layout, rule)
         if lr.device.type != "cpu" and not propagate:
             state = torch.where(lr.isfinite(), summary.state, NONFINITE.value)
@@ -679,16 +543,30 @@ def muon_step_(
         moments = None if beta2 is None else places_in(group, 3, device)
         if moments is not None and not propagate:
             check_moments(layout, moments, summary.state)
-        packed = pack(mix, layout, summary, compute_dtype, propagate=propagate)
-        delivery = Delivery(weights, lr, weight_decay, factors, summary.state, propagate, cautious)
+        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate)
+        decay = options.weight_decay
+        delivery = Delivery(weights, lr, decay, factors, summary.state, propagate, options.cautious)
         if beta2 is None or moments is None:
             orthogonalize(layout, plan, rule, packed, summary, delivery)
         else:
             directions = orthogonalize(layout, plan, rule, packed, summary, None)
             assert directions is not None
-            by_neurons(layout, plan.config.tile, directions, moments, delivery, beta2, neuron_eps)
+            tile, eps = plan.config.tile, options.neuron_eps
+            by_neurons(layout, tile, directions, moments, delivery, beta2, eps)
         progress.add(group, summary.state)
     progress.finish()
+
+
+def rule_of(options: MuonOptions) -> Rule:
+    """What a step iterates."""
+    return Rule(
+        _triples(options.rows),
+        options.method,
+        options.compute_dtype,
+        options.eps,
+        options.norm,
+        options.norm_factor,
+    )
 
 
 def _summary(mix: Mix, layout: Layout, rule: Rule) -> Summary:

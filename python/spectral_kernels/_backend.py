@@ -109,6 +109,14 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def check_range(
+    name: str, value: float, low: float = 0.0, high: float = math.inf, *, closed: bool = False
+) -> None:
+    """low <= value < high, or <= high if closed."""
+    if not (low <= value < high or (closed and value == high)):
+        raise ValueError(f"{name} must be in [{low}, {high}{']' if closed else ')'}, not {value}")
+
+
 def check_list(name: str, values: Sequence[object], count: int) -> None:
     """Lists of one step have one entry a parameter."""
     if len(values) != count:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from . import _cuda, _extension, _native, reference
 from ._backend import check_device, check_distinct, check_writable, raise_if_nonfinite
+from ._operators import TABLE
 
 __all__ = ["Explanation", "call_counts", "explain", "run", "use_backend"]
 
@@ -34,20 +34,7 @@ _ENVIRONMENT = "SPECTRAL_KERNELS_BACKEND"
 # First choice first.
 _CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-OPERATORS = (
-    "gram",
-    "newton_schulz",
-    "polar",
-    "muon_step_",
-    "kron_factors_update_",
-    "kron_precondition",
-    "inverse_root",
-    "shampoo_step_",
-    "eigenbasis",
-    "refresh_eigenbasis",
-    "soap_step_",
-    "deva_step_",
-)
+OPERATORS = tuple(TABLE)
 
 # Methods of inverse_root that exist for comparison only.
 _REFERENCE_METHODS = ("newton", "newton_db")
@@ -322,7 +309,9 @@ def _check_together(
         copies = [[x.clone() for x in tensors] for tensors in lists]
         specification(*copies, *(x.clone() for x in rest), **options)
         raise
-    named = dict(zip(inspect.signature(specification).parameters, lists, strict=False))
+    kind = TABLE[op].lists
+    assert kind is not None
+    named = dict(zip(kind._fields, lists, strict=False))
     like = lists[0][0]
     for name, tensors in [*named.items(), ("skipped", [skipped])]:
         for i, x in enumerate(tensors):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _extension
 from ._backend import check_device
+from ._operators import TABLE
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -76,19 +77,18 @@ def _refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Te
     return a.new_empty(a.shape[:-1]), _like(q)
 
 
-FAKES: dict[str, Callable[..., Any]] = {
+_RESULTS: dict[str, Callable[..., Any]] = {
     "gram": _gram,
     "newton_schulz": _like,
     "polar": _like,
-    "muon_step_": _in_place("muon_step_"),
-    "kron_factors_update_": _in_place("kron_factors_update_"),
     "kron_precondition": _kron_precondition,
     "inverse_root": _inverse_root,
-    "shampoo_step_": _in_place("shampoo_step_"),
     "eigenbasis": _eigenbasis,
     "refresh_eigenbasis": _refresh_eigenbasis,
-    "soap_step_": _in_place("soap_step_"),
-    "deva_step_": _in_place("deva_step_"),
+}
+FAKES: dict[str, Callable[..., Any]] = {
+    name: _in_place(name) if operator.in_place else _RESULTS[name]
+    for name, operator in TABLE.items()
 }
 
 if _extension.MODULE is not None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import _checks
 
-NONFINITE = ("skip", "propagate", "raise")
 SCALES = ("original", "match_rms_adamw", "spectral_unclamped", "none")
 
 

@@ -7,20 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _options
 from . import coefficients as _coefficients
-from ._lists import NONFINITE, counters, scales_of
+from ._lists import counters, scales_of
+from ._options import EPS_MODES, DevaOptions, check_variant
 from .newton_schulz import CoefficientsLike
 
 __all__ = ["deva_step_"]
-
-NORMS = ("schatten", "linf")
-VARIANCES = ("momentum", "gradient", "instant", "low_memory", "none")
-EPS_MODES = ("relative", "outside", "inside")
-
-# Of the public classes DeVASchattenNorm and its sign-stabilised form, DeVASchattenNormIns, and
-# DeVAEuclideanNorm; the low-memory one calls a function that does not exist.
-_PUBLIC_VARIANCES = {"schatten": ("momentum", "instant"), "linf": ("momentum",)}
 
 
 def deva_step_(
@@ -126,21 +119,28 @@ def deva_step_(
     Source: DeVA, arXiv 2602.06880, with the moments debiased before the ratio is taken; the public
     code, commit 2e4d26e, for `reference`.
     """
+    given = locals()
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs)):
         _checks.tensors(name, tensors, len(params))
     rows = _coefficients.resolve(coefficients, steps)
-    beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
+    if shampoo_beta is None:
+        shampoo_beta = _checks.number("beta2", beta2, 0.0, 1.0)
     reference = _checks.flag("reference", reference)
     if eps_mode is None:
         eps_mode = "inside" if reference else "relative"
-    check_variant(norm=norm, variance=variance, eps_mode=eps_mode, reference=reference)
     if scale is None:
         scale = "none" if norm == "linf" else "match_rms_adamw"
-    if compute_dtype is not None and compute_dtype not in _checks.FLOATS:
-        raise TypeError(
-            f"compute_dtype must be float64, float32, bfloat16 or float16, not {compute_dtype!r}"
-        )
+    options = _options.checked(
+        DevaOptions,
+        given,
+        shampoo_beta=_checks.number("shampoo_beta", shampoo_beta, 0.0, 1.0),
+        eps_mode=_checks.choice("eps_mode", eps_mode, EPS_MODES),
+        rows=rows.rows,
+        scales=scales_of(params, scale),
+        refresh=_checks.flags("refresh", refresh, len(params)),
+    )
+    check_variant(norm, variance, eps_mode, reference=reference)
     _dispatch.run_step(
         "deva_step_",
         backend,
@@ -155,41 +155,5 @@ def deva_step_(
         counts,
         skips,
         _checks.learning_rate(lr),
-        beta1=_checks.number("beta1", beta1, 0.0, 1.0),
-        beta2=beta2,
-        shampoo_beta=_checks.number(
-            "shampoo_beta", beta2 if shampoo_beta is None else shampoo_beta, 0.0, 1.0
-        ),
-        eps=_checks.number("eps", eps),
-        eps_mode=eps_mode,
-        weight_decay=_checks.number("weight_decay", weight_decay),
-        norm=norm,
-        variance=variance,
-        nesterov=_checks.flag("nesterov", nesterov),
-        sign=_checks.flag("sign", sign),
-        correct_bias=_checks.flag("correct_bias", correct_bias),
-        normalize_grads=_checks.flag("normalize_grads", normalize_grads),
-        rows=rows.rows,
-        scales=scales_of(params, scale),
-        compute_dtype=torch.bfloat16 if compute_dtype is None else compute_dtype,
-        reference=reference,
-        maximize=_checks.flag("maximize", maximize),
-        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
-        refresh=_checks.flags("refresh", refresh, len(params)),
+        **options,
     )
-
-
-def check_variant(*, norm: str, variance: str, eps_mode: str, reference: bool) -> None:
-    """The combinations of options that DeVA has."""
-    _checks.choice("norm", norm, NORMS)
-    _checks.choice("variance", variance, VARIANCES)
-    _checks.choice("eps_mode", eps_mode, EPS_MODES)
-    if norm == "linf" and variance == "low_memory":
-        raise ValueError("variance='low_memory' keeps row and column sums, which norm='linf' lacks")
-    if reference and eps_mode != "inside":
-        raise ValueError(f"reference=True has its eps inside the root, not eps_mode={eps_mode!r}")
-    if reference and variance not in _PUBLIC_VARIANCES[norm]:
-        raise ValueError(
-            f"reference=True with norm={norm!r} has variance "
-            f"{' or '.join(_PUBLIC_VARIANCES[norm])}, not {variance!r}"
-        )

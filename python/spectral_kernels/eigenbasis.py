@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _checks, _dispatch
-from ._lists import NONFINITE, counters
+from . import _checks, _dispatch, _options
+from ._lists import counters
+from ._options import SoapOptions
 
 __all__ = ["eigenbasis", "refresh_eigenbasis", "soap_step_"]
 
@@ -152,10 +153,12 @@ def soap_step_(
 
     Source: Vyas et al., arXiv 2409.11321, algorithm 3; github.com/nikhilvyas/SOAP.
     """
+    given = locals()
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _checks.tensors(name, tensors, len(params))
-    beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
+    if shampoo_beta is None:
+        shampoo_beta = _checks.number("beta2", beta2, 0.0, 1.0)
     _dispatch.run_step(
         "soap_step_",
         backend,
@@ -170,18 +173,10 @@ def soap_step_(
         counts,
         skips,
         _checks.learning_rate(lr),
-        beta1=_checks.number("beta1", beta1, 0.0, 1.0),
-        beta2=beta2,
-        shampoo_beta=_checks.number(
-            "shampoo_beta", beta2 if shampoo_beta is None else shampoo_beta, 0.0, 1.0
+        **_options.checked(
+            SoapOptions,
+            given,
+            shampoo_beta=_checks.number("shampoo_beta", shampoo_beta, 0.0, 1.0),
+            refresh=_checks.flags("refresh", refresh, len(params)),
         ),
-        eps=_checks.number("eps", eps),
-        weight_decay=_checks.number("weight_decay", weight_decay),
-        correct_bias=_checks.flag("correct_bias", correct_bias),
-        normalize_grads=_checks.flag("normalize_grads", normalize_grads),
-        skip_first=_checks.flag("skip_first", skip_first),
-        permute_squares=_checks.flag("permute_squares", permute_squares),
-        maximize=_checks.flag("maximize", maximize),
-        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
-        refresh=_checks.flags("refresh", refresh, len(params)),
     )

@@ -8,15 +8,11 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
-from ._lists import NONFINITE, counters
+from . import _checks, _dispatch, _options
+from ._lists import counters
+from ._options import ROOT_METHODS, ShampooOptions, check_kl, check_root_method
 
 __all__ = ["RootInfo", "inverse_root", "shampoo_step_"]
-
-METHODS = ("auto", "iteration", "eigen", "newton", "newton_db")
-GRAFTS = ("none", "sgd", "adagrad", "rmsprop", "adam")
-GRAFT_EPS_MODES = ("relative", "absolute")
-KL_ORDERS = ("sequential", "simultaneous")
 
 
 class RootInfo(NamedTuple):
@@ -226,13 +222,11 @@ def shampoo_step_(
 
     Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497; KL: arXiv 2509.03378.
     """
+    given = locals()
     counts, skips = counters(params, step_counts, skipped)
     kl = _checks.flag("kl", kl)
     root = (2 if kl else 4) if root is None else _checks.integer("root", root, 1, 8)
-    if kl and root != 2:
-        raise ValueError(
-            f"kl weights its factors by inverse square roots: root must be 2, not {root}"
-        )
+    check_kl(kl=kl, root=root)
     beta2 = _checks.number("beta2", beta2, 0.0, 1.0, include_high=True)
     if graft_beta2 is None:
         graft_beta2 = beta2 if beta2 < 1.0 else 0.999
@@ -261,28 +255,19 @@ def shampoo_step_(
         counts,
         skips,
         _checks.learning_rate(lr),
-        beta1=_checks.number("beta1", beta1, 0.0, 1.0),
-        beta2=beta2,
-        graft_beta2=_checks.number("graft_beta2", graft_beta2, 0.0, 1.0),
-        root=root,
-        ridge=_checks.number("ridge", ridge),
-        relative_ridge=_checks.number("relative_ridge", relative_ridge),
-        root_method=_root_method("root_method", root_method, root),
-        weight_decay=_checks.number("weight_decay", weight_decay),
-        graft=_checks.choice("graft", graft, GRAFTS),
-        graft_eps=_checks.number("graft_eps", graft_eps),
-        graft_eps_mode=_checks.choice("graft_eps_mode", graft_eps_mode, GRAFT_EPS_MODES),
-        kl=kl,
-        kl_order=_checks.choice("kl_order", kl_order, KL_ORDERS),
-        debias=_checks.flag("debias", debias),
-        maximize=_checks.flag("maximize", maximize),
-        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
-        refresh=_checks.flags("refresh", refresh, len(params)),
+        **_options.checked(
+            ShampooOptions,
+            given,
+            beta2=beta2,
+            graft_beta2=_checks.number("graft_beta2", graft_beta2, 0.0, 1.0),
+            root=root,
+            root_method=_root_method("root_method", root_method, root),
+            refresh=_checks.flags("refresh", refresh, len(params)),
+        ),
     )
 
 
 def _root_method(name: str, method: str, p: int) -> str:
-    _checks.choice(name, method, METHODS)
-    if method == "newton_db" and p not in (2, 4, 8):
-        raise ValueError(f"newton_db takes square roots: p must be 2, 4 or 8, not {p}")
+    _checks.choice(name, method, ROOT_METHODS)
+    check_root_method(method, p)
     return method

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _options
 from . import coefficients as _coefficients
-from ._lists import NONFINITE, counters, scales_of
+from ._lists import counters, scales_of
+from ._options import COMPUTE_DTYPE, METHODS, NORMS, MuonOptions
 from ._restarts import restarts_for, restarts_of
 
 __all__ = ["muon_step_", "newton_schulz", "polar"]
 
 CoefficientsLike = str | Sequence[float] | Sequence[Sequence[float]]
-
-METHODS = ("auto", "standard", "gram")
-NORMS = ("frobenius", "schatten8")
-# Of the roots of second moments, as in the public code of NorMuon.
-NEURON_EPS = 1e-8
 
 
 def newton_schulz(
@@ -79,7 +75,9 @@ def newton_schulz(
     _checks.matrix("x", x)
     _checks.no_autograd("x", x, "newton_schulz")
     rows = _coefficients.resolve(coefficients, steps)
-    dtype = x.dtype if compute_dtype is None else _compute_dtype(compute_dtype)
+    dtype = (
+        x.dtype if compute_dtype is None else COMPUTE_DTYPE.taken("compute_dtype", compute_dtype)
+    )
     return _dispatch.run(
         "newton_schulz",
         (x,),
@@ -193,8 +191,9 @@ def muon_step_(
     Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
     kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
     """
+    given = locals()
     rows = _coefficients.resolve(coefficients, steps)
-    dtype = torch.bfloat16 if compute_dtype is None else _compute_dtype(compute_dtype)
+    dtype = COMPUTE_DTYPE.taken("compute_dtype", compute_dtype)
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("momentum_buffers", momentum_buffers)):
         _checks.tensors(name, tensors, len(params))
@@ -213,28 +212,14 @@ def muon_step_(
         counts,
         skips,
         _checks.learning_rate(lr),
-        momentum=_checks.number("momentum", momentum, 0.0, 1.0),
-        nesterov=_checks.flag("nesterov", nesterov),
-        beta2=None if second_moments is None else beta2,
-        neuron_eps=NEURON_EPS,
-        weight_decay=_checks.number("weight_decay", weight_decay),
-        cautious=_checks.flag("cautious", cautious),
-        rows=rows.rows,
-        scales=scales_of(params, scale),
-        method=_checks.choice("method", method, METHODS),
-        restarts=restarts_of(params, rows, method, dtype, restarts),
-        compute_dtype=dtype,
-        eps=_checks.number("eps", eps),
-        norm=_checks.choice("norm", norm, NORMS),
-        norm_factor=rows.norm_factor,
-        maximize=_checks.flag("maximize", maximize),
-        nonfinite=_checks.choice("nonfinite", nonfinite, NONFINITE),
+        **_options.checked(
+            MuonOptions,
+            given,
+            beta2=None if second_moments is None else beta2,
+            rows=rows.rows,
+            scales=scales_of(params, scale),
+            restarts=restarts_of(params, rows, method, dtype, restarts),
+            compute_dtype=dtype,
+            norm_factor=rows.norm_factor,
+        ),
     )
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _checks.FLOATS:
-        raise TypeError(
-            f"compute_dtype must be float64, float32, bfloat16 or float16, not {dtype!r}"
-        )
-    return dtype

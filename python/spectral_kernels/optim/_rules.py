@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _options
 
 Rule = Callable[[str, Any], Any]
 Default = TypeVar("Default", float, tuple[float, float])
@@ -121,6 +121,24 @@ def matrix_dims(name: str, value: Any) -> Any:
     raise TypeError(f"{name} must be a pair (rows, columns) of dimensions, not {value!r}")
 
 
+def of(record: type[_options.Options], *names: str) -> dict[str, Rule]:
+    """Rules of options by the record of their operator."""
+    return {name: _of_kind(record.kinds[name]) for name in names}
+
+
+def _of_kind(kind: _options.Kind) -> Rule:
+    if isinstance(kind, _options.Flag):
+        return flag
+    # A group keeps None, which an operator does not take.
+    return compute_dtype if isinstance(kind, _options.ComputeDtype) else kind.taken
+
+
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters among all that a constructor was given."""
+    others = ("self", "params", "adamw", "distributed", "__class__")
+    return {name: value for name, value in given.items() if name not in others}
+
+
 LR: Mapping[str, Rule] = {"lr": learning_rate}
 
 # Of torch.optim.AdamW, with its defaults.
@@ -141,7 +159,7 @@ ADAMW_DEFAULTS: Mapping[str, Any] = {
     "maximize": False,
 }
 
-NONFINITE = choice("skip", "propagate", "raise")
+NONFINITE = choice(*_options.NONFINITE)
 # What a group of AdamW alone has.
 ADAMW_GROUP: Mapping[str, Rule] = {**ADAMW, "nonfinite": NONFINITE, "capturable": flag}
 

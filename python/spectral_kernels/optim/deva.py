@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _lists
+from .. import _lists, _options
 from .. import coefficients as _coefficients
-from .. import deva as _deva
 from .. import newton_schulz as _newton_schulz
+from .._options import DevaOptions, chosen
 from . import _rules
 from ._base import Params
 from ._forms import Form, Slot
@@ -102,22 +102,19 @@ class DeVA(EigenbasisOptimizer):
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(),
         "shampoo_beta": _rules.optional(_rules.real(0.0, 1.0)),
-        "eps": _rules.real(),
+        **_rules.of(DevaOptions, "eps", "correct_bias", "normalize_grads", "reference"),
         "precondition_frequency": _rules.whole(1),
         "max_precond_dim": _rules.whole(0),
         "variant": _rules.choice(*VARIANTS),
-        "norm": _rules.optional(_rules.choice(*_deva.NORMS)),
-        "variance": _rules.optional(_rules.choice(*_deva.VARIANCES)),
+        "norm": _rules.optional(_rules.choice(*_options.DEVA_NORMS)),
+        "variance": _rules.optional(_rules.choice(*_options.VARIANCES)),
         "sign": _rules.optional(_rules.flag),
         "nesterov": _rules.optional(_rules.flag),
-        "correct_bias": _rules.flag,
-        "normalize_grads": _rules.flag,
-        "eps_mode": _rules.optional(_rules.choice(*_deva.EPS_MODES)),
-        "reference": _rules.flag,
+        "eps_mode": _rules.optional(_rules.choice(*_options.EPS_MODES)),
         "coefficients": coefficients_rule,
         "steps": _rules.optional(_rules.whole(1, 99)),
         "scale": _rules.optional(_rules.number_or(*_lists.SCALES)),
-        "compute_dtype": _rules.compute_dtype,
+        **_rules.of(DevaOptions, "compute_dtype"),
         "stagger": _rules.optional(_rules.flag),
     }
 
@@ -152,46 +149,12 @@ class DeVA(EigenbasisOptimizer):
         adamw: Mapping[str, Any] | None = None,
         distributed: Any = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "max_precond_dim": max_precond_dim,
-                "variant": variant,
-                "norm": norm,
-                "variance": variance,
-                "sign": sign,
-                "nesterov": nesterov,
-                "correct_bias": correct_bias,
-                "normalize_grads": normalize_grads,
-                "eps_mode": eps_mode,
-                "reference": reference,
-                "coefficients": coefficients,
-                "steps": steps,
-                "scale": scale,
-                "compute_dtype": compute_dtype,
-                "stagger": stagger,
-                "maximize": maximize,
-                "nonfinite": nonfinite,
-                "capturable": capturable,
-            },
-            adamw,
-            distributed,
-        )
+        super().__init__(params, _rules.arguments(locals()), adamw, distributed)
 
     def _check_together(self, values: Values) -> None:
         norm, variance, _ = _variant(values)
-        _deva.check_variant(
-            norm=norm,
-            variance=variance,
-            eps_mode=_eps_mode(values),
-            reference=values["reference"],
-        )
+        reference = values["reference"]
+        _options.check_variant(norm, variance, _eps_mode(values), reference=reference)
         _coefficients.resolve(values["coefficients"], values["steps"])
 
     def _has_sides(self, values: Values) -> bool:
@@ -215,21 +178,21 @@ class DeVA(EigenbasisOptimizer):
         scale = values["scale"]
         if scale is None:
             scale = "none" if linf else "match_rms_adamw"
-        names = ("eps", "weight_decay", "correct_bias", "normalize_grads", "reference", "maximize")
-        return {
-            **{name: values[name] for name in (*names, "nonfinite")},
-            "beta1": beta1,
-            "beta2": beta2,
-            "shampoo_beta": beta2 if shampoo_beta is None else shampoo_beta,
-            "eps_mode": _eps_mode(values),
-            "norm": norm,
-            "variance": variance,
-            "nesterov": not linf if values["nesterov"] is None else values["nesterov"],
-            "sign": sign,
-            "rows": _coefficients.resolve(values["coefficients"], values["steps"]).rows,
-            "scales": _lists.scales_of(part.lists[0], scale),
-            "compute_dtype": values["compute_dtype"] or torch.bfloat16,
-        }
+        return chosen(
+            DevaOptions,
+            values,
+            beta1=beta1,
+            beta2=beta2,
+            shampoo_beta=beta2 if shampoo_beta is None else shampoo_beta,
+            eps_mode=_eps_mode(values),
+            norm=norm,
+            variance=variance,
+            nesterov=not linf if values["nesterov"] is None else values["nesterov"],
+            sign=sign,
+            rows=_coefficients.resolve(values["coefficients"], values["steps"]).rows,
+            scales=_lists.scales_of(part.lists[0], scale),
+            compute_dtype=values["compute_dtype"] or torch.bfloat16,
+        )
 
     def _adopt_values(self, values: dict[str, Any]) -> dict[str, Any]:
         if "nestrov" in values:

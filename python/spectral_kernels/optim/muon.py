@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _lists, _restarts
 from .. import coefficients as _coefficients
 from .. import newton_schulz as _newton_schulz
+from .._options import MuonOptions, chosen
 from . import _rules, _split
 from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, step_slot
@@ -96,16 +97,12 @@ class Muon(MatrixOptimizer):
     _operator = "muon_step_"
     _flag = "use_muon"
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
-        "momentum": _rules.real(0.0, 1.0),
-        "nesterov": _rules.flag,
+        **_rules.of(MuonOptions, "momentum", "nesterov", "eps", "method"),
+        **_rules.of(MuonOptions, "compute_dtype", "beta2"),
         "ns_coefficients": coefficients_rule,
-        "eps": _rules.real(),
         "ns_steps": _rules.optional(_rules.whole(1, 99)),
         "adjust_lr_fn": _rules.optional(_rules.choice(*_lists.SCALES)),
         "coefficients": _rules.optional(coefficients_rule),
-        "method": _rules.choice(*_newton_schulz.METHODS),
-        "compute_dtype": _rules.compute_dtype,
-        "beta2": _rules.optional(_rules.real(0.0, 1.0)),
         "cautious_weight_decay": _rules.flag,
         "split": _split.rule,
     }
@@ -135,30 +132,7 @@ class Muon(MatrixOptimizer):
         adamw: Mapping[str, Any] | None = None,
         distributed: Any = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "ns_coefficients": ns_coefficients,
-                "eps": eps,
-                "ns_steps": ns_steps,
-                "adjust_lr_fn": adjust_lr_fn,
-                "coefficients": coefficients,
-                "method": method,
-                "compute_dtype": compute_dtype,
-                "beta2": beta2,
-                "cautious_weight_decay": cautious_weight_decay,
-                "split": split,
-                "maximize": maximize,
-                "nonfinite": nonfinite,
-                "capturable": capturable,
-            },
-            adamw,
-            distributed,
-        )
+        super().__init__(params, _rules.arguments(locals()), adamw, distributed)
 
     def _layout(self, form: Form, values: Values) -> Layout:
         parts = _split.sizes_of(form.shape[-2], values["split"])
@@ -217,24 +191,16 @@ class Muon(MatrixOptimizer):
     def _options(self, values: Values, part: Part) -> dict[str, Any]:
         rows = _rows(values)
         dtype = values["compute_dtype"] or torch.bfloat16
-        return {
-            "momentum": values["momentum"],
-            "nesterov": values["nesterov"],
-            "beta2": values["beta2"],
-            "neuron_eps": _newton_schulz.NEURON_EPS,
-            "weight_decay": values["weight_decay"],
-            "cautious": values["cautious_weight_decay"],
-            "rows": rows.rows,
-            "scales": _lists.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
-            "method": values["method"],
-            "restarts": _restarts.restarts_of(part.lists[0], rows, values["method"], dtype),
-            "compute_dtype": dtype,
-            "eps": values["eps"],
-            "norm": "frobenius",
-            "norm_factor": rows.norm_factor,
-            "maximize": values["maximize"],
-            "nonfinite": values["nonfinite"],
-        }
+        return chosen(
+            MuonOptions,
+            values,
+            cautious=values["cautious_weight_decay"],
+            rows=rows.rows,
+            scales=_lists.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
+            restarts=_restarts.restarts_of(part.lists[0], rows, values["method"], dtype),
+            compute_dtype=dtype,
+            norm_factor=rows.norm_factor,
+        )
 
     def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
         # torch.optim.Muon counts no steps, and nothing in Muon depends on them.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .. import inverse_root as _inverse_root
+from .._options import ShampooOptions, chosen
 from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, side, step_slot
@@ -90,20 +90,14 @@ class Shampoo(MatrixOptimizer):
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(adagrad=True),
         "exponent": _rules.optional(_rules.real(0.125, 1.0, include_high=True)),
-        "kl": _rules.flag,
-        "kl_order": _rules.choice(*_inverse_root.KL_ORDERS),
+        **_rules.of(ShampooOptions, "kl", "kl_order"),
         "sides": _rules.choice(*SIDES),
         "block_size": _rules.optional(_rules.whole(1)),
         "precondition_frequency": _rules.whole(1),
         "stagger": _rules.flag,
-        "graft": _rules.choice(*_inverse_root.GRAFTS),
         "graft_beta2": _rules.optional(_rules.real(0.0, 1.0)),
-        "graft_eps": _rules.real(),
-        "graft_eps_mode": _rules.choice(*_inverse_root.GRAFT_EPS_MODES),
-        "ridge": _rules.real(),
-        "relative_ridge": _rules.real(),
-        "root_method": _rules.choice(*_inverse_root.METHODS),
-        "debias": _rules.flag,
+        **_rules.of(ShampooOptions, "graft", "graft_eps", "graft_eps_mode"),
+        **_rules.of(ShampooOptions, "ridge", "relative_ridge", "root_method", "debias"),
         "max_root_failures": _rules.whole(0),
     }
 
@@ -136,35 +130,7 @@ class Shampoo(MatrixOptimizer):
         adamw: Mapping[str, Any] | None = None,
         distributed: Any = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "weight_decay": weight_decay,
-                "exponent": exponent,
-                "kl": kl,
-                "kl_order": kl_order,
-                "sides": sides,
-                "block_size": block_size,
-                "precondition_frequency": precondition_frequency,
-                "stagger": stagger,
-                "graft": graft,
-                "graft_beta2": graft_beta2,
-                "graft_eps": graft_eps,
-                "graft_eps_mode": graft_eps_mode,
-                "ridge": ridge,
-                "relative_ridge": relative_ridge,
-                "root_method": root_method,
-                "debias": debias,
-                "max_root_failures": max_root_failures,
-                "maximize": maximize,
-                "nonfinite": nonfinite,
-                "capturable": capturable,
-            },
-            adamw,
-            distributed,
-        )
+        super().__init__(params, _rules.arguments(locals()), adamw, distributed)
 
     @classmethod
     def like_distributed(
@@ -264,16 +230,14 @@ class Shampoo(MatrixOptimizer):
         graft_beta2 = values["graft_beta2"]
         if graft_beta2 is None:
             graft_beta2 = beta2 if beta2 < 1.0 else 0.999
-        graft = ("graft", "graft_eps", "graft_eps_mode")
-        factors = ("kl", "kl_order", "debias", "ridge", "relative_ridge", "root_method")
-        names = (*graft, *factors, "weight_decay", "maximize", "nonfinite")
-        return {
-            **{name: values[name] for name in names},
-            "beta1": beta1,
-            "beta2": beta2,
-            "graft_beta2": graft_beta2,
-            "root": _root_of(values),
-        }
+        return chosen(
+            ShampooOptions,
+            values,
+            beta1=beta1,
+            beta2=beta2,
+            graft_beta2=graft_beta2,
+            root=_root_of(values),
+        )
 
     def _side_figures(
         self, name: str, state: Values, block: int, values: Values

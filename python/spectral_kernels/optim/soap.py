@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._options import SoapOptions, chosen
 from . import _diagnostics, _rules
 from ._base import MatrixOptimizer, Params
 from ._forms import Form, Layout, Slot, side, step_slot
@@ -150,12 +151,9 @@ class SOAP(EigenbasisOptimizer):
     _own_rules: ClassVar[Mapping[str, _rules.Rule]] = {
         "betas": _rules.betas(),
         "shampoo_beta": _rules.optional(_rules.real(0.0, 1.0)),
-        "eps": _rules.real(),
+        **_rules.of(SoapOptions, "eps", "normalize_grads", "correct_bias", "skip_first"),
         "precondition_frequency": _rules.whole(1),
         "max_precond_dim": _rules.whole(0),
-        "normalize_grads": _rules.flag,
-        "correct_bias": _rules.flag,
-        "skip_first": _rules.flag,
         "stagger": _rules.flag,
     }
 
@@ -180,36 +178,15 @@ class SOAP(EigenbasisOptimizer):
         adamw: Mapping[str, Any] | None = None,
         distributed: Any = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "max_precond_dim": max_precond_dim,
-                "normalize_grads": normalize_grads,
-                "correct_bias": correct_bias,
-                "skip_first": skip_first,
-                "stagger": stagger,
-                "maximize": maximize,
-                "nonfinite": nonfinite,
-                "capturable": capturable,
-            },
-            adamw,
-            distributed,
-        )
+        super().__init__(params, _rules.arguments(locals()), adamw, distributed)
 
     def _options(self, values: Values, part: Part) -> dict[str, Any]:
         beta1, beta2 = values["betas"]
         shampoo_beta = values["shampoo_beta"]
-        names = ("eps", "weight_decay", "correct_bias", "normalize_grads", "skip_first", "maximize")
-        return {
-            **{name: values[name] for name in (*names, "nonfinite")},
-            "beta1": beta1,
-            "beta2": beta2,
-            "shampoo_beta": beta2 if shampoo_beta is None else shampoo_beta,
-            "permute_squares": False,
-        }
+        return chosen(
+            SoapOptions,
+            values,
+            beta1=beta1,
+            beta2=beta2,
+            shampoo_beta=beta2 if shampoo_beta is None else shampoo_beta,
+        )

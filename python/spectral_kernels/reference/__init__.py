@@ -7,7 +7,8 @@ coefficients are (a, b, c) triples. It is what the tests hold the kernels agains
 
 from .deva import deva_step_
 from .eigenbasis import eigenbasis, refresh_eigenbasis, soap_step_
-from .inverse_root import inverse_root, shampoo_step_
+from .inverse_root import inverse_root
+from .inverse_root_step import shampoo_step_
 from .kron_factor import kron_factors_update_, kron_precondition
 from .newton_schulz import muon_step_, newton_schulz, polar
 from .symmetric_matmul import gram

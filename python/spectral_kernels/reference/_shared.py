@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from spectral_kernels._backend import (
-    check_choice,
     check_device,
     check_list,
     check_matrix,
@@ -19,8 +18,6 @@ from spectral_kernels._backend import (
 )
 
 Index = tuple[int, ...]
-
-NONFINITE = ("skip", "propagate", "raise")
 
 
 # Batches and scalars.
@@ -125,24 +122,14 @@ def check_root(p: int) -> None:
         raise ValueError(f"p must be in 1..8, not {p}")
 
 
-def check_range(
-    name: str, value: float, low: float = 0.0, high: float = math.inf, *, closed: bool = False
-) -> None:
-    """low <= value < high, or <= high if closed."""
-    if not (low <= value < high or (closed and value == high)):
-        raise ValueError(f"{name} must be in [{low}, {high}{']' if closed else ')'}, not {value}")
-
-
 def check_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     step_counts: Sequence[Tensor],
     skipped: Tensor,
     lr: Tensor,
-    nonfinite: str,
 ) -> None:
     """What every list step asks of its parameters, gradients and counters."""
-    check_choice("nonfinite", nonfinite, NONFINITE)
     check_step_lists(params, grads, step_counts, skipped, lr)
 
 

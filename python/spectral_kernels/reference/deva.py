@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spectral_kernels._backend import (
-    check_choice,
     check_device,
     check_list,
     check_writable,
     operator,
 )
+from spectral_kernels._options import BasisLists, DevaOptions, takes
 
 from ._shared import (
     Progress,
     absent,
     check_factors,
     check_full_precision,
-    check_range,
     check_state,
     check_step,
     finite,
@@ -45,65 +43,10 @@ from .eigenbasis import (
 )
 from .newton_schulz import orthogonalize
 
-_NORMS = ("schatten", "linf")
-_VARIANCES = ("momentum", "gradient", "instant", "low_memory", "none")
-_EPS_MODES = ("relative", "outside", "inside")
-# Of DeVASchattenNorm and its sign-stabilised form, DeVASchattenNormIns, and DeVAEuclideanNorm. The
-# public low-memory class calls a function that does not exist.
-_PUBLIC_VARIANCES = {"schatten": ("momentum", "instant"), "linf": ("momentum",)}
-
-
-@dataclass(frozen=True)
-class _Deva:
-    """The options of a DeVA step."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    eps_mode: str
-    norm: str
-    variance: str
-    nesterov: bool
-    sign: bool
-    correct_bias: bool
-    rows: Sequence[Sequence[float]]
-    compute_dtype: torch.dtype
-
 
 @operator
-def deva_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_bases: Sequence[Tensor],
-    right_bases: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    eps_mode: str,
-    weight_decay: float,
-    norm: str,
-    variance: str,
-    nesterov: bool,
-    sign: bool,
-    correct_bias: bool,
-    normalize_grads: bool,
-    rows: Sequence[Sequence[float]],
-    scales: Sequence[float],
-    compute_dtype: torch.dtype,
-    reference: bool,
-    maximize: bool,
-    nonfinite: str,
-    refresh: Sequence[int],
-) -> None:
+@takes(BasisLists, DevaOptions)
+def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     """One DeVA step over a list of matrices, W <- W - lr (variance adaptation) o (direction).
 
     For step t of a matrix, in the dtype of its exp_avg, W rounded once:
@@ -179,19 +122,16 @@ def deva_step_(
 
     Source: DeVA, arXiv 2602.06880, and its public code, commit 2e4d26e.
     """
-    check_step(params, grads, step_counts, skipped, lr, nonfinite)
+    params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
+    step_counts, skipped, lr = lists[8:]
+    variance = options.variance
+    check_step(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_factors(params, lefts, rights, left_bases, right_bases, "bases")
-    _check_options(eps_mode, norm, variance, rows, compute_dtype, reference)
+    options.check(len(params))
     _check_squares(exp_avg_sqs, params, variance)
-    check_list("scales", scales, len(params))
-    check_list("refresh", refresh, len(params))
-    for name, beta in (("beta1", beta1), ("beta2", beta2), ("shampoo_beta", shampoo_beta)):
-        check_range(name, beta, 0.0, 1.0)
-    check_range("eps", eps)
-    check_range("weight_decay", weight_decay)
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         exp_avgs=exp_avgs,
         exp_avg_sqs=() if variance == "none" else [_rows(v, variance) for v in exp_avg_sqs],
@@ -201,30 +141,19 @@ def deva_step_(
         right_bases=right_bases,
         params=params,
     )
-    rate = float(lr)
-    decay = 1.0 - rate * weight_decay
-    public_schatten = reference and norm == "schatten"
+    rate, propagate = float(lr), options.nonfinite == "propagate"
+    decay = 1.0 - rate * options.weight_decay
+    beta1, shampoo_beta = options.beta1, options.shampoo_beta
+    public_schatten = options.public_schatten
     for i, param in enumerate(params):
-        step = _Deva(
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            eps_mode=eps_mode,
-            norm=norm,
-            variance=variance,
-            nesterov=nesterov,
-            sign=sign,
-            correct_bias=correct_bias and not reference,
-            rows=rows,
-            compute_dtype=torch.float64 if param.dtype == torch.float64 else compute_dtype,
-        )
         progress = Progress(step_counts[i], skipped)
         factors = not (absent(lefts[i]) and absent(rights[i]))
-        bounded = not reference and eps_mode == "relative" and (variance != "none" or factors)
+        bounded = factors or variance != "none"
+        bounded = bounded and not options.reference and options.eps_mode == "relative"
         for index in matrices(param) if param.numel() else ():
             m, v = exp_avgs[i][index], optional(exp_avg_sqs[i], index)
-            g = grads[i][index].to(m.dtype) * (-1.0 if maximize else 1.0)
-            if (bounded and outside_range(g)) or (nonfinite != "propagate" and not finite(g, m)):
+            g = grads[i][index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
+            if (bounded and outside_range(g)) or (not propagate and not finite(g, m)):
                 progress.skip()
                 continue
             old = Bases(*(optional(x[i], index) for x in (lefts, rights, left_bases, right_bases)))
@@ -236,25 +165,27 @@ def deva_step_(
             if not idle:
                 rotated = rotate(g, new.left_basis, new.right_basis)
                 new_m = beta1 * m + (1.0 - beta1) * rotated
-                new_v, gamma = _adaptation(new_m, rotated, v, t, step)
-                update = scales[i] * gamma * _direction(new_m, rotated, step)
+                new_v, gamma = _adaptation(new_m, rotated, v, t, options)
+                direction = _direction(new_m, rotated, options, options.compute_dtype_of(param))
+                update = options.scales[i] * gamma * direction
                 update = rotate_back(update, new.left_basis, new.right_basis)
             if not first:
                 new = accumulated(new, g, shampoo_beta)
-                if refresh[i]:
+                if options.refresh[i]:
                     new, new_m, new_v = refreshed(new, new_m, new_v, permute=public_schatten)
             new_w = param[index]
             if not idle:
-                if normalize_grads:
+                if options.normalize_grads:
                     update = rms_normalized(update)
                 size = rate
                 if public_schatten:
-                    size *= decay * (adam_bias(beta1, beta2, t) if correct_bias else 1.0)
+                    bias = adam_bias(beta1, options.beta2, t) if options.correct_bias else 1.0
+                    size *= decay * bias
                 new_w = moved(new_w, update, rate=size, decay=decay)
             states, values = [m, *old], [new_m, *new]
             if variance != "none":
                 states, values = [*states, v], [*values, new_v]
-            if nonfinite != "propagate" and not (finite(*values) and (idle or finite(new_w))):
+            if not propagate and not (finite(*values) and (idle or finite(new_w))):
                 progress.skip()
                 continue
             for state, value in zip(states, values, strict=True):
@@ -270,7 +201,7 @@ def _rows(squares: Tensor, variance: str) -> Tensor:
     return squares.unsqueeze(-2) if variance == "low_memory" else squares
 
 
-def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
+def _direction(m: Tensor, g: Tensor, step: DevaOptions, compute_dtype: torch.dtype) -> Tensor:
     """O, the matrix sign or the elementwise one."""
     n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
     if step.norm == "linf":
@@ -280,19 +211,21 @@ def _direction(m: Tensor, g: Tensor, step: _Deva) -> Tensor:
         step.rows,
         method="standard",
         restarts=(),
-        compute_dtype=step.compute_dtype,
+        compute_dtype=compute_dtype,
         eps=0.0,
         norm="schatten8",
         norm_factor=1.0,
     )
 
 
-def _adaptation(m: Tensor, g: Tensor, v: Tensor, t: float, step: _Deva) -> tuple[Tensor, Tensor]:
+def _adaptation(
+    m: Tensor, g: Tensor, v: Tensor, t: float, step: DevaOptions
+) -> tuple[Tensor, Tensor]:
     """The new V and Gamma."""
     if step.variance == "none":
         return v, torch.ones_like(m)
-    mhat = m / (1.0 - step.beta1**t) if step.correct_bias else m
-    bias = 1.0 - step.beta2**t if step.correct_bias else 1.0
+    mhat = m / (1.0 - step.beta1**t) if step.debiased else m
+    bias = 1.0 - step.beta2**t if step.debiased else 1.0
     if step.variance == "low_memory":
         observed = torch.cat([(g * g).sum(1), (g * g).sum(0)])
         v = step.beta2 * v + (1.0 - step.beta2) * observed
@@ -306,14 +239,14 @@ def _adaptation(m: Tensor, g: Tensor, v: Tensor, t: float, step: _Deva) -> tuple
     return v, _ratio(scale, v / bias, step)
 
 
-def _energy(x: Tensor, step: _Deva) -> Tensor:
+def _energy(x: Tensor, step: DevaOptions) -> Tensor:
     """r c^T of the row and column norms, or the elementwise square."""
     if step.norm == "linf":
         return x * x
     return torch.outer((x * x).sum(1).sqrt(), (x * x).sum(0).sqrt())
 
 
-def _ratio(energy: Tensor, v: Tensor, step: _Deva) -> Tensor:
+def _ratio(energy: Tensor, v: Tensor, step: DevaOptions) -> Tensor:
     """sqrt(energy / v) with its eps; 1 for 0 / 0."""
     if step.eps_mode == "outside":
         top, bottom = energy.sqrt(), v.sqrt() + step.eps
@@ -321,34 +254,6 @@ def _ratio(energy: Tensor, v: Tensor, step: _Deva) -> Tensor:
         eps = step.eps * v.mean() if step.eps_mode == "relative" else step.eps
         top, bottom = energy.sqrt(), (v + eps).sqrt()
     return torch.where((bottom == 0.0) & (top == 0.0), 1.0, top / bottom)
-
-
-def _check_options(
-    eps_mode: str,
-    norm: str,
-    variance: str,
-    rows: Sequence[Sequence[float]],
-    compute_dtype: torch.dtype,
-    reference: bool,
-) -> None:
-    check_choice("eps_mode", eps_mode, _EPS_MODES)
-    check_choice("norm", norm, _NORMS)
-    check_choice("variance", variance, _VARIANCES)
-    if norm == "linf" and variance == "low_memory":
-        raise ValueError("variance='low_memory' keeps row and column sums, which norm='linf' lacks")
-    if norm == "schatten" and (not rows or any(len(row) != 3 for row in rows)):
-        raise ValueError(f"rows must hold (a, b, c) for every step, not {rows!r}")
-    if compute_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"compute_dtype must be float64, float32, bfloat16 or float16, not {compute_dtype}"
-        )
-    if reference and eps_mode != "inside":
-        raise ValueError(f"reference=True has its eps inside the root, not eps_mode={eps_mode!r}")
-    if reference and variance not in _PUBLIC_VARIANCES[norm]:
-        raise ValueError(
-            f"reference=True with norm={norm!r} has variance "
-            f"{' or '.join(_PUBLIC_VARIANCES[norm])}, not {variance!r}"
-        )
 
 
 def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance: str) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_list, operator
+from spectral_kernels._backend import operator
+from spectral_kernels._options import BasisLists, SoapOptions, takes
 
 from ._shared import (
     Progress,
     absent,
     check_factors,
-    check_range,
     check_square,
     check_state,
     check_step,
@@ -267,32 +266,8 @@ def refreshed(
 
 
 @operator
-def soap_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_bases: Sequence[Tensor],
-    right_bases: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    weight_decay: float,
-    correct_bias: bool,
-    normalize_grads: bool,
-    skip_first: bool,
-    permute_squares: bool,
-    maximize: bool,
-    nonfinite: str,
-    refresh: Sequence[int],
-) -> None:
+@takes(BasisLists, SoapOptions)
+def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     """One SOAP step over a list of matrices: Adam in the eigenbasis of Shampoo's factors.
 
     For step t of a matrix, in the dtype of its exp_avg, W rounded once:
@@ -339,17 +314,15 @@ def soap_step_(
 
     Source: Vyas et al., arXiv 2409.11321, algorithm 3; github.com/nikhilvyas/SOAP.
     """
-    check_step(params, grads, step_counts, skipped, lr, nonfinite)
+    params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
+    step_counts, skipped, lr = lists[8:]
+    check_step(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
     check_factors(params, lefts, rights, left_bases, right_bases, "bases")
-    check_list("refresh", refresh, len(params))
-    for name, beta in (("beta1", beta1), ("beta2", beta2), ("shampoo_beta", shampoo_beta)):
-        check_range(name, beta, 0.0, 1.0)
-    check_range("eps", eps)
-    check_range("weight_decay", weight_decay)
+    options.check(len(params))
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         exp_avgs=exp_avgs,
         exp_avg_sqs=exp_avg_sqs,
@@ -359,19 +332,20 @@ def soap_step_(
         right_bases=right_bases,
         params=params,
     )
-    rate = float(lr)
-    decay = 1.0 - rate * weight_decay
+    rate, propagate = float(lr), options.nonfinite == "propagate"
+    decay = 1.0 - rate * options.weight_decay
+    beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
     for i, param in enumerate(params):
         progress = Progress(step_counts[i], skipped)
         for index in matrices(param) if param.numel() else ():
             m, v = exp_avgs[i][index], exp_avg_sqs[i][index]
-            g = grads[i][index].to(m.dtype) * (-1.0 if maximize else 1.0)
-            if nonfinite != "propagate" and not finite(g, m):
+            g = grads[i][index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
+            if not propagate and not finite(g, m):
                 progress.skip()
                 continue
             old = Bases(*(optional(x[i], index) for x in (lefts, rights, left_bases, right_bases)))
             first = uninitialised(old)
-            idle = first and skip_first
+            idle = first and options.skip_first
             t = progress.next_step(index)
             new = initialised(old, g, shampoo_beta) if first else old
             new_m, new_v = m, v
@@ -379,22 +353,21 @@ def soap_step_(
                 rotated = rotate(g, new.left_basis, new.right_basis)
                 new_m = beta1 * m + (1.0 - beta1) * rotated
                 new_v = beta2 * v + (1.0 - beta2) * rotated**2
-                divisor = new_v.sqrt() + eps
+                divisor = new_v.sqrt() + options.eps
                 update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
                 update = rotate_back(update, new.left_basis, new.right_basis)
             if not first:
                 new = accumulated(new, g, shampoo_beta)
-                if refresh[i]:
-                    new, new_m, new_v = refreshed(new, new_m, new_v, permute=permute_squares)
+                if options.refresh[i]:
+                    permute = options.permute_squares
+                    new, new_m, new_v = refreshed(new, new_m, new_v, permute=permute)
             new_w = param[index]
             if not idle:
-                if normalize_grads:
+                if options.normalize_grads:
                     update = rms_normalized(update)
-                bias = adam_bias(beta1, beta2, t) if correct_bias else 1.0
+                bias = adam_bias(beta1, beta2, t) if options.correct_bias else 1.0
                 new_w = moved(new_w, update, rate=decay * rate * bias, decay=decay)
-            if nonfinite != "propagate" and not (
-                finite(new_m, new_v, *new) and (idle or finite(new_w))
-            ):
+            if not propagate and not (finite(new_m, new_v, *new) and (idle or finite(new_w))):
                 progress.skip()
                 continue
             for state, value in zip((m, v, *old), (new_m, new_v, *new), strict=True):

@@ -7,9 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_device, check_matrix, check_writable, operator
+from spectral_kernels._backend import (
+    check_device,
+    check_matrix,
+    check_range,
+    check_writable,
+    operator,
+)
 
-from ._shared import absent, check_range, check_side, finite, matrices, optional
+from ._shared import absent, check_side, finite, matrices, optional
 from .symmetric_matmul import mirror, product
 
 

@@ -11,15 +11,25 @@ from torch import Tensor
 
 from spectral_kernels._backend import (
     check_choice,
-    check_list,
     check_matrix,
+    check_range,
     check_rows_state,
     operator,
+)
+from spectral_kernels._options import (
+    COMPUTE_DTYPE,
+    METHODS,
+    NORMS,
+    MuonLists,
+    MuonOptions,
+    check_norm_factor,
+    check_restarts,
+    check_rows,
+    takes,
 )
 
 from ._shared import (
     Progress,
-    check_range,
     check_state,
     check_step,
     exponent_of,
@@ -32,9 +42,6 @@ from ._shared import (
     scaled,
 )
 from .symmetric_matmul import product
-
-_METHODS = ("standard", "gram", "auto")
-_NORMS = ("frobenius", "schatten8")
 
 
 @operator
@@ -139,32 +146,8 @@ def polar(x: Tensor) -> Tensor:
 
 
 @operator
-def muon_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    beta2: float | None,
-    neuron_eps: float,
-    weight_decay: float,
-    cautious: bool,
-    rows: Sequence[Sequence[float]],
-    scales: Sequence[float],
-    method: str,
-    restarts: Sequence[Sequence[int]],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-    maximize: bool,
-    nonfinite: str,
-) -> None:
+@takes(MuonLists, MuonOptions)
+def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     """One Muon step over a list of matrices.
 
         M <- momentum M + (1 - momentum) G
@@ -209,58 +192,53 @@ def muon_step_(
     Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
     kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
     """
-    check_step(params, grads, step_counts, skipped, lr, nonfinite)
+    params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
+    check_step(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
-    check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
-    check_range("neuron_eps", neuron_eps)
-    if beta2 is not None:
-        check_range("beta2", beta2, 0.0, 1.0)
-    check_list("scales", scales, len(params))
-    check_range("momentum", momentum, 0.0, 1.0)
-    check_range("weight_decay", weight_decay)
-    restarts = restarts or [()] * len(params)
-    check_list("restarts", restarts, len(params))
-    for steps in restarts:
-        _check_options(rows, method, steps, compute_dtype, eps, norm, norm_factor)
+    present = options.beta2 is not None
+    check_rows_state("second_moments", second_moments, params, present=present)
+    options.check(len(params))
     raise_nonfinite(
-        nonfinite,
+        options.nonfinite,
         grads=grads,
         momentum_buffers=momentum_buffers,
         second_moments=second_moments,
         params=params,
     )
-    rate = float(lr)
-    for param, grad, buffer, second, count, scale, steps in zip(
-        params, grads, momentum_buffers, second_moments, step_counts, scales, restarts, strict=True
-    ):
+    rate, propagate = float(lr), options.nonfinite == "propagate"
+    momentum, beta2 = options.momentum, options.beta2
+    entries = zip(*lists[:5], options.scales, options.restarts_of(len(params)), strict=True)
+    for param, grad, buffer, second, count, scale, steps in entries:
         progress = Progress(count, skipped)
         for index in matrices(param) if param.numel() else ():
             m = buffer[index]
-            g = grad[index].to(m.dtype) * (-1.0 if maximize else 1.0)
+            g = grad[index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             v = optional(second, index)
-            if nonfinite != "propagate" and not finite(g, m, v):
+            if not propagate and not finite(g, m, v):
                 progress.skip()
                 continue
             new_m = momentum * m + (1.0 - momentum) * g
             direction = orthogonalize(
-                (1.0 - momentum) * g + momentum * new_m if nesterov else new_m,
-                rows,
-                method=method,
+                (1.0 - momentum) * g + momentum * new_m if options.nesterov else new_m,
+                options.rows,
+                method=options.method,
                 restarts=steps,
-                compute_dtype=torch.float64 if param.dtype == torch.float64 else compute_dtype,
-                eps=eps,
-                norm=norm,
-                norm_factor=norm_factor,
+                compute_dtype=torch.float64
+                if param.dtype == torch.float64
+                else options.compute_dtype,
+                eps=options.eps,
+                norm=options.norm,
+                norm_factor=options.norm_factor,
             )
             new_v = v
             if beta2 is not None:
-                direction, new_v = by_neurons(direction, v, beta2, neuron_eps)
-            decay = 1.0 - rate * weight_decay
+                direction, new_v = by_neurons(direction, v, beta2, options.neuron_eps)
+            decay = 1.0 - rate * options.weight_decay
             new_w = moved(param[index], direction, rate=rate * scale, decay=decay)
-            if cautious:
+            if options.cautious:
                 undecayed = moved(param[index], direction, rate=rate * scale, decay=1.0)
                 new_w = torch.where(against(direction, param[index]), undecayed, new_w)
-            if nonfinite != "propagate" and not finite(new_m, new_w):
+            if not propagate and not finite(new_m, new_w):
                 progress.skip()
                 continue
             m.copy_(new_m)
@@ -356,16 +334,10 @@ def _check_options(
     norm: str,
     norm_factor: float,
 ) -> None:
-    if not rows or any(len(row) != 3 for row in rows):
-        raise ValueError(f"rows must hold (a, b, c) for every step, not {rows!r}")
-    check_choice("method", method, _METHODS)
-    check_choice("norm", norm, _NORMS)
-    if not all(1 <= step < len(rows) for step in restarts):
-        raise ValueError(f"restarts must be steps in 1..{len(rows) - 1}, not {tuple(restarts)}")
-    if compute_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"compute_dtype must be float64, float32, bfloat16 or float16, not {compute_dtype}"
-        )
+    check_rows(rows)
+    check_choice("method", method, METHODS)
+    check_choice("norm", norm, NORMS)
+    check_restarts(rows, restarts)
+    COMPUTE_DTYPE.kept("compute_dtype", compute_dtype)
     check_range("eps", eps)
-    if not 0.0 < norm_factor < math.inf:
-        raise ValueError(f"norm_factor must be positive and finite, not {norm_factor}")
+    check_norm_factor(norm_factor)

@@ -1,0 +1,247 @@
+"""The fused Shampoo step."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from spectral_kernels._backend import check_device, check_distinct, check_list, operator
+from spectral_kernels._options import ShampooLists, ShampooOptions, takes
+from torch import Tensor
+
+from ._batch import two_sided
+from ._operator import check_sides, check_state, check_step, raise_nonfinite
+from ._steps import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
+from .inverse_root import NON_FINITE, STAGNATED, roots_of
+from .kron_factor import updated
+
+
+class _Factors(NamedTuple):
+    """Factors and roots of a batch; None where a side is absent."""
+
+    left: Tensor | None
+    right: Tensor | None
+    left_root: Tensor | None
+    right_root: Tensor | None
+
+
+@operator
+@takes(ShampooLists, ShampooOptions)
+def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
+    """One Shampoo or KL-Shampoo step; see `spectral_kernels.shampoo_step_`.
+
+    Roots are taken by iteration, whatever `root_method` says, and there is no second attempt: a
+    root that is not accepted keeps the old one and is counted.
+    """
+    params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
+    graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
+    check_step(params, grads, step_counts, skipped, lr)
+    check_state("momentum_buffers", momentum_buffers, params)
+    check_sides(params, lefts, rights, left_roots, right_roots, "roots")
+    options.check(len(params))
+    if options.squares:
+        check_state("graft_squares", graft_squares, params)
+    check_list("root_failures", root_failures, len(params))
+    for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
+        check_device(f"root_failures[{i}]", failures, param)
+    check_distinct(
+        [params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares], grads
+    )
+    raise_nonfinite(
+        options.nonfinite,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        lefts=lefts,
+        rights=rights,
+        left_roots=left_roots,
+        right_roots=right_roots,
+        graft_squares=graft_squares if options.squares else (),
+        params=params,
+    )
+    bounded = options.relative_ridge > 0.0 or options.kl
+    checked = options.nonfinite != "propagate"
+    states = (lefts, rights, left_roots, right_roots)
+    flags = [bool(flag) for flag in options.refresh]
+
+    # In a function, so that what one stack needed is gone before the next.
+    def step_of(stack: Stack) -> None:
+        m, g = stack.take(momentum_buffers), stack.take(grads)
+        assert m is not None and g is not None
+        g = -g.float() if options.maximize else g.float()
+        t = stack.steps(step_counts)
+        kept = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+        if bounded:
+            kept = kept | outside_range(g)
+        if checked:
+            kept = kept | ~finite(g, m)
+        old = _Factors(*(stack.take(x) for x in states))
+        squares = stack.take(graft_squares) if options.squares else None
+        new, failed = _refreshed(old, g, t, options, refresh=stack.option(flags))
+        new_squares = _new_squares(squares, g, options)
+        new_m = options.beta1 * m + (1.0 - options.beta1) * g
+        update = _update(new_m, new_squares, new, t, options)
+        rate = rate_of(lr, len(g), g.device)
+        w = stack.take(params)
+        assert w is not None
+        new_w = moved(w, update, rate=rate, decay=1.0 - rate * options.weight_decay)
+        if checked:
+            kept = kept | ~finite(new_m, new_squares, *new, new_w)
+        stack.put_(params, w, new_w, ~kept)
+        stack.put_(momentum_buffers, m, new_m, ~kept)
+        stack.put_(graft_squares, squares, new_squares, ~kept)
+        for tensors, before, after in zip(states, old, new, strict=True):
+            stack.put_(tensors, before, after, ~kept)
+        failures = stack.take(root_failures, 1)
+        assert failures is not None
+        stack.put_(root_failures, failures, failures + failed, ~kept)
+        stack.count_(step_counts, skipped, ~kept, kept)
+
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+        step_of(stack)
+
+
+def _refreshed(
+    old: _Factors, g: Tensor, t: Tensor, step: ShampooOptions, *, refresh: bool
+) -> tuple[_Factors, Tensor]:
+    """New factors and roots, and int64 (count, 2): the failed roots of each side."""
+    none = torch.zeros(len(g), 2, dtype=torch.int64, device=g.device)
+    if step.kl:
+        return _kl(old, g, step, none, refresh=refresh)
+    left, right = (
+        None if x is None else updated(x, g, side, beta=step.beta2, weight=step.weight)
+        for x, side in ((old.left, -2), (old.right, -1))
+    )
+    if not refresh:
+        return old._replace(left=left, right=right), none
+    bias = 1.0 - step.beta2**t if step.debias and step.beta2 < 1.0 else torch.ones_like(t)
+    left_root, left_failed = _new_root(left, old.left_root, bias, step, none[:, 0])
+    right_root, right_failed = _new_root(right, old.right_root, bias, step, none[:, 0])
+    failed = torch.stack([left_failed, right_failed], 1)
+    return _Factors(left, right, left_root, right_root), failed
+
+
+def _new_root(
+    factor: Tensor | None, old: Tensor | None, bias: Tensor, step: ShampooOptions, none: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The root of factor / bias, or the old one and 1 where it fails."""
+    if factor is None or old is None:
+        return old, none
+    found = roots_of(
+        factor / column(bias, factor),
+        step.root,
+        ridge=step.ridge,
+        relative_ridge=step.relative_ridge,
+    )
+    zero = (factor == 0.0).all(-1).all(-1)
+    failed = (found.status == STAGNATED) | (found.status == NON_FINITE)
+    failed = (failed | ~finite(found.root)) & ~zero
+    return torch.where((failed | zero)[:, None, None], old, found.root), failed.long()
+
+
+def _kl(
+    old: _Factors, g: Tensor, step: ShampooOptions, none: Tensor, *, refresh: bool
+) -> tuple[_Factors, Tensor]:
+    m, n = g.shape[-2:]
+    left, right, left_root, right_root = _kl_start(old, g, step)
+    bias = torch.ones(len(g), dtype=torch.float64, device=g.device)
+
+    def new_left(root: Tensor | None) -> Tensor | None:
+        x = two_sided(g, None, root)
+        return (
+            left if left is None else updated(left, x, -2, beta=step.beta2, weight=step.weight / n)
+        )
+
+    def new_right(root: Tensor | None) -> Tensor | None:
+        x = two_sided(g, root, None)
+        return (
+            right
+            if right is None
+            else updated(right, x, -1, beta=step.beta2, weight=step.weight / m)
+        )
+
+    if not refresh:
+        factors = _Factors(new_left(right_root), new_right(left_root), left_root, right_root)
+        return factors, none
+    if step.kl_order == "simultaneous":
+        left, right = new_left(right_root), new_right(left_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+    elif m <= n:
+        left = new_left(right_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+        right = new_right(left_root)
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+    else:
+        right = new_right(left_root)
+        right_root, right_failed = _new_root(right, right_root, bias, step, none[:, 0])
+        left = new_left(right_root)
+        left_root, left_failed = _new_root(left, left_root, bias, step, none[:, 0])
+    factors = _rebalanced(_Factors(left, right, left_root, right_root))
+    return factors, torch.stack([left_failed, right_failed], 1)
+
+
+def _kl_start(old: _Factors, g: Tensor, step: ShampooOptions) -> _Factors:
+    """lam0 I on both sides at the first gradient that is not zero."""
+    present = [x for x in (old.left, old.right) if x is not None]
+    fresh = torch.stack([(x == 0.0).all(-1).all(-1) for x in present]).all(0) if present else None
+    if fresh is None:
+        return old
+    lam0 = length(g) / math.sqrt(g[0].numel())
+    fresh = fresh & (lam0 != 0.0) & lam0.isfinite()
+    root = (lam0 + (step.relative_ridge * lam0).clamp(min=step.ridge)) ** -0.5
+
+    def started(x: Tensor | None, value: Tensor) -> Tensor | None:
+        if x is None:
+            return None
+        eye = torch.eye(x.shape[-1], dtype=torch.float32, device=x.device)
+        return torch.where(fresh[:, None, None], column(value, x) * eye, x)
+
+    return _Factors(*(started(x, v) for x, v in zip(old, (lam0, lam0, root, root), strict=True)))
+
+
+def _rebalanced(factors: _Factors) -> _Factors:
+    left, right, left_root, right_root = factors
+    if left is None or right is None or left_root is None or right_root is None:
+        return factors
+    means = [x.diagonal(dim1=-2, dim2=-1).double().mean(-1) for x in (left, right)]
+    usable = torch.stack([(x > 0.0) & x.isfinite() for x in means]).all(0)
+    s = torch.where(usable, (means[0] / means[1]).sqrt(), 1.0)
+    root = column(s.sqrt(), left)
+    s = column(s, left)
+    return _Factors(left / s, right * s, left_root * root, right_root / root)
+
+
+def _new_squares(squares: Tensor | None, g: Tensor, step: ShampooOptions) -> Tensor | None:
+    if squares is None:
+        return None
+    if step.graft == "adagrad":
+        return squares + g * g
+    return step.graft_beta2 * squares + (1.0 - step.graft_beta2) * (g * g)
+
+
+def _update(
+    m: Tensor, squares: Tensor | None, factors: _Factors, t: Tensor, step: ShampooOptions
+) -> Tensor:
+    mhat = m / column(1.0 - step.beta1**t, m) if step.debias else m
+    p = two_sided(mhat, factors.left_root, factors.right_root)
+    if step.graft == "none":
+        return p
+    size = length(p)
+    graft = length(_graft_direction(mhat, squares, t, step))
+    return p * column(torch.where(size == 0.0, 0.0, graft / size), p)
+
+
+def _graft_direction(
+    mhat: Tensor, squares: Tensor | None, t: Tensor, step: ShampooOptions
+) -> Tensor:
+    if squares is None:
+        return mhat
+    bias = column(1.0 - step.graft_beta2**t, mhat) if step.graft == "adam" else 1.0
+    root = (squares / bias).sqrt()
+    if step.graft_eps_mode == "relative":
+        eps = column(step.graft_eps * length(root) / math.sqrt(root[0].numel()), root)
+        divisor = root + eps
+    else:
+        divisor = root + step.graft_eps
+    return torch.where(divisor == 0.0, 0.0, mhat / divisor)
