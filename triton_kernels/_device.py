@@ -18,9 +18,28 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
+# Units: which of a matrix's strides is 1, as kernels know it when they are compiled. STRIDED has
+# neither, or another stride that is too large for 32 bits.
+COLUMN_MAJOR = tl.constexpr(0)
+ROW_MAJOR = tl.constexpr(1)
+STRIDED = tl.constexpr(2)
 # Added to the unit of matrices of which addresses, strides and the length of contiguous lines are
 # multiples of 16.
 ALIGNED = 4
+ALIGNED_UNIT = tl.constexpr(ALIGNED)
+ALIGNED_COLUMN_MAJOR = tl.constexpr(ALIGNED + 0)
+ALIGNED_ROW_MAJOR = tl.constexpr(ALIGNED + 1)
+
+# Columns of a table of places: address, row stride, column stride.
+PLACE_COLUMNS = tl.constexpr(3)
+# Of a workspace layout's table, which `_layout` describes: where the offsets of its spaces begin.
+LAYOUT_COLUMNS = tl.constexpr(9)
+FIRST_OFFSET = tl.constexpr(3)
+
+# States of a matrix.
+ZERO = tl.constexpr(0)
+NORMAL = tl.constexpr(1)
+NONFINITE = tl.constexpr(2)
 
 _launches = 0
 
@@ -100,12 +119,25 @@ def element(table, matrix, column: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
+def tile_of(table):
+    """(matrix, row, column) of this program in a table of tiles or chunks."""
+    at = table + tl.program_id(0) * 3
+    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def span_of(spans, matrix):
+    """(first, count) of a matrix in a table of spans."""
+    return tl.load(spans + matrix * 2), tl.load(spans + matrix * 2 + 1)
+
+
+@triton.jit
 def corner(layout, matrix, SPACE: tl.constexpr):
     """Offset and leading dimension of a matrix in a workspace.
 
     The hints have to stand where the numbers are loaded, or they are lost with the call.
     """
-    at = layout + matrix * 9 + 3 + 2 * SPACE
+    at = layout + matrix * LAYOUT_COLUMNS + FIRST_OFFSET + 2 * SPACE
     start = tl.multiple_of(tl.load(at), 16)
     ld = tl.multiple_of(tl.load(at + 1).to(tl.int32), 16)
     return start, ld
@@ -118,11 +150,10 @@ def placed(
 ):  # fmt: skip
     """Addresses of a tile of one of the caller's matrices, its rows and columns `swapped` or not.
 
-    UNIT is what is known when compiling, see `_layout.Places`; where the other stride is too large
-    for 32 bits, it is 2.
+    UNIT is what is known when compiling, see the units above.
     """
-    at = places + matrix * 3
-    if UNIT >= 4:
+    at = places + matrix * PLACE_COLUMNS
+    if UNIT >= ALIGNED_UNIT:
         base = tl.multiple_of(tl.load(at).to(tl.pointer_type(dtype)), 16)
         along = tl.multiple_of(tl.load(at + 1 + swapped), 16)
         across = tl.multiple_of(tl.load(at + 2 - swapped), 16)
@@ -130,10 +161,10 @@ def placed(
         base = tl.load(at).to(tl.pointer_type(dtype))
         along = tl.load(at + 1 + swapped)
         across = tl.load(at + 2 - swapped)
-    if UNIT % 4 == 1:
+    if UNIT == ROW_MAJOR or UNIT == ALIGNED_ROW_MAJOR:  # noqa: SIM109 - no tuples in kernels
         offsets = rows[:, None] * along.to(tl.int32) + cols[None, :]
         return base + (first_row * along + first_col) + offsets
-    elif UNIT % 4 == 0:
+    elif UNIT == COLUMN_MAJOR or UNIT == ALIGNED_COLUMN_MAJOR:  # noqa: SIM109
         offsets = rows[:, None] + cols[None, :] * across.to(tl.int32)
         return base + (first_row + first_col * across) + offsets
     else:

@@ -18,7 +18,7 @@ import triton.language as tl
 from spectral_kernels._backend import is_capturing
 from torch import Tensor
 
-from ._device import ALIGNED, IS_INTERPRETED
+from ._device import ALIGNED, IS_INTERPRETED, LAYOUT_COLUMNS, PLACE_COLUMNS, ROW_MAJOR, STRIDED
 
 # The three shapes that a matrix of a layout may have.
 SHORT = tl.constexpr(0)  # s x s
@@ -30,9 +30,7 @@ LONG = tl.constexpr(2)  # l x l
 ROWS = tl.constexpr(0)
 COLS = tl.constexpr(1)
 TALL = tl.constexpr(2)
-AT = tl.constexpr(3)
-LD = tl.constexpr(4)
-COLUMNS = tl.constexpr(9)
+COLUMNS = LAYOUT_COLUMNS
 
 # Elements of a chunk of the passes that read the caller's matrices. A program of the interpreter
 # costs the same whatever its size.
@@ -238,9 +236,7 @@ class Places:
     Attributes:
         table: int64, (address, row stride, column stride) a matrix, on the device.
         dtype: of all of them.
-        units: which of a matrix's strides is 1: 0 rows', 1 columns', 2 neither, or the other is
-            too large for 32 bits; ALIGNED more where address, the other stride and the length of
-            contiguous lines are multiples of 16.
+        units: which of a matrix's strides is 1, see `_device`.
     """
 
     table: Tensor
@@ -259,12 +255,15 @@ def common_unit(units: Iterable[int]) -> int:
     if len(known) == 1:
         return known.pop()
     plain = {unit % ALIGNED for unit in known}
-    return plain.pop() if len(plain) == 1 else 2
+    return plain.pop() if len(plain) == 1 else STRIDED.value
 
 
 def swapped_unit(unit: int) -> int:
     """The unit of the transposed matrix."""
-    return unit if unit == 2 else unit + 1 - 2 * (unit % ALIGNED)
+    if unit == STRIDED.value:
+        return unit
+    plain = unit % ALIGNED
+    return unit - plain + ROW_MAJOR.value - plain
 
 
 # Address, row stride, column stride, rows, columns.
@@ -283,7 +282,7 @@ def _unit(place: Place) -> int:
     address, rows, cols, height, width = place
     other, line = (rows, width) if cols == 1 else (cols, height)
     if 1 not in (rows, cols) or other >= _LARGEST_STRIDE:
-        return 2
+        return STRIDED.value
     aligned = address % 16 == 0 and other % 16 == 0 and line % 16 == 0
     return int(cols == 1) + (ALIGNED if aligned else 0)
 
@@ -299,4 +298,5 @@ def matrices_of(x: Tensor) -> list[Place]:
 
 @kept(1024)
 def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)[:, :3], device)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
+    return upload(table[:, : PLACE_COLUMNS.value], device)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import corner, element, launch
+from ._device import NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, Shape, kept, upload
 from ._wide import Delivery, deliver
 
@@ -35,8 +35,8 @@ def _row_blocks(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor
 @triton.jit
 def _check_kernel(places, layout, state, BLOCK: tl.constexpr):
     matrix = tl.program_id(0).to(tl.int64)
-    base = tl.load(places + matrix * 3).to(tl.pointer_type(tl.float32))
-    stride = tl.load(places + matrix * 3 + 1)
+    base = tl.load(places + matrix * PLACE_COLUMNS).to(tl.pointer_type(tl.float32))
+    stride = tl.load(places + matrix * PLACE_COLUMNS + 1)
     count = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -45,7 +45,7 @@ def _check_kernel(places, layout, state, BLOCK: tl.constexpr):
         v = tl.load(base + at * stride, mask=at < count, other=0.0)
         bad = tl.maximum(bad, tl.where((v >= 0.0) & (v < float("inf")), 0, 1))
     if tl.max(bad, 0) > 0:
-        tl.store(state + matrix, 2)
+        tl.store(state + matrix, NONFINITE)
 
 
 @triton.jit
@@ -78,14 +78,14 @@ def _moments_kernel(
     SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(0).to(tl.int64)
-    base = tl.load(places + matrix * 3).to(tl.pointer_type(tl.float32))
-    stride = tl.load(places + matrix * 3 + 1)
+    base = tl.load(places + matrix * PLACE_COLUMNS).to(tl.pointer_type(tl.float32))
+    stride = tl.load(places + matrix * PLACE_COLUMNS + 1)
     count = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
     width = element(layout, matrix, COLS, COLUMNS).to(tl.float64)
     first = tl.load(starts + matrix)
     written = count
     if SKIP:
-        written = tl.where(tl.load(state + matrix) == 2, 0, count)
+        written = tl.where(tl.load(state + matrix) == NONFINITE, 0, count)
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros((BLOCK,), tl.float64)
     after = tl.zeros((BLOCK,), tl.float64)
@@ -113,10 +113,9 @@ def _rows_kernel(
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
     LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    at = tiles + tl.program_id(0) * 3
-    matrix = tl.load(at).to(tl.int64)
-    row = tl.load(at + 1).to(tl.int64) * TILE
-    col = tl.load(at + 2).to(tl.int64) * TILE
+    matrix, row, col = tile_of(tiles)
+    row = row.to(tl.int64) * TILE
+    col = col.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
     start, ld = corner(layout, matrix, WIDE)
     height = element(layout, matrix, ROWS, COLUMNS)

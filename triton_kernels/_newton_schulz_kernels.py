@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import corner, multiplied, narrowed, widened
+from ._device import corner, multiplied, narrowed, span_of, widened
 from ._layout import WIDE
 from ._wide import deliver
 
@@ -15,8 +15,7 @@ def _powers_kernel(
     spans, squares, floor, out, norm_factor, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):
     matrix = tl.program_id(0)
-    first = tl.load(spans + matrix * 2)
-    count = tl.load(spans + matrix * 2 + 1)
+    first, count = span_of(spans, matrix)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):

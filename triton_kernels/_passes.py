@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ._config import PASS_WARPS
 from ._device import (
+    ALIGNED_COLUMN_MAJOR,
+    ALIGNED_ROW_MAJOR,
     DTYPES,
+    NONFINITE,
+    NORMAL,
+    STRIDED,
+    ZERO,
     corner,
     element,
     exponent_of,
@@ -20,6 +26,8 @@ from ._device import (
     placed,
     provided,
     scaled,
+    span_of,
+    tile_of,
     widened,
     within,
 )
@@ -36,11 +44,6 @@ from ._layout import (
     Places,
     padded,
 )
-
-# States of a matrix.
-ZERO = tl.constexpr(0)
-NORMAL = tl.constexpr(1)
-NONFINITE = tl.constexpr(2)
 
 _SUMMARY = 256
 
@@ -77,7 +80,7 @@ class Mix:
             "GRAD": DTYPES[self.grads.dtype],
             "GRAD_UNIT": self.grads.unit,
             "MIXED": self.momenta is not None,
-            "MOMENTUM_UNIT": 2 if self.momenta is None else self.momenta.unit,
+            "MOMENTUM_UNIT": STRIDED.value if self.momenta is None else self.momenta.unit,
             "NESTEROV": self.nesterov,
             "CHUNK_ROWS": CHUNK_ROWS,
             "CHUNK_COLS": CHUNK_COLS,
@@ -107,14 +110,13 @@ class Summary:
 @triton.jit
 def _chunk(chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
     """Matrix, first row and column of this program, and which of its elements exist."""
-    at = chunks + tl.program_id(0) * 3
-    matrix = tl.load(at).to(tl.int64)
-    row = tl.load(at + 1).to(tl.int64) * CHUNK_ROWS
-    col = tl.load(at + 2).to(tl.int64) * CHUNK_COLS
+    matrix, row, col = tile_of(chunks)
+    row = row.to(tl.int64) * CHUNK_ROWS
+    col = col.to(tl.int64) * CHUNK_COLS
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
-    rows = within(row, tl.arange(0, CHUNK_ROWS), height, UNIT == 4)
-    cols = within(col, tl.arange(0, CHUNK_COLS), width, UNIT == 5)
+    rows = within(row, tl.arange(0, CHUNK_ROWS), height, UNIT == ALIGNED_COLUMN_MAJOR)
+    cols = within(col, tl.arange(0, CHUNK_COLS), width, UNIT == ALIGNED_ROW_MAJOR)
     return matrix, row, col, rows[:, None] & cols[None, :]
 
 
@@ -173,8 +175,7 @@ def _summary_kernel(
     FLOORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(0)
-    first = tl.load(spans + matrix * 2)
-    count = tl.load(spans + matrix * 2 + 1)
+    first, count = span_of(spans, matrix)
     lanes = tl.arange(0, BLOCK)
     tops = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float64)
@@ -193,8 +194,8 @@ def _summary_kernel(
     divisor = lowest
     if FLOORED:
         divisor = tl.maximum(norm_factor * lowest, eps)
-    found = tl.where(most > 0.0, 1, 0)
-    found = tl.where(tl.max(bads, 0) > 0, 2, found)
+    found = tl.where(most > 0.0, NORMAL, ZERO)
+    found = tl.where(tl.max(bads, 0) > 0, NONFINITE, found)
     tl.store(state + matrix, found)
     tl.store(exponent + matrix, e)
     tl.store(factor + matrix, (unit / divisor).to(tl.float32))
@@ -214,7 +215,7 @@ def _pack_kernel(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
-    bad = tl.load(state + matrix) == 2
+    bad = tl.load(state + matrix) == NONFINITE
     if MIXED and not KEEP:
         tl.store(at, new, mask=inside if PROPAGATE else provided(inside, bad == 0))
     if SIGNS:

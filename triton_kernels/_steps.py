@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ._config import STACK_ELEMENTS
+from ._device import NONFINITE
 from ._layout import kept, upload
-from ._passes import NONFINITE
 
 R = TypeVar("R")
 

@@ -13,7 +13,11 @@ from torch import Tensor
 from ._config import Config, architecture, precision_of
 from ._device import (
     ALIGNED,
+    ALIGNED_COLUMN_MAJOR,
+    ALIGNED_ROW_MAJOR,
     DTYPES,
+    NONFINITE,
+    STRIDED,
     corner,
     element,
     launch,
@@ -21,6 +25,7 @@ from ._device import (
     narrowed,
     placed,
     provided,
+    tile_of,
     within,
 )
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, swapped_unit
@@ -104,15 +109,19 @@ def deliver(
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
     swapped = element(layout, matrix, TALL, COLUMNS)
-    inside = within(first_row, rows, tl.minimum(height, width), PLACED_UNIT == 4)[:, None]
-    across = within(first_col, cols, tl.maximum(height, width), PLACED_UNIT == 5)[None, :]
+    inside = within(
+        first_row, rows, tl.minimum(height, width), PLACED_UNIT == ALIGNED_COLUMN_MAJOR
+    )[:, None]
+    across = within(first_col, cols, tl.maximum(height, width), PLACED_UNIT == ALIGNED_ROW_MAJOR)[
+        None, :
+    ]
     inside = inside & across
     at = placed(
         places, matrix, swapped, first_row, first_col, rows, cols, PLACED_DTYPE, PLACED_UNIT
     )
     if UPDATE:
         if SKIP:
-            inside = provided(inside, tl.load(state + matrix) != 2)
+            inside = provided(inside, tl.load(state + matrix) != NONFINITE)
         if LR_LOADED:
             loaded = tl.load(lr)
             rate = loaded.to(tl.float32)
@@ -138,10 +147,9 @@ def _wide_kernel(
     UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 3
-    matrix = tl.load(tile).to(tl.int64)
-    row = tl.load(tile + 1).to(tl.int64) * TILE
-    col = tl.load(tile + 2).to(tl.int64) * TILE
+    matrix, row, col = tile_of(tiles)
+    row = row.to(tl.int64) * TILE
+    col = col.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
     inner = tl.arange(0, DEPTH)
     a_start, a_ld = corner(layout, matrix, A_SPACE)
@@ -227,7 +235,7 @@ def wide(
     delivery = out if isinstance(out, Delivery) else None
     target = a.values if isinstance(out, Delivery) else out
     none = Delivery(Places(layout.table, torch.float32, ()))
-    groups = {2: None} if delivery is None else delivery.by_unit(layout)
+    groups = {STRIDED.value: None} if delivery is None else delivery.by_unit(layout)
     for unit, chosen in groups.items():
         everything = chosen is None or len(chosen) == layout.count
         # Element by element a large tile takes more registers than there are.

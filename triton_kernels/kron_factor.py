@@ -9,7 +9,7 @@ from spectral_kernels._backend import check_device, check_writable, operator
 from torch import Tensor
 
 from ._batch import Packed, flattened, product, two_sided
-from ._passes import NONFINITE
+from ._device import NONFINITE
 
 _MOST = torch.finfo(torch.float32).max
 

@@ -37,7 +37,7 @@ from ._config import (
     precision_of,
     small_config,
 )
-from ._device import launch
+from ._device import NONFINITE, STRIDED, launch
 from ._layout import (
     SHORT,
     WIDE,
@@ -58,7 +58,7 @@ from ._operator import (
     check_step,
     raise_nonfinite,
 )
-from ._passes import NONFINITE, Mix, Summary, pack, summarize
+from ._passes import Mix, Summary, pack, summarize
 from ._steps import Progress, numbers_of
 from ._wide import Delivery, Operand, wide
 from .symmetric_matmul import symmetric
@@ -180,7 +180,7 @@ def _small(
 ) -> Tensor | None:
     none = Delivery(places_of((), torch.float32, layout.device))
     rows = _rows(rule.rows, layout.device)
-    everything = {2: list(range(layout.count))}
+    everything = {STRIDED.value: list(range(layout.count))}
     for unit, chosen in (out.by_unit(layout) if out is not None else everything).items():
         launch(
             _small_kernel,

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ._config import Config, architecture, config_for, precision_of
 from ._device import (
+    ALIGNED_UNIT,
     DTYPES,
+    NONFINITE,
+    STRIDED,
     corner,
     element,
     launch,
@@ -17,6 +20,7 @@ from ._device import (
     narrowed,
     placed,
     provided,
+    tile_of,
     within,
 )
 from ._layout import (
@@ -58,9 +62,7 @@ def _symmetric_kernel(
     ADD_PLACED: tl.constexpr, SKIP: tl.constexpr, SQUARES: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 3
-    matrix = tl.load(tile).to(tl.int64)
-    row, col = tl.load(tile + 1), tl.load(tile + 2)
+    matrix, row, col = tile_of(tiles)
     lanes = tl.arange(0, TILE)
     inner = tl.arange(0, DEPTH)
     start, ld = corner(layout, matrix, SPACE)
@@ -106,7 +108,7 @@ def _symmetric_kernel(
         first_row = row.to(tl.int64) * TILE
         first_col = col.to(tl.int64) * TILE
         # Both sides of a symmetric matrix are as long as its lines.
-        in_16s: tl.constexpr = PLACED_UNIT >= 4
+        in_16s: tl.constexpr = PLACED_UNIT >= ALIGNED_UNIT
         inside = within(first_row, lanes, size, in_16s)[:, None]
         inside = inside & within(first_col, lanes, size, in_16s)[None, :]
         if ADD_PLACED:
@@ -116,7 +118,7 @@ def _symmetric_kernel(
             old = tl.load(lower, mask=inside & (upper == 0), other=0.0).to(tl.float32)
             value += coefficient(beta, factors, matrix, beta_column, columns, PER_MATRIX) * old
         if SKIP:
-            inside = provided(inside, tl.load(state + matrix) != 2)
+            inside = provided(inside, tl.load(state + matrix) != NONFINITE)
     if row == col:
         value = tl.where(upper, tl.trans(value), value)
     if SQUARES:
@@ -181,7 +183,7 @@ def symmetric(
     """
     given = out if isinstance(out, Places) else None
     target = a if isinstance(out, Places) else out
-    unit = 2 if given is None else given.unit
+    unit = STRIDED.value if given is None else given.unit
     if given is not None and config.tile > _LARGEST_PLACED:
         # Masks and strided addresses take the registers of a large tile.
         config = config.halved()
