@@ -24,7 +24,7 @@ from ._layout import (
 )
 from ._passes import Mix, Summary, pack, summarize
 from ._wide import Operand, wide
-from .symmetric_matmul import symmetric
+from .symmetric_matmul import Terms, symmetric
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -129,11 +129,10 @@ class Packed:
             self._wide,
             self._wide,
             places_of(places, factors[0].dtype, self.layout.device),
+            Terms(alpha=weight, beta=beta),
             space=WIDE,
             out_space=LONG if long else SHORT,
             transposed=long,
-            alpha=weight,
-            beta=beta,
             add=True,
             state=state,
         )

@@ -24,7 +24,7 @@ from ._batch import flattened, product, scaled_by
 from ._config import architecture, config_for
 from ._layout import SHORT, kept, layout_of, padded, upload
 from ._steps import length
-from .symmetric_matmul import symmetric
+from .symmetric_matmul import Terms, symmetric
 
 CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)
 
@@ -147,18 +147,8 @@ class _Iteration:
         add: Tensor,
         gamma: float = 0.0,
     ) -> None:
-        symmetric(
-            self._layout,
-            self._config,
-            a,
-            b,
-            out,
-            beta=1.0,
-            c=add,
-            gamma=gamma,
-            factors=table,
-            columns=columns,
-        )
+        terms = Terms(beta=1.0, c=add, gamma=gamma, factors=table, columns=columns)
+        symmetric(self._layout, self._config, a, b, out, terms)
 
     def _power(self, n: Tensor) -> Tensor:
         """N^p by repeated squaring."""

@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from spectral_kernels._backend import check_distinct, check_rows_state, operator
@@ -61,7 +60,7 @@ from ._operator import (
 from ._passes import Mix, Summary, pack, summarize
 from ._steps import Progress, numbers_of
 from ._wide import Delivery, Operand, wide
-from .symmetric_matmul import symmetric
+from .symmetric_matmul import Terms, symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.
 _POWERS = 5
@@ -276,14 +275,15 @@ class _Iteration:
                 product = layout.empty(SHORT, torch.float32)
                 # Over several steps unit I and q nearly cancel: q takes it in.
                 whole = unit * a if closing else 0.0
-                symmetric(layout, config, q, z, product, beta=a, c=q, delta=unit, d=z, gamma=whole)
+                terms = Terms(beta=a, c=q, gamma=whole, delta=unit, d=z)
+                symmetric(layout, config, q, z, product, terms)
                 q = product
             unit *= a
             taken += 1
             if not closing:
-                scales: dict[str, Any] = {"factors": powers, "columns": (2, 2, 0)}
-                symmetric(layout, config, r, z, half, beta=a, c=r, **scales)
-                symmetric(layout, config, half, z, r, beta=a, c=half)
+                terms = Terms(beta=a, c=r, factors=powers, columns=(2, 2, 0))
+                symmetric(layout, config, r, z, half, terms)
+                symmetric(layout, config, half, z, r, Terms(beta=a, c=half))
                 powers = None
                 continue
             target = self._next if out is None or not ends else out
@@ -340,18 +340,8 @@ class _Iteration:
         self, r: Tensor, z: Tensor, c: float, b: float, powers: Tensor | None, config: Config
     ) -> None:
         """Z = b R + c R^2."""
-        symmetric(
-            self._layout,
-            config,
-            r,
-            r,
-            z,
-            alpha=c,
-            beta=b,
-            c=r,
-            factors=powers,
-            columns=(4, 2, 0),
-        )
+        terms = Terms(alpha=c, beta=b, c=r, factors=powers, columns=(4, 2, 0))
+        symmetric(self._layout, config, r, r, z, terms)
 
     def _powers_of_gram(self, r: Tensor | None = None) -> Tensor:
         """Powers of the scale from R^2's Frobenius norm, in fp32."""

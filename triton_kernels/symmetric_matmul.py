@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from spectral_kernels._backend import operator
@@ -144,24 +146,40 @@ def _symmetric_kernel(
             tl.store(out + there + (lanes[:, None] + lanes[None, :] * out_ld), value)
 
 
+class Terms(NamedTuple):
+    """alpha A B^T + beta C + gamma I + delta D, a sum that a product is part of.
+
+    Attributes:
+        alpha, beta, gamma, delta: see above.
+        c, d: workspaces where the result goes to one.
+        factors: fp32 (matrices, k); alpha, beta and gamma are multiplied by the `columns` of it.
+        columns: see above.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    c: Tensor | None = None
+    gamma: float = 0.0
+    delta: float = 0.0
+    d: Tensor | None = None
+    factors: Tensor | None = None
+    columns: tuple[int, int, int] = (0, 0, 0)
+
+
+PRODUCT = Terms()
+
+
 def symmetric(
     layout: Layout,
     config: Config,
     a: Tensor,
     b: Tensor,
     out: Tensor | Places,
+    terms: Terms = PRODUCT,
     *,
     space: tl.constexpr = SHORT,
     out_space: tl.constexpr = SHORT,
     transposed: bool = False,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    c: Tensor | None = None,
-    gamma: float = 0.0,
-    delta: float = 0.0,
-    d: Tensor | None = None,
-    factors: Tensor | None = None,
-    columns: tuple[int, int, int] = (0, 0, 0),
     add: bool = False,
     state: Tensor | None = None,
     squares: Tensor | None = None,
@@ -176,11 +194,11 @@ def symmetric(
         a, b: workspaces in `space`.
         out: a workspace in `out_space`, or the caller's matrices, which are then written where
             `state` is not NONFINITE.
-        c, d: workspaces in `out_space`.
-        factors: fp32 (matrices, k); alpha, beta and gamma are multiplied by the `columns` of it.
+        terms: what is added, with its workspaces in `out_space`.
         squares: fp64, receives the sum of squares that every tile stands for.
         add: C is what `out`, the caller's matrices, holds: its lower triangle is read.
     """
+    alpha, beta, c, gamma, delta, d, factors, columns = terms
     given = out if isinstance(out, Places) else None
     target = a if isinstance(out, Places) else out
     unit = STRIDED.value if given is None else given.unit
