@@ -112,8 +112,9 @@ void check_factors(at::TensorList factors, const char* name, at::TensorList para
   }
 }
 
-void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                   at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh) {
+void check_eigenbasis_lists(at::TensorList params, at::TensorList lefts, at::TensorList rights,
+                            at::TensorList left_bases, at::TensorList right_bases,
+                            at::IntArrayRef refresh) {
   check_factors(lefts, "lefts", params, 0);
   check_factors(rights, "rights", params, 1);
   check_factors(left_bases, "left_bases", params, 0);

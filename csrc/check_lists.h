@@ -18,8 +18,9 @@ void check_rows_state(at::TensorList state, const char* name, at::TensorList par
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
 void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
 // Factors, bases on the same sides, and one flag an entry.
-void check_rotated(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                   at::TensorList left_bases, at::TensorList right_bases, at::IntArrayRef refresh);
+void check_eigenbasis_lists(at::TensorList params, at::TensorList lefts, at::TensorList rights,
+                            at::TensorList left_bases, at::TensorList right_bases,
+                            at::IntArrayRef refresh);
 // No tensor that is written overlaps another, or one that is read.
 void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
 // Flat restarts of a list: those of entry i end at ends[i]; no ends, no restarts.

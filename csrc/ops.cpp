@@ -1,6 +1,6 @@
 // Every operator of the library: its schema and what its arguments mean beyond the public
-// docstrings. Implementations register themselves at the foot of the family's file of each backend;
-// fakes stand in python/spectral_kernels/_fake.py.
+// docstrings. Implementations register themselves: csrc/cpu at the foot of a family's file,
+// csrc/cuda in a family's operators.cpp; fakes stand in python/spectral_kernels/_fake.py.
 //
 // Conventions
 //   - Leading dimensions are a batch; any strides; empty sizes are no-ops.

@@ -73,7 +73,7 @@ struct DevaTensors {
   size_t bytes(const NewtonSchulz* ns, bool refresh) const {
     const int64_t s = std::min(grad.rows, grad.cols), l = std::max(grad.rows, grad.cols);
     const size_t iteration = ns == nullptr ? 0 : Workspace::rounded(ns->workspace_bytes(s, l));
-    return RotatedStep::bytes(grad, moment, sides, extra(), iteration, refresh) +
+    return EigenbasisStep::bytes(grad, moment, sides, extra(), iteration, refresh) +
            Undo::bytes({param, moment, squares}) + sides_bytes(sides);
   }
 };
@@ -313,7 +313,7 @@ class DevaMatrix {
   const double scale_, t_;
   const int threads_;
   const Kind kind_;
-  RotatedStep rotated_;
+  EigenbasisStep rotated_;
 };
 
 // State of the variance, of the parameter's shape; for "low_memory" one row of m + n numbers a
@@ -347,7 +347,7 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   count_call("deva_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
-  check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
+  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
   const Variance kind = check_deva(params, exp_avg_sqs, scales, std::string(eps_mode),
                                    std::string(norm), std::string(variance), reference);
   if (kind != Variance::kNone)
@@ -388,7 +388,7 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
                             {"left_bases", left_bases},
                             {"right_bases", right_bases},
                             {"params", params}});
-  std::vector<double> work = rotated_work(items, params, lefts, rights, refresh);
+  std::vector<double> work = eigenbasis_work(items, params, lefts, rights, refresh);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
     return params[e].scalar_type() == at::kDouble ? ns64 : ns;
   };

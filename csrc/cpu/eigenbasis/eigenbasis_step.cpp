@@ -39,8 +39,8 @@ size_t own_bytes(int64_t m, int64_t n, Kind kind, Kind factors) {
 
 }  // namespace
 
-RotatedStep::RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides,
-                         double beta, size_t extra, int threads)
+EigenbasisStep::EigenbasisStep(const Matrix& grad, bool negate, const Matrix& moment,
+                               const Sides& sides, double beta, size_t extra, int threads)
     : grad_(grad),
       moment_(moment),
       sides_(sides),
@@ -56,8 +56,8 @@ RotatedStep::RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, 
   workspace_ = std::make_unique<Workspace>(own_bytes(m_, n_, kind_, factor_kind_) + extra);
 }
 
-size_t RotatedStep::bytes(const Matrix& grad, const Matrix& moment, const Sides& sides,
-                          size_t extra, size_t other, bool refresh) {
+size_t EigenbasisStep::bytes(const Matrix& grad, const Matrix& moment, const Sides& sides,
+                             size_t extra, size_t other, bool refresh) {
   const int64_t m = grad.rows, n = grad.cols;
   const Kind kind = kind_of_state(moment);
   const size_t own = own_bytes(m, n, kind, kind_of_factors(grad, sides)) + extra;
@@ -72,12 +72,12 @@ size_t RotatedStep::bytes(const Matrix& grad, const Matrix& moment, const Sides&
   return own + std::max({turn + x, refreshing, other});
 }
 
-bool RotatedStep::uninitialised() const {
+bool EigenbasisStep::uninitialised() const {
   const Matrix &l = sides_.left_basis, &r = sides_.right_basis;
   return (l || r) && (!l || is_zero(l, threads_)) && (!r || is_zero(r, threads_));
 }
 
-Panels RotatedStep::packed(bool transposed, Kind kind) {
+Panels EigenbasisStep::packed(bool transposed, Kind kind) {
   Pack pack;
   pack.x = grad_;
   pack.negate = negate_;
@@ -89,7 +89,7 @@ Panels RotatedStep::packed(bool transposed, Kind kind) {
   return result;
 }
 
-void RotatedStep::pack_gradient() {
+void EigenbasisStep::pack_gradient() {
   const TwoSidedShape shape = this->shape();
   const bool sides = shape.has_left || shape.has_right, native = factor_kind_ == kind_;
   const bool needs_x = !sides || shape.needs_x(), needs_x_t = sides && shape.needs_x_t();
@@ -105,7 +105,7 @@ void RotatedStep::pack_gradient() {
   if (needs_x_t) x_t_ = native ? g_t_ : packed(true, kind_);
 }
 
-bool RotatedStep::factors_fit() const {
+bool EigenbasisStep::factors_fit() const {
   const double weight = 1 - beta_;
   const auto fits = [&](const Matrix& factor, const Panels& x) {
     return !factor || !overflows(x, largest_, beta_, weight, factor);
@@ -113,7 +113,7 @@ bool RotatedStep::factors_fit() const {
   return fits(sides_.left, g_t_) && fits(sides_.right, g_);
 }
 
-bool RotatedStep::initialise(bool check) {
+bool EigenbasisStep::initialise(bool check) {
   if (check && !factors_fit()) return false;
   if (largest_ == 0) return true;
   accumulate();
@@ -129,13 +129,13 @@ bool RotatedStep::initialise(bool check) {
   return true;
 }
 
-TwoSidedShape RotatedStep::shape() const {
+TwoSidedShape EigenbasisStep::shape() const {
   return {m_, n_, m_, n_, bool(sides_.left_basis), bool(sides_.right_basis)};
 }
 
-bool RotatedStep::wants_transposed() const { return sides_.right_basis && shape().needs_x_t(); }
+bool EigenbasisStep::wants_transposed() const { return sides_.right_basis && shape().needs_x_t(); }
 
-void RotatedStep::two_sided(const Panels& x, const Panels& x_t, bool back, Product last) {
+void EigenbasisStep::two_sided(const Panels& x, const Panels& x_t, bool back, Product last) {
   const TwoSidedShape shape = this->shape();
   const Kind kind = (x ? x : x_t).kind;
   Workspace workspace(panel_bytes(m_, m_, kind) + panel_bytes(n_, n_, kind) +
@@ -158,7 +158,7 @@ void RotatedStep::two_sided(const Panels& x, const Panels& x_t, bool back, Produ
   precondition(shape, operands, last, workspace, threads_);
 }
 
-Panels RotatedStep::rotated() {
+Panels EigenbasisStep::rotated() {
   if (!sides_.left_basis && !sides_.right_basis) return x_;
   Product last;
   last.out = take();
@@ -166,15 +166,15 @@ Panels RotatedStep::rotated() {
   return last.out;
 }
 
-bool RotatedStep::squares_fit(const Panels& g) const {
+bool EigenbasisStep::squares_fit(const Panels& g) const {
   const double largest = max_abs(flat(g), threads_);
   const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
                                           : double(std::numeric_limits<float>::max());
   return largest <= std::sqrt(most);  // false for NaN
 }
 
-void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double decay,
-                       bool normalize, Kind precision) {
+void EigenbasisStep::move(const Panels& u, const Matrix& param, double rate, double decay,
+                          bool normalize, Kind precision) {
   Combine direct;
   direct.alpha = -rate;
   direct.delta = decay;
@@ -197,7 +197,7 @@ void RotatedStep::move(const Panels& u, const Matrix& param, double rate, double
   run(direct, threads_);
 }
 
-void RotatedStep::rotate_back(const Panels& u, Product last, Kind precision) {
+void EigenbasisStep::rotate_back(const Panels& u, Product last, Kind precision) {
   const bool round = precision != u.kind;
   Workspace workspace(round ? panel_bytes(u.rows, u.cols, precision) : 0);
   Panels x = u;
@@ -210,12 +210,12 @@ void RotatedStep::rotate_back(const Panels& u, Product last, Kind precision) {
   two_sided(wants_transposed() ? Panels{} : x, wants_transposed() ? x : Panels{}, true, last);
 }
 
-void RotatedStep::accumulate() {
+void EigenbasisStep::accumulate() {
   if (sides_.left) cpu::accumulate(g_t_, beta_, 1 - beta_, sides_.left, threads_);
   if (sides_.right) cpu::accumulate(g_, beta_, 1 - beta_, sides_.right, threads_);
 }
 
-void RotatedStep::refresh(const Matrix& v, bool permute) {
+void EigenbasisStep::refresh(const Matrix& v, bool permute) {
   const TwoSidedShape shape = this->shape();
   if (!shape.has_left && !shape.has_right) return;
   Workspace workspace(2 * (panel_bytes(m_, n_, kind_) + panel_bytes(n_, m_, kind_)));
@@ -262,9 +262,9 @@ Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
           optional_matrix(left_bases[e], item.index), optional_matrix(right_bases[e], item.index)};
 }
 
-std::vector<double> rotated_work(const std::vector<Item>& items, at::TensorList params,
-                                 at::TensorList lefts, at::TensorList rights,
-                                 at::IntArrayRef refresh) {
+std::vector<double> eigenbasis_work(const std::vector<Item>& items, at::TensorList params,
+                                    at::TensorList lefts, at::TensorList rights,
+                                    at::IntArrayRef refresh) {
   std::vector<double> work;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);

@@ -22,12 +22,12 @@ inline size_t sides_bytes(const Sides& sides) {
   return Undo::bytes({sides.left, sides.right, sides.left_basis, sides.right_basis});
 }
 
-class RotatedStep {
+class EigenbasisStep {
  public:
   // Scratch for the step itself (panels of the matrix's shape in the state's precision) is counted
   // by the caller in `extra` bytes.
-  RotatedStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides,
-              double beta, size_t extra, int threads);
+  EigenbasisStep(const Matrix& grad, bool negate, const Matrix& moment, const Sides& sides,
+                 double beta, size_t extra, int threads);
 
   // False if the gradient or the moment is not finite.
   bool finite_input() const { return finite_; }
@@ -90,8 +90,8 @@ class RotatedStep {
 Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
                at::TensorList left_bases, at::TensorList right_bases);
 // Multiply-adds of every matrix besides the Newton–Schulz steps, to schedule by.
-std::vector<double> rotated_work(const std::vector<Item>& items, at::TensorList params,
-                                 at::TensorList lefts, at::TensorList rights,
-                                 at::IntArrayRef refresh);
+std::vector<double> eigenbasis_work(const std::vector<Item>& items, at::TensorList params,
+                                    at::TensorList lefts, at::TensorList rights,
+                                    at::IntArrayRef refresh);
 
 }  // namespace spectral_kernels::cpu

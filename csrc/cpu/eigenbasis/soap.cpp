@@ -31,7 +31,7 @@ struct SoapMatrix {
     return panel_bytes(grad.rows, grad.cols, kind) + panel_bytes(grad.cols, grad.rows, kind);
   }
   size_t bytes(bool refresh) const {
-    return RotatedStep::bytes(grad, moment, sides, extra(), 0, refresh) +
+    return EigenbasisStep::bytes(grad, moment, sides, extra(), 0, refresh) +
            Undo::bytes({param, moment, squares}) + sides_bytes(sides);
   }
 };
@@ -39,8 +39,8 @@ struct SoapMatrix {
 Outcome soap_update(const SoapStep& step, const SoapMatrix& matrix, double t, bool refresh,
                     int threads) {
   const auto& [param, grad, moment, squares, sides] = matrix;
-  RotatedStep rotated(grad, step.maximize, moment, sides, step.shampoo_beta, matrix.extra(),
-                      threads);
+  EigenbasisStep rotated(grad, step.maximize, moment, sides, step.shampoo_beta, matrix.extra(),
+                         threads);
   if (step.check && !rotated.finite_input()) return Outcome::kSkipped;
   const bool first = rotated.uninitialised();
   rotated.pack_gradient();
@@ -95,7 +95,7 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
   check_state(exp_avg_sqs, "exp_avg_sqs", params, false);
-  check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
+  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
   check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
   const SoapStep step{scalar(lr), beta1,           beta2,        shampoo_beta,
@@ -130,7 +130,7 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
     else if (outcome == Outcome::kUpdated)
       progress.updated(item);
   };
-  parallel_matrices(rotated_work(items, params, lefts, rights, refresh), update, bytes);
+  parallel_matrices(eigenbasis_work(items, params, lefts, rights, refresh), update, bytes);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What there is to know about a device without torch.
+// Properties of a device, and the switches of the products, for files that do not know torch.
 #pragma once
 
 #include <cstdint>

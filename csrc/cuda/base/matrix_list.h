@@ -57,8 +57,8 @@ inline int64_t place_packed(std::vector<Entry>& entries, int planes) {
   return packed;
 }
 
-// Weights of y <- beta y + (1 - beta) x. 1 - beta is taken before beta is rounded: in fp32 it would
-// be wrong by the rounding of beta, which is some ten times that of its own.
+// Weights of y <- beta y + (1 - beta) x. 1 - beta is computed in double: computed from the float
+// nearest to beta, near 1, its relative error would be some ten times that of a float.
 struct Average {
   float old = 0, fresh = 1;
   Average() = default;
@@ -67,7 +67,8 @@ struct Average {
 
 // The largest |element| of a matrix, as the bits of a float, which order as the numbers do.
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-// In its place: a matrix that is skipped whatever becomes of non-finite ones.
+// Stored instead of the largest |element| of a matrix that is always skipped, also with
+// NonFinite::kPropagate.
 constexpr uint32_t kRefused = 0xffffffffu;
 
 }  // namespace spectral_kernels::cuda

@@ -36,8 +36,8 @@ void check_not_double(const at::Tensor& t, const char* op);
 // The counter of matrices that are numbered from `first` on.
 Counter counter_of(const at::Tensor& steps, int64_t first, int64_t count);
 
-// nonfinite="raise": the one option that waits for the device. `largest` has one number for every
-// matrix of the list, in its order, and is used up.
+// For nonfinite="raise", which waits for the device: raises if a gradient or a momentum is not
+// finite. `largest` has a zero for every matrix of the list, in its order, and is overwritten.
 void raise_nonfinite(const std::vector<Entry>& entries, at::TensorList params,
                      const char* momentum_name, const at::Tensor& largest, const char* op);
 

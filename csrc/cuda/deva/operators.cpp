@@ -21,8 +21,8 @@ namespace {
 // Directions of one slice, from G' on.
 class Directions {
  public:
-  Directions(const RotatedStep& step, const char* op) : step_(step), op_(op) {
-    for (const Adapted& a : step.adapted()) entries_.push_back({a});
+  Directions(const EigenbasisStep& step, const char* op) : step_(step), op_(op) {
+    for (const MomentEntry& a : step.moment_entries()) entries_.push_back({a});
     const DevaSizes sizes = place_varied(entries_);
     const auto options = step.options();
     tiles_ = at::empty({sizes.tiles + sizes.shares}, options.dtype(at::kDouble));
@@ -41,7 +41,7 @@ class Directions {
     void* stream = step_.stream();
     check_launch(launch_moments(entries_, deva, buffers_, stream), op_);
     if (deva.has_energies()) check_launch(launch_energies(entries_, deva, buffers_, stream), op_);
-    orthogonalise(step_.directions(), rows, compute_dtype, op_);
+    orthogonalize(step_.directions(), rows, compute_dtype, op_);
     check_launch(launch_adaptation(entries_, deva, buffers_, stream), op_);
   }
 
@@ -52,7 +52,7 @@ class Directions {
   }
 
  private:
-  const RotatedStep& step_;
+  const EigenbasisStep& step_;
   const char* op_;
   std::vector<Varied> entries_;
   at::Tensor tiles_, floats_, arrived_;
@@ -70,8 +70,8 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
   constexpr const char* kOp = "deva_step_";
   count_call(kOp, "cuda");
-  const RotatedLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
-                           left_bases, right_bases, step_counts, skipped,     lr,    refresh};
+  const EigenbasisLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
+                              left_bases, right_bases, step_counts, skipped,     lr,    refresh};
   lists.check(kOp);
   Deva deva;
   deva.variance = check_deva(params, exp_avg_sqs, scales, std::string(eps_mode), std::string(norm),
@@ -86,7 +86,7 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   deva.sign = sign;
   deva.relative = eps_mode == "relative";
   deva.outside = eps_mode == "outside";
-  RotatedOptions options;
+  EigenbasisOptions options;
   options.squares = none                                    ? Squares::kNone
                     : deva.variance == Variance::kLowMemory ? Squares::kLine
                                                             : Squares::kMatrix;
@@ -102,15 +102,15 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   options.schedule.weight_decay = weight_decay;
   options.schedule.debias = correct_bias && !reference;
   options.schedule.correct_bias = correct_bias && reference && schatten;
-  options.schedule.decay_first = reference && schatten;
+  options.schedule.decay_last = reference && schatten;
   options.nonfinite = std::string(nonfinite);
-  RotatedStep step(lists, options, kOp);
+  EigenbasisStep step(lists, options, kOp);
   if (step.empty()) return;
   const c10::DeviceGuard guard(params[0].device());
   step.begin();
   while (step.next_slice()) {
     step.rotate();
-    if (!step.adapted().empty()) {
+    if (!step.moment_entries().empty()) {
       Directions directions(step, kOp);
       if (schatten)
         directions.schatten(deva, rows, compute_dtype);

@@ -24,7 +24,7 @@ struct Tiles {
   HOST_DEVICE int64_t sums() const { return of_fast() + of_slow() + down * across; }
 };
 
-HOST_DEVICE Tiles tiles_of(const Adapted& e) {
+HOST_DEVICE Tiles tiles_of(const MomentEntry& e) {
   Tiles t;
   t.by_columns = e.moment.row < e.moment.column;
   t.slow = t.by_columns ? e.columns : e.rows;
@@ -37,9 +37,9 @@ HOST_DEVICE int64_t tile_parts(const Varied& e) {
   const Tiles t = tiles_of(e);
   return t.down * t.across;
 }
-HOST_DEVICE int64_t lines_of(const Adapted& e) { return e.rows + e.columns; }
+HOST_DEVICE int64_t lines_of(const MomentEntry& e) { return e.rows + e.columns; }
 HOST_DEVICE int64_t line_parts(const Varied& e) { return (lines_of(e) + kThreads - 1) / kThreads; }
-HOST_DEVICE int64_t element_parts(const Varied& e) { return adapt_parts(e); }
+HOST_DEVICE int64_t element_parts(const Varied& e) { return moment_parts(e); }
 
 DEVICE float sign_of(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; }
 
@@ -234,7 +234,7 @@ struct Elementwise {
   float m, g, v, top;
 };
 
-DEVICE Elementwise elementwise(const Adapted& e, const Deva& deva, const Numbers& numbers,
+DEVICE Elementwise elementwise(const MomentEntry& e, const Deva& deva, const Numbers& numbers,
                                int64_t matrix, int64_t row, int64_t column) {
   Elementwise x;
   x.g = gradient_of(e, deva.adam, matrix, row, column);

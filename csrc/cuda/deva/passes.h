@@ -18,7 +18,7 @@ struct Deva {
 };
 
 // An entry, and where its sums begin. Squares of kLowMemory are a row of m + n numbers.
-struct Varied : Adapted {
+struct Varied : MomentEntry {
   int64_t tile = 0;   // its first matrix's sums of tiles
   int64_t line = 0;   // its first matrix's first row
   int64_t share = 0;  // its first matrix's first share of a total

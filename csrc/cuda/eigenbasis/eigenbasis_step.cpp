@@ -25,7 +25,7 @@ at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.mT() : t; }
 
 int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
 
-int64_t elements_of(const Rotated& item, bool new_squares) {
+int64_t elements_of(const EigenbasisItem& item, bool new_squares) {
   int64_t each = item.param.size(-2) * item.param.size(-1);
   each *= 1 + 2 * item.has_sides() + item.refresh;
   if (item.squares.defined() && (item.refresh || new_squares))
@@ -51,10 +51,10 @@ at::Tensor take(const at::Tensor& slab, int64_t& offset, const at::Tensor& t) {
   return taken;
 }
 
-std::vector<Rotated> single_matrices(const Rotated& item) {
-  std::vector<Rotated> singles;
+std::vector<EigenbasisItem> single_matrices(const EigenbasisItem& item) {
+  std::vector<EigenbasisItem> singles;
   for (int64_t i = 0; i < item.count; i++) {
-    Rotated one = item;
+    EigenbasisItem one = item;
     one.index = i;
     one.count = 1;
     for (at::Tensor* t : {&one.param, &one.grad, &one.moment, &one.squares, &one.left, &one.right,
@@ -67,10 +67,10 @@ std::vector<Rotated> single_matrices(const Rotated& item) {
 
 }  // namespace
 
-void RotatedLists::check(const char* op) const {
+void EigenbasisLists::check(const char* op) const {
   check_step(params, grads, step_counts, skipped, lr);
   check_state(exp_avgs, "exp_avgs", params, false);
-  check_rotated(params, lefts, rights, left_bases, right_bases, refresh);
+  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
   if (params.empty()) return;
   for (const at::TensorList& list :
        {params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases})
@@ -78,13 +78,14 @@ void RotatedLists::check(const char* op) const {
       if (t.numel() > 0) check_not_double(t, op);
 }
 
-RotatedStep::RotatedStep(const RotatedLists& lists, const RotatedOptions& options, const char* op)
+EigenbasisStep::EigenbasisStep(const EigenbasisLists& lists, const EigenbasisOptions& options,
+                               const char* op)
     : lists_(lists), options_(options), op_(op) {
   check_one_of(options.nonfinite, "nonfinite", {"skip", "propagate", "raise"});
   nonfinite_ = options.nonfinite == "propagate" ? NonFinite::kPropagate : NonFinite::kSkip;
   for (size_t e = 0; e < lists.params.size(); e++) {
     if (lists.params[e].numel() == 0) continue;
-    Rotated item;
+    EigenbasisItem item;
     item.entry = e;
     item.count = leading(lists.params[e]);
     item.param = lists.params[e];
@@ -101,20 +102,20 @@ RotatedStep::RotatedStep(const RotatedLists& lists, const RotatedOptions& option
                         item.left_basis, item.right_basis})) {
       items_.push_back(std::move(item));
     } else {
-      for (Rotated& one : single_matrices(item)) items_.push_back(std::move(one));
+      for (EigenbasisItem& one : single_matrices(item)) items_.push_back(std::move(one));
     }
   }
   if (!items_.empty()) stream_ = stream_of(items_[0].param);
 }
 
 // Bases of zeros, which no basis is, mark a matrix that has not been seen yet.
-void RotatedStep::find_first() {
+void EigenbasisStep::find_first() {
   const auto known = [](const at::Tensor& t) { return t.numel() == 0 || seen_nonzero(t); };
   std::vector<size_t> unknown, entries;
   std::vector<Entry> bases;
   int64_t matrices = 0;
   for (size_t i = 0; i < items_.size(); i++) {
-    const Rotated& item = items_[i];
+    const EigenbasisItem& item = items_[i];
     if (known(lists_.left_bases[item.entry]) && known(lists_.right_bases[item.entry])) continue;
     unknown.push_back(i);
     entries.push_back(item.entry);
@@ -132,11 +133,11 @@ void RotatedStep::find_first() {
       op_);
   const at::Tensor found = largest.cpu();
   const int32_t* bits = found.const_data_ptr<int32_t>();
-  std::vector<Rotated> all;
+  std::vector<EigenbasisItem> all;
   std::vector<bool> waiting(lists_.params.size());
   size_t next = 0;
   for (size_t i = 0; i < items_.size(); i++) {
-    Rotated& item = items_[i];
+    EigenbasisItem& item = items_[i];
     if (next == unknown.size() || unknown[next] != i) {
       all.push_back(std::move(item));
       continue;
@@ -149,10 +150,10 @@ void RotatedStep::find_first() {
       all.push_back(std::move(item));
     } else {
       waiting[item.entry] = true;
-      std::vector<Rotated> singles =
-          count == 1 ? std::vector<Rotated>{item} : single_matrices(item);
+      std::vector<EigenbasisItem> singles =
+          count == 1 ? std::vector<EigenbasisItem>{item} : single_matrices(item);
       for (int64_t k = 0; k < count; k++) {
-        Rotated& one = singles[size_t(k)];
+        EigenbasisItem& one = singles[size_t(k)];
         one.first = bits[k] == 0;
         one.idle = one.first && options_.idle_first;
         if (one.first) one.refresh = false;
@@ -169,7 +170,7 @@ void RotatedStep::find_first() {
 
 // Matrices of an entry that are not updated have the last of its numbers, so that one counter holds
 // the others.
-void RotatedStep::number() {
+void EigenbasisStep::number() {
   int64_t matrices = 0;
   for (size_t i = 0; i < items_.size();) {
     const size_t entry = items_[i].entry;
@@ -187,7 +188,7 @@ void RotatedStep::number() {
       };
       const int64_t begin = matrices;
       for (size_t k = i; k < end; k++) {
-        Rotated& item = items_[k];
+        EigenbasisItem& item = items_[k];
         if (item.idle != idle) continue;
         item.number = matrices;
         matrices += item.count;
@@ -204,7 +205,7 @@ void RotatedStep::number() {
   numbers_ = at::empty({matrices * int64_t(sizeof(Numbers))}, options.dtype(at::kByte));
 }
 
-void RotatedStep::begin() {
+void EigenbasisStep::begin() {
   if (options_.nonfinite == "raise") {
     std::vector<Entry> entries;
     for (size_t e = 0; e < lists_.params.size(); e++)
@@ -228,7 +229,7 @@ void RotatedStep::begin() {
   find_first();
   number();
   std::vector<Entry> entries;
-  for (const Rotated& item : items_) {
+  for (const EigenbasisItem& item : items_) {
     append(entries, item.grad, item.moment, item.param, 1, false);
     entries.back().first = item.number;
   }
@@ -247,9 +248,9 @@ void RotatedStep::begin() {
 }
 
 // The second moments of matrices that are not updated, which no later kernel reads.
-void RotatedStep::look_at_idle_squares() {
+void EigenbasisStep::look_at_idle_squares() {
   std::vector<Entry> entries;
-  for (const Rotated& item : items_) {
+  for (const EigenbasisItem& item : items_) {
     if (!item.idle || !item.squares.defined()) continue;
     append(entries, item.squares, {}, item.squares, 1, false);
     entries.back().first = item.number;
@@ -258,10 +259,10 @@ void RotatedStep::look_at_idle_squares() {
 }
 
 // The factors of first gradients that are not zero, and their eigenbases.
-void RotatedStep::initialise() {
-  std::vector<Rotated*> firsts;
+void EigenbasisStep::initialise() {
+  std::vector<EigenbasisItem*> firsts;
   std::vector<Entry> grads;
-  for (Rotated& item : items_)
+  for (EigenbasisItem& item : items_)
     if (item.first) {
       append(grads, item.grad, {}, item.grad, 1, false);
       grads.back().first = int64_t(firsts.size());
@@ -279,7 +280,7 @@ void RotatedStep::initialise() {
   for (size_t i = 0; i < firsts.size(); i++) {
     const uint32_t bits = uint32_t(found.const_data_ptr<int32_t>()[i]);
     if (bits == 0 || (bits >= kInfinityBits && nonfinite_ == NonFinite::kSkip)) continue;
-    Rotated& item = *firsts[i];
+    EigenbasisItem& item = *firsts[i];
     for (const bool rows : {true, false}) {
       const at::Tensor& old = rows ? item.left : item.right;
       if (!old.defined()) continue;
@@ -293,13 +294,13 @@ void RotatedStep::initialise() {
     return factor.defined() ? eigen_of(factor, op_).vectors.to(at::kFloat).view(factor.sizes())
                             : at::Tensor();
   };
-  for (Rotated* item : firsts) {
+  for (EigenbasisItem* item : firsts) {
     item->new_left_basis = basis_of(item->new_left);
     item->new_right_basis = basis_of(item->new_right);
   }
 }
 
-void RotatedStep::place(Rotated& item, const at::Tensor& slab, int64_t& offset) {
+void EigenbasisStep::place(EigenbasisItem& item, const at::Tensor& slab, int64_t& offset) {
   item.direction = take(slab, offset, item.param);
   item.rotated = item.has_sides() ? take(slab, offset, item.param) : item.grad;
   item.update = item.has_sides() ? take(slab, offset, item.param) : item.direction;
@@ -311,26 +312,26 @@ void RotatedStep::place(Rotated& item, const at::Tensor& slab, int64_t& offset) 
   if (item.right.defined()) item.new_right = take(slab, offset, item.right);
 }
 
-bool RotatedStep::next_slice() {
+bool EigenbasisStep::next_slice() {
   for (size_t i = begin_; i < end_; i++) items_[i] = {};
   begin_ = end_;
   if (begin_ == items_.size()) return false;
   int64_t elements = 0, size = 0;
   for (; end_ < items_.size(); end_++) {
-    const Rotated& item = items_[end_];
+    const EigenbasisItem& item = items_[end_];
     if (end_ > begin_ && size + item.param.numel() > slice_elements) break;
     size += item.param.numel();
     elements += elements_of(item, options_.new_squares);
   }
   slab_ = at::empty({elements}, items_[begin_].param.options().dtype(at::kFloat));
-  adapted_.clear();
+  moment_entries_.clear();
   copies_.clear();
   int64_t offset = 0;
   for (size_t i = begin_; i < end_; i++) {
-    Rotated& item = items_[i];
+    EigenbasisItem& item = items_[i];
     if (item.idle) continue;
     place(item, slab_, offset);
-    Adapted a;
+    MomentEntry a;
     a.gradient = matrices_from(item.rotated, 0);
     a.moment = matrices_from(item.moment, 0);
     a.squares = matrices_from(item.squares, 0);
@@ -344,22 +345,22 @@ bool RotatedStep::next_slice() {
     a.columns = item.param.size(-1);
     a.count = item.count;
     a.first = item.number;
-    adapted_.push_back(a);
+    moment_entries_.push_back(a);
   }
   return true;
 }
 
-std::vector<at::Tensor> RotatedStep::directions() const {
+std::vector<at::Tensor> EigenbasisStep::directions() const {
   std::vector<at::Tensor> list;
   for (size_t i = begin_; i < end_; i++)
     if (!items_[i].idle) list.push_back(items_[i].direction);
   return list;
 }
 
-void RotatedStep::rotate() {
+void EigenbasisStep::rotate() {
   std::vector<TwoSided> list;
   for (size_t i = begin_; i < end_; i++) {
-    const Rotated& item = items_[i];
+    const EigenbasisItem& item = items_[i];
     if (item.idle || !item.has_sides()) continue;
     list.push_back(
         {item.grad, transposed(item.left_rotation()), item.right_rotation(), item.rotated});
@@ -367,24 +368,25 @@ void RotatedStep::rotate() {
   two_sided(list, op_);
 }
 
-void RotatedStep::keep(const at::Tensor& now, const at::Tensor& old, const Rotated& item) {
+void EigenbasisStep::keep(const at::Tensor& now, const at::Tensor& old,
+                          const EigenbasisItem& item) {
   if (!now.defined()) return;
   append(copies_, now, {}, old, 1, false);
   copies_.back().first = item.number;
 }
 
 // What is not finite of the new state from copies_[from] on makes its matrix be kept.
-void RotatedStep::check_kept(size_t from) {
+void EigenbasisStep::check_kept(size_t from) {
   const std::vector<Entry> added(copies_.begin() + int64_t(from), copies_.end());
   check_launch(launch_largest(added, Of::kSource, largest(), stream_), op_);
 }
 
-void RotatedStep::finish() {
+void EigenbasisStep::finish() {
   std::vector<TwoSided> back;
   std::vector<Accumulate> factors;
   const double beta = options_.shampoo_beta;
   for (size_t i = begin_; i < end_; i++) {
-    const Rotated& item = items_[i];
+    const EigenbasisItem& item = items_[i];
     if (!item.idle && item.has_sides())
       back.push_back(
           {item.direction, item.left_rotation(), transposed(item.right_rotation()), item.update});
@@ -405,25 +407,25 @@ void RotatedStep::finish() {
     if (options_.new_squares && !items_[i].refresh)
       keep(items_[i].new_squares, items_[i].squares, items_[i]);
   if (options_.new_squares)
-    for (Adapted& a : adapted_) a.squares = {};
+    for (MomentEntry& a : moment_entries_) a.squares = {};
 
-  if (!adapted_.empty()) {
+  if (!moment_entries_.empty()) {
     const auto options = slab_.options();
     at::Tensor sums, arrived, inverse;
     float* normalized = nullptr;
     if (options_.normalize) {
-      sums = at::empty({place_sums(adapted_)}, options.dtype(at::kDouble));
+      sums = at::empty({place_sums(moment_entries_)}, options.dtype(at::kDouble));
       arrived = at::zeros_like(largest_);
       inverse = at::empty({largest_.numel()}, options);
       normalized = inverse.data_ptr<float>();
       check_launch(
-          launch_inverse_rms(adapted_, sums.data_ptr<double>(),
+          launch_inverse_rms(moment_entries_, sums.data_ptr<double>(),
                              reinterpret_cast<uint32_t*>(arrived.data_ptr()), normalized, stream_),
           op_);
     }
     if (nonfinite_ == NonFinite::kSkip)
-      check_launch(launch_outlook(adapted_, numbers(), normalized, largest(), stream_), op_);
-    check_launch(launch_commit(adapted_, options_.adam, numbers(), normalized, nonfinite_,
+      check_launch(launch_outlook(moment_entries_, numbers(), normalized, largest(), stream_), op_);
+    check_launch(launch_commit(moment_entries_, options_.adam, numbers(), normalized, nonfinite_,
                                largest(), stream_),
                  op_);
   }
@@ -431,8 +433,8 @@ void RotatedStep::finish() {
 }
 
 // The moments of refreshed matrices are carried over into the new bases.
-void RotatedStep::refresh() {
-  std::vector<Rotated*> chosen;
+void EigenbasisStep::refresh() {
+  std::vector<EigenbasisItem*> chosen;
   for (size_t i = begin_; i < end_; i++)
     if (items_[i].refresh) chosen.push_back(&items_[i]);
   if (chosen.empty()) return;
@@ -443,7 +445,7 @@ void RotatedStep::refresh() {
   };
   const size_t from = copies_.size();
   std::vector<TwoSided> back, forth;
-  for (Rotated* item : chosen) {
+  for (EigenbasisItem* item : chosen) {
     const at::Tensor plain = at::empty_like(item->new_moment);
     back.push_back({item->new_moment, item->left_basis, transposed(item->right_basis), plain});
     for (const bool rows : {true, false}) {
@@ -467,18 +469,18 @@ void RotatedStep::refresh() {
   }
   two_sided(back, op_);
   two_sided(forth, op_);
-  for (const Rotated* item : chosen) {
+  for (const EigenbasisItem* item : chosen) {
     keep(item->new_left_basis, item->left_basis, *item);
     keep(item->new_right_basis, item->right_basis, *item);
     keep(item->new_moment, item->moment, *item);
     keep(item->new_squares, item->squares, *item);
   }
   check_kept(from);
-  for (Adapted& a : adapted_)
+  for (MomentEntry& a : moment_entries_)
     if (a.new_moment.data != nullptr) a.moment = a.squares = {};
 }
 
-void RotatedStep::count() {
+void EigenbasisStep::count() {
   check_launch(launch_count(counters_, nonfinite_, largest(),
                             static_cast<unsigned long long*>(lists_.skipped.data_ptr()), stream_),
                op_);

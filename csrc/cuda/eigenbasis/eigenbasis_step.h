@@ -15,7 +15,7 @@ namespace spectral_kernels::cuda {
 // Elements of the parameters in a slice, 128 MB of every workspace; tests make it smaller.
 extern int64_t slice_elements;
 
-struct RotatedLists {
+struct EigenbasisLists {
   at::TensorList params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases,
       step_counts;
   const at::Tensor &skipped, &lr;
@@ -32,11 +32,12 @@ enum class Squares : int {
   kLine,  // v_r and v_c
 };
 
-struct RotatedOptions {
+struct EigenbasisOptions {
   Squares squares = Squares::kMatrix;
-  bool new_squares = false;  // the step's own passes leave V' in a workspace, checked
-  bool bounded =
-      false;  // gradients outside 2^±50 are refused where there is state of their squares
+  bool new_squares = false;  // the step's own passes write V' to a workspace, and check it
+  // A matrix with factors or second moments is skipped if its largest gradient is outside 2^±50:
+  // sums of squares would come near to the limits of fp32.
+  bool bounded = false;
   at::ArrayRef<double> scales;  // of the direction, one an entry; none: 1
   double shampoo_beta = 0;
   bool idle_first = false;       // a first call only sets factors and bases
@@ -49,7 +50,7 @@ struct RotatedOptions {
 
 // Matrices that are served alike: a batch, or one of it where they differ or have no common stride.
 // Tensors are undefined where there is nothing.
-struct Rotated {
+struct EigenbasisItem {
   size_t entry = 0;
   int64_t index = 0;  // of the matrix, if it is one of several
   int64_t number = 0, count = 0;
@@ -65,9 +66,9 @@ struct Rotated {
   const at::Tensor& right_rotation() const { return started() ? new_right_basis : right_basis; }
 };
 
-class RotatedStep {
+class EigenbasisStep {
  public:
-  RotatedStep(const RotatedLists& lists, const RotatedOptions& options, const char* op);
+  EigenbasisStep(const EigenbasisLists& lists, const EigenbasisOptions& options, const char* op);
 
   bool empty() const { return items_.empty(); }
   // First calls, numbers, and which matrices are not finite.
@@ -76,7 +77,7 @@ class RotatedStep {
   bool next_slice();
   void rotate();
   // The matrices of the slice that are updated, for the step's own passes from G' to the direction.
-  const std::vector<Adapted>& adapted() const { return adapted_; }
+  const std::vector<MomentEntry>& moment_entries() const { return moment_entries_; }
   std::vector<at::Tensor> directions() const;
   int64_t matrices() const { return largest_.numel(); }
   at::TensorOptions options() const { return items_[begin_].param.options(); }
@@ -93,22 +94,22 @@ class RotatedStep {
   void number();
   void look_at_idle_squares();
   void initialise();
-  void place(Rotated& item, const at::Tensor& slab, int64_t& offset);
+  void place(EigenbasisItem& item, const at::Tensor& slab, int64_t& offset);
   void refresh();
-  void keep(const at::Tensor& now, const at::Tensor& old, const Rotated& item);
+  void keep(const at::Tensor& now, const at::Tensor& old, const EigenbasisItem& item);
   void check_kept(size_t from);
 
-  const RotatedLists& lists_;
-  const RotatedOptions& options_;
+  const EigenbasisLists& lists_;
+  const EigenbasisOptions& options_;
   const char* op_;
   void* stream_ = nullptr;
   NonFinite nonfinite_;
   at::Tensor largest_, numbers_;
   std::vector<Counter> counters_;
-  std::vector<Rotated> items_;
+  std::vector<EigenbasisItem> items_;
   size_t begin_ = 0, end_ = 0;  // the slice
   at::Tensor slab_;
-  std::vector<Adapted> adapted_;
+  std::vector<MomentEntry> moment_entries_;
   std::vector<Entry> copies_;  // new state to old
 };
 

@@ -43,16 +43,16 @@ DEVICE void write_at(const Matrices& m, int64_t matrix, int64_t row, int64_t col
   if (m.data != nullptr) write(m, index(m, matrix, row, column), value);
 }
 
-HOST_DEVICE int64_t adapt_parts(const Adapted& e) { return parts_of(e.rows, e.columns); }
+HOST_DEVICE int64_t moment_parts(const MomentEntry& e) { return parts_of(e.rows, e.columns); }
 
-DEVICE float gradient_of(const Adapted& e, const Adam& adam, int64_t matrix, int64_t row,
+DEVICE float gradient_of(const MomentEntry& e, const Adam& adam, int64_t matrix, int64_t row,
                          int64_t column) {
   const float g = read(e.gradient, index(e.gradient, matrix, row, column));
   return adam.maximize ? -g : g;
 }
 
-DEVICE float new_moment(const Adapted& e, const Adam& adam, float g, int64_t matrix, int64_t row,
-                        int64_t column) {
+DEVICE float new_moment(const MomentEntry& e, const Adam& adam, float g, int64_t matrix,
+                        int64_t row, int64_t column) {
   const float m = read(e.moment, index(e.moment, matrix, row, column));
   return averaged(adam.first, m, g);
 }

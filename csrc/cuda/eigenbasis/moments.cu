@@ -11,18 +11,18 @@ constexpr int kThreads = kElementThreads;
 
 HOST_DEVICE int64_t copy_parts(const Entry& e) { return parts_of(e.rows, e.columns); }
 
-DEVICE float new_square(const Adapted& e, const Adam& adam, float g, int64_t matrix, int64_t row,
-                        int64_t column) {
+DEVICE float new_square(const MomentEntry& e, const Adam& adam, float g, int64_t matrix,
+                        int64_t row, int64_t column) {
   const float v = read(e.squares, index(e.squares, matrix, row, column));
   return averaged(adam.second, v, g * g);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    adam_kernel(const __grid_constant__ TableOf<Adapted> table, const Adam adam,
+    adam_kernel(const __grid_constant__ TableOf<MomentEntry> table, const Adam adam,
                 uint32_t* largest) {
   DYNAMIC_SHARED(uint32_t, warps);
-  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
-  const Adapted& e = *at.entry;
+  const auto at = place(table, blockIdx.x, [](const MomentEntry& e) { return moment_parts(e); });
+  const MomentEntry& e = *at.entry;
   uint32_t most = 0;
   each_element(e.rows, e.columns, by_columns(e.moment), at.part, [&](int64_t row, int64_t column) {
     const float g = gradient_of(e, adam, at.matrix, row, column);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   const double decay = 1 - lr * schedule.weight_decay;
   for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
     const double t = c.steps == nullptr ? 1 : steps_of(c, i) + 1;
-    double rate = schedule.decay_first ? decay * lr : lr;
+    double rate = schedule.decay_last ? decay * lr : lr;
     if (schedule.correct_bias)
       rate *= sqrt(1 - pow(schedule.beta2, t)) / (1 - pow(schedule.beta1, t));
     const bool debias = schedule.debias;
@@ -73,18 +73,18 @@ __global__ void __launch_bounds__(kThreads)
 // commit
 
 __global__ void __launch_bounds__(kThreads)
-    inverse_rms_kernel(const __grid_constant__ TableOf<Adapted> table, double* sums,
+    inverse_rms_kernel(const __grid_constant__ TableOf<MomentEntry> table, double* sums,
                        uint32_t* arrived, float* inverse) {
   DYNAMIC_SHARED(double, warps);
-  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
-  const Adapted& e = *at.entry;
+  const auto at = place(table, blockIdx.x, [](const MomentEntry& e) { return moment_parts(e); });
+  const MomentEntry& e = *at.entry;
   double share = 0;
   each_element(e.rows, e.columns, by_columns(e.update), at.part, [&](int64_t row, int64_t column) {
     const double u = double(read(e.update, index(e.update, at.matrix, row, column)));
     share += u * u;
   });
   share = sum_of_block<kThreads>(share, warps);
-  const int64_t parts = adapt_parts(e), matrix = e.first + at.matrix;
+  const int64_t parts = moment_parts(e), matrix = e.first + at.matrix;
   double total;
   if (!last_total<kThreads>(share, sums + e.part + at.matrix * parts, at.part, parts,
                             arrived + matrix, warps, total))
@@ -108,18 +108,18 @@ struct Move {
 
   DEVICE Move(const Numbers& numbers, const float* inverse, int64_t matrix)
       : decay(numbers.decay), rate(numbers.rate * (inverse != nullptr ? inverse[matrix] : 1.f)) {}
-  DEVICE float operator()(const Adapted& e, int64_t matrix, int64_t row, int64_t column) const {
+  DEVICE float operator()(const MomentEntry& e, int64_t matrix, int64_t row, int64_t column) const {
     const float u = read(e.update, index(e.update, matrix, row, column));
     return decay * read(e.param, index(e.param, matrix, row, column)) - rate * u;
   }
 };
 
 __global__ void __launch_bounds__(kThreads)
-    outlook_kernel(const __grid_constant__ TableOf<Adapted> table, const Numbers* numbers,
+    outlook_kernel(const __grid_constant__ TableOf<MomentEntry> table, const Numbers* numbers,
                    const float* inverse, uint32_t* largest) {
   DYNAMIC_SHARED(uint32_t, warps);
-  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
-  const Adapted& e = *at.entry;
+  const auto at = place(table, blockIdx.x, [](const MomentEntry& e) { return moment_parts(e); });
+  const MomentEntry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix;
   const Move move(numbers[matrix], inverse, matrix);
   uint32_t most = 0;
@@ -130,11 +130,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    commit_kernel(const __grid_constant__ TableOf<Adapted> table, const Adam adam,
+    commit_kernel(const __grid_constant__ TableOf<MomentEntry> table, const Adam adam,
                   const Numbers* numbers, const float* inverse, NonFinite nonfinite,
                   const uint32_t* largest) {
-  const auto at = place(table, blockIdx.x, [](const Adapted& e) { return adapt_parts(e); });
-  const Adapted& e = *at.entry;
+  const auto at = place(table, blockIdx.x, [](const MomentEntry& e) { return moment_parts(e); });
+  const MomentEntry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix;
   if (kept(largest[matrix], nonfinite)) return;
   const Move move(numbers[matrix], inverse, matrix);
@@ -162,13 +162,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int launch_adam(const std::vector<Adapted>& entries, const Adam& adam, uint32_t* largest,
+int launch_adam(const std::vector<MomentEntry>& entries, const Adam& adam, uint32_t* largest,
                 void* stream) {
-  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
-    LAUNCH(adam_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t), stream,
-           table, adam, largest);
-    return launched();
-  });
+  return for_each_table(entries, moment_parts,
+                        [&](const TableOf<MomentEntry>& table, unsigned blocks) {
+                          LAUNCH(adam_kernel, dim3(blocks), dim3(kThreads),
+                                 kThreads / 32 * sizeof(uint32_t), stream, table, adam, largest);
+                          return launched();
+                        });
 }
 
 int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedule, Numbers* numbers,
@@ -180,41 +181,44 @@ int launch_numbers(const std::vector<Counter>& counters, const Schedule& schedul
   });
 }
 
-int64_t place_sums(std::vector<Adapted>& entries) {
+int64_t place_sums(std::vector<MomentEntry>& entries) {
   int64_t parts = 0;
-  for (Adapted& e : entries) {
+  for (MomentEntry& e : entries) {
     e.part = parts;
-    parts += e.count * adapt_parts(e);
+    parts += e.count * moment_parts(e);
   }
   return parts;
 }
 
-int launch_inverse_rms(const std::vector<Adapted>& entries, double* sums, uint32_t* arrived,
+int launch_inverse_rms(const std::vector<MomentEntry>& entries, double* sums, uint32_t* arrived,
                        float* inverse, void* stream) {
-  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
-    LAUNCH(inverse_rms_kernel, dim3(blocks), dim3(kThreads), kReduceBytes<kThreads>, stream, table,
-           sums, arrived, inverse);
-    return launched();
-  });
+  return for_each_table(entries, moment_parts,
+                        [&](const TableOf<MomentEntry>& table, unsigned blocks) {
+                          LAUNCH(inverse_rms_kernel, dim3(blocks), dim3(kThreads),
+                                 kReduceBytes<kThreads>, stream, table, sums, arrived, inverse);
+                          return launched();
+                        });
 }
 
-int launch_outlook(const std::vector<Adapted>& entries, const Numbers* numbers,
+int launch_outlook(const std::vector<MomentEntry>& entries, const Numbers* numbers,
                    const float* inverse, uint32_t* largest, void* stream) {
-  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
-    LAUNCH(outlook_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t), stream,
-           table, numbers, inverse, largest);
-    return launched();
-  });
+  return for_each_table(
+      entries, moment_parts, [&](const TableOf<MomentEntry>& table, unsigned blocks) {
+        LAUNCH(outlook_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t),
+               stream, table, numbers, inverse, largest);
+        return launched();
+      });
 }
 
-int launch_commit(const std::vector<Adapted>& entries, const Adam& adam, const Numbers* numbers,
+int launch_commit(const std::vector<MomentEntry>& entries, const Adam& adam, const Numbers* numbers,
                   const float* inverse, NonFinite nonfinite, const uint32_t* largest,
                   void* stream) {
-  return for_each_table(entries, adapt_parts, [&](const TableOf<Adapted>& table, unsigned blocks) {
-    LAUNCH(commit_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, adam, numbers, inverse,
-           nonfinite, largest);
-    return launched();
-  });
+  return for_each_table(entries, moment_parts,
+                        [&](const TableOf<MomentEntry>& table, unsigned blocks) {
+                          LAUNCH(commit_kernel, dim3(blocks), dim3(kThreads), 0, stream, table,
+                                 adam, numbers, inverse, nonfinite, largest);
+                          return launched();
+                        });
 }
 
 int launch_copy(const std::vector<Entry>& entries, NonFinite nonfinite, const uint32_t* largest,

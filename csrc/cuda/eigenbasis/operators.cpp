@@ -67,12 +67,12 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 c10::string_view nonfinite, at::IntArrayRef refresh) {
   constexpr const char* kOp = "soap_step_";
   count_call(kOp, "cuda");
-  const RotatedLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
-                           left_bases, right_bases, step_counts, skipped,     lr,    refresh};
+  const EigenbasisLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
+                              left_bases, right_bases, step_counts, skipped,     lr,    refresh};
   lists.check(kOp);
   check_state(exp_avg_sqs, "exp_avg_sqs", params, false);
   check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
-  RotatedOptions options;
+  EigenbasisOptions options;
   options.shampoo_beta = shampoo_beta;
   options.idle_first = skip_first;
   options.permute_squares = permute_squares;
@@ -82,15 +82,16 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
   options.schedule.beta2 = beta2;
   options.schedule.weight_decay = weight_decay;
   options.schedule.correct_bias = correct_bias;
-  options.schedule.decay_first = true;
+  options.schedule.decay_last = true;
   options.nonfinite = std::string(nonfinite);
-  RotatedStep step(lists, options, kOp);
+  EigenbasisStep step(lists, options, kOp);
   if (step.empty()) return;
   const c10::DeviceGuard guard(params[0].device());
   step.begin();
   while (step.next_slice()) {
     step.rotate();
-    check_launch(launch_adam(step.adapted(), options.adam, step.largest(), step.stream()), kOp);
+    check_launch(launch_adam(step.moment_entries(), options.adam, step.largest(), step.stream()),
+                 kOp);
     step.finish();
   }
   step.count();

@@ -1,4 +1,4 @@
-// What Kronecker factors need beside the products of two_sided.h.
+// What Kronecker factors need beside the products of products.h.
 #pragma once
 
 #include <vector>

@@ -221,8 +221,8 @@ void Lists::iterate(const Update& update, void* stream) {
                  plan_.op);
   for (size_t i = 0; i < products_.size(); i++) {
     if (plan_.schatten8)
-      check_launch(launch_schatten8(products_[i], workspaces_, scratch->norms,
-                                    float(plan_.norm_factor), float(plan_.eps), stream),
+      check_launch(launch_schatten_norm(products_[i], workspaces_, scratch->norms,
+                                        float(plan_.norm_factor), float(plan_.eps), stream),
                    plan_.op);
     check_launch(
         launch_products(products_[i], segments_[product_routes_[i]], workspaces_, update, stream),
@@ -250,7 +250,7 @@ std::vector<Entry> Lists::packed() const {
   return list;
 }
 
-void orthogonalise(const std::vector<at::Tensor>& list, at::ArrayRef<double> rows,
+void orthogonalize(const std::vector<at::Tensor>& list, at::ArrayRef<double> rows,
                    at::ScalarType compute_dtype, const char* op) {
   if (list.empty()) return;
   const Plan plan(rows, "auto", compute_dtype, 0, "schatten8", 1, op);

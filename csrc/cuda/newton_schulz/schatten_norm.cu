@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int launch_schatten8(const ProductPlan& plan, const ProductWorkspaces& workspaces,
-                     const Norms& norms, float norm_factor, float eps, void* stream) {
+int launch_schatten_norm(const ProductPlan& plan, const ProductWorkspaces& workspaces,
+                         const Norms& norms, float norm_factor, float eps, void* stream) {
   const Format x_format{plan.planes, plan.f16};
   const Format format = plan.square_planes == 2 ? Format{2, true} : x_format;
   // Elements of X Xᵀ are at most 1, and those of its square may be as small as 1 / n².

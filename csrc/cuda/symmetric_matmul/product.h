@@ -33,8 +33,8 @@ struct Product {
   float alpha = 1, beta = 0, gamma = 0;
   const float* factor = nullptr;  // one a matrix; null: 1
   int power = 1;
-  bool exact = false;  // X Xᵀ of one plane of fp16 has the accuracy of fp32, as two planes have
-  int unshift = 0;     // how often a target is freed from the power of two that X was packed with
+  bool exact = false;  // sum X Xᵀ of one plane of fp16 as accurately as that of two planes: in fp32
+  int unshift = 0;     // the target is divided by packing's power of two for X so many times
   bool x_f16 = false;  // X was packed as fp16
   // Largest elements of other matrices that this is a product of, packed as fp16, one a matrix:
   // their powers of two are undone as well, and one that is not finite makes the target NaN.
