@@ -51,9 +51,9 @@ extern "C" int product_with_c(int64_t rows, int64_t line, int tile, int64_t chun
   using namespace spectral_kernels::cuda;
   Entry e;
   e.rows = rows;
-  e.columns = e.line = line;
+  e.columns = e.packed.line = line;
   e.count = 1;
-  e.chunks = e.square_chunks = chunks;
+  e.product.chunks = e.product.square_chunks = chunks;
   Product p;
   p.a = p.b = a;
   p.c = c;

@@ -179,7 +179,7 @@ DEVICE bool usual(uint32_t largest, bool f16) {
 
 // The power of two between a matrix and what products read of it.
 DEVICE int shift_of(const Entry& e, uint32_t largest, bool f16) {
-  return e.direct && usual(largest, f16) ? 0 : pack_shift(largest, f16);
+  return e.packed.direct && usual(largest, f16) ? 0 : pack_shift(largest, f16);
 }
 
 }  // namespace spectral_kernels::cuda

@@ -93,7 +93,7 @@ HOST_DEVICE bool by_columns(const Entry& e) {
 HOST_DEVICE Tile tile_of(const Entry& e) { return by_columns(e) ? Tile{32, 64} : Tile{8, 256}; }
 HOST_DEVICE int64_t tiles_across(const Entry& e) {
   const Tile t = tile_of(e);
-  return (e.line + t.columns - 1) / t.columns;
+  return (e.packed.line + t.columns - 1) / t.columns;
 }
 HOST_DEVICE int64_t prologue_parts(const Entry& e) {
   const Tile t = tile_of(e);
@@ -105,7 +105,7 @@ DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f
                         const Norms& norms, double* warps) {
   const Entry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix, parts = prologue_parts(e);
-  double* shares = norms.squares + e.norm + at.matrix * parts;
+  double* shares = norms.squares + e.packed.norm + at.matrix * parts;
   const double share = sum_of_block<kThreads>(double(squares), warps);
   double total;
   if (!last_total<kThreads>(share, shares, at.part, parts, norms.arrived + matrix, warps, total))
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   const Tile tile = tile_of(e);
   const int64_t row = at.part / across * tile.rows + (transposed ? lane : warp);
   const int64_t column = at.part % across * tile.columns + 8 * (transposed ? warp : lane);
-  const bool inside = row < e.rows && column < e.line;
+  const bool inside = row < e.rows && column < e.packed.line;
 
   const uint32_t most = largest[e.first + at.matrix];
   const bool usable = finite(most);
@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kThreads)
                             : pack_bf16(x[0] - kept.x, x[1] - kept.y);
   }
   if (inside) {
-    const int64_t size = int64_t(e.rows) * e.line;
-    uint16_t* out = packed + e.plane + at.matrix * size * options.planes + row * e.line + column;
+    const int64_t size = int64_t(e.rows) * e.packed.line;
+    uint16_t* out =
+        packed + e.packed.plane + at.matrix * size * options.planes + row * e.packed.line + column;
     *reinterpret_cast<uint4*>(out) = make_uint4(high[0], high[1], high[2], high[3]);
     if (options.planes == 2)
       *reinterpret_cast<uint4*>(out + size) = make_uint4(low[0], low[1], low[2], low[3]);
@@ -218,7 +219,7 @@ int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, 
 int64_t place_norms(std::vector<Entry>& entries) {
   int64_t parts = 0;
   for (Entry& e : entries) {
-    e.norm = parts;
+    e.packed.norm = parts;
     parts += e.count * prologue_parts(e);
   }
   return parts;

@@ -15,28 +15,45 @@ struct Matrices {
   int64_t row = 0, column = 0, batch = 0;
 };
 
-// `count` matrices of one shape, oriented so that rows <= columns, with what belongs to each.
+// Where the packed copies of an entry are, which every product reads.
+struct PackedPlace {
+  int64_t plane = 0;    // element of the workspace, of the first matrix
+  int64_t line = 0;     // numbers of one row
+  int64_t norm = 0;     // number of the first matrix's first partial norm
+  bool direct = false;  // products read the 16-bit source in place: nothing is packed
+};
+
+// Where an iteration on chip keeps what belongs to an entry: elements of its workspaces, of the
+// first matrix.
+struct OnChipPlace {
+  int64_t part = 0;  // sums of the Gram matrix
+  int64_t q = 0;     // Q
+};
+
+// How products of an entry are cut into tiles and sums.
+struct ProductPlace {
+  int64_t tile = 0;       // number of the first matrix's first tile
+  int chunks = 1;         // parts of a sum over columns
+  int square_chunks = 1;  // parts of a sum over rows
+  int64_t stretch = 0;    // the same for wgmma, see stream_k.h
+  int64_t square_stretch = 0;
+};
+
+// `count` matrices of one shape, oriented so that rows <= columns, with what belongs to each, and
+// their places in the workspaces of the stages that they go through.
 struct Entry {
   Matrices source;    // gradient, or the input of a function
   Matrices momentum;  // data is null where there is none
   Matrices target;    // parameter, or the result of a function
   int64_t columns = 0, count = 0;
-  int64_t first = 0;      // number of its first matrix in the whole list
-  int64_t plane = 0;      // of its first matrix: element of the workspace for packed matrices
-  int64_t line = 0;       // packed columns of one row
-  int64_t part = 0;       // element of the workspace for sums of its first matrix
-  int64_t q = 0;          // and of that for Q
-  int64_t square = 0;     // and of those for matrices of rows x rows
-  int64_t tile = 0;       // number of its first matrix's first tile
-  int64_t norm = 0;       // and of its first partial norm
-  int chunks = 1;         // parts that sums over columns are made in
-  int square_chunks = 1;  // and those over rows
-  int64_t stretch = 0;    // the same for wgmma, see stream_k.h
-  int64_t square_stretch = 0;
+  int64_t first = 0;   // number of its first matrix in the whole list
+  int64_t square = 0;  // element of the workspaces for matrices of rows x rows, of the first matrix
   int rows = 0;
-  float scale = 1;      // of the update
-  float keep = 0;       // share of the old matrix, where a result is added to one
-  bool direct = false;  // products read the 16-bit source in place: nothing is packed
+  float scale = 1;  // of the update
+  float keep = 0;   // share of the old matrix, where a result is added to one
+  PackedPlace packed;
+  OnChipPlace chip;
+  ProductPlace product;
 };
 
 constexpr int kPackedColumns = 64;  // packed rows are padded to a multiple of this
@@ -50,9 +67,9 @@ inline int64_t packed_line(int64_t columns) {
 inline int64_t place_packed(std::vector<Entry>& entries, int planes) {
   int64_t packed = 0;
   for (Entry& e : entries) {
-    e.line = packed_line(e.columns);
-    e.plane = packed;
-    packed += e.count * e.rows * e.line * planes;
+    e.packed.line = packed_line(e.columns);
+    e.packed.plane = packed;
+    packed += e.count * e.rows * e.packed.line * planes;
   }
   return packed;
 }

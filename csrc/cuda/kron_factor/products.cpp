@@ -66,8 +66,8 @@ struct Stage {
         place_products(products, 2, 2, multiprocessors_of_kind(device_number(like)));
     std::vector<Entry> operands = products;
     for (size_t i = 0; i < sides.size(); i++) {
-      sides[i].line = packed_line(sides[i].columns);
-      sides[i].plane = packed + products[i].square;
+      sides[i].packed.line = packed_line(sides[i].columns);
+      sides[i].packed.plane = packed + products[i].square;
       operands.push_back(sides[i]);
     }
     const at::Tensor workspace =

@@ -36,7 +36,7 @@ template <int kNB>
 constexpr int64_t kQWords = int64_t(kNB) * kNB * 512;  // A fragments of 16 x 16 tiles, high and low
 
 HOST_DEVICE int64_t chunks_of(const Entry& e) {
-  return (e.line + kChunkColumns - 1) / kChunkColumns;
+  return (e.packed.line + kChunkColumns - 1) / kChunkColumns;
 }
 
 // What products read of a matrix: rows of `columns` numbers, 8 of which are one aligned word.
@@ -46,11 +46,11 @@ struct Lines {
 };
 
 DEVICE Lines lines_of(const Entry& e, int64_t matrix, int planes, const uint16_t* packed) {
-  if (e.direct)
+  if (e.packed.direct)
     return {static_cast<const uint16_t*>(e.source.data) + matrix * e.source.batch, e.source.row, 0,
             e.columns};
-  const int64_t size = e.rows * e.line;
-  return {packed + e.plane + matrix * size * planes, e.line, size, e.line};
+  const int64_t size = e.rows * e.packed.line;
+  return {packed + e.packed.plane + matrix * size * planes, e.packed.line, size, e.packed.line};
 }
 
 // Eight numbers to shared memory; those that are scaled are there at the next barrier.
@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(kNB * 32)
   const Entry& e = *at.entry;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   uint32_t* of_matrix = largest + e.first + at.matrix;
-  if (scaled && (!e.direct || usual(*of_matrix, kF16))) return;
+  if (scaled && (!e.packed.direct || usual(*of_matrix, kF16))) return;
   const int shift = scaled ? pack_shift(*of_matrix, kF16) : 0;
-  const bool measured = e.direct && !scaled;
+  const bool measured = e.packed.direct && !scaled;
   const Lines x = lines_of(e, at.matrix, kPlanes, packed);
   const int64_t begin = at.part * kChunkColumns;
-  const int64_t end = begin + kChunkColumns < e.line ? begin + kChunkColumns : e.line;
+  const int64_t end = begin + kChunkColumns < e.packed.line ? begin + kChunkColumns : e.packed.line;
   const int steps = int((end - begin) / kStepColumns);
 
   const auto fetch = [&](int step) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kNB * 32)
     if (lane == 0) atomicMax(of_matrix, bits_of(Half<kF16>::unpack(most).x));
   }
 
-  float* out = parts + e.part + (at.matrix * chunks_of(e) + at.part) * kPartFloats<kNB>;
+  float* out = parts + e.chip.part + (at.matrix * chunks_of(e) + at.part) * kPartFloats<kNB>;
 #pragma unroll
   for (int d = 0; d < Chip::kTiles; d++) {
     if (d == Chip::kHalf && warp >= kNB / 2) continue;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const Entry& e = *at.entry;
   const int lane = chip.lane, warp = chip.warp;
   const int64_t chunks = chunks_of(e);
-  const float* part = parts + e.part + at.matrix * chunks * kPartFloats<kNB>;
+  const float* part = parts + e.chip.part + at.matrix * chunks * kPartFloats<kNB>;
 
   typename Chip::Accumulator acc;
   Chip::zero(acc);
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   }
 
   const float stored = f16 ? q_scale : 1.f;
-  uint16_t* out = q + e.q + at.matrix * kQWords<kNB>;
+  uint16_t* out = q + e.chip.q + at.matrix * kQWords<kNB>;
   const auto put = [&](int row, int column, const uint32_t (&high)[4], const uint32_t (&low)[4]) {
     uint16_t* tile = out + (row * kNB + column) * 512 + lane * 8;
     *reinterpret_cast<uint4*>(tile) = make_uint4(high[0], high[1], high[2], high[3]);
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
 constexpr int kTileColumns = 64, kStripTiles = 8;
 
 HOST_DEVICE int64_t strips_of(const Entry& e) {
-  return (e.line + kTileColumns * kStripTiles - 1) / (kTileColumns * kStripTiles);
+  return (e.packed.line + kTileColumns * kStripTiles - 1) / (kTileColumns * kStripTiles);
 }
 
 struct Apply {
@@ -347,11 +347,11 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return strips_of(e); });
   const Entry& e = *at.entry;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int64_t size = e.rows * e.line, matrix = e.first + at.matrix;
+  const int64_t size = e.rows * e.packed.line, matrix = e.first + at.matrix;
   const Lines x = lines_of(e, at.matrix, kPlanes, packed);
-  const int shift = e.direct ? shift_of(e, largest[matrix], kF16) : 0;
+  const int shift = e.packed.direct ? shift_of(e, largest[matrix], kF16) : 0;
   const int64_t begin = at.part * kTileColumns * kStripTiles;
-  const int64_t left = (e.line - begin) / kTileColumns;
+  const int64_t left = (e.packed.line - begin) / kTileColumns;
   const int tiles = int(left < kStripTiles ? left : kStripTiles);
   const bool usable = finite(largest[matrix]);
   if (apply.last && !usable && apply.update.nonfinite == NonFinite::kSkip) return;
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const uint4 v = *reinterpret_cast<const uint4*>(
-          q + e.q + at.matrix * kQWords<kNB> + (warp * kNB + k) * 512 + half * 256 + lane * 8);
+          q + e.chip.q + at.matrix * kQWords<kNB> + (warp * kNB + k) * 512 + half * 256 + lane * 8);
       own[k][half][0] = v.x;
       own[k][half][1] = v.y;
       own[k][half][2] = v.z;
@@ -436,8 +436,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
         if (!apply.last) {
           const float u0 = v[0] * apply.after, u1 = v[1] * apply.after;
           const uint32_t high = Half<kF16>::pack(u0, u1);
-          uint16_t* to =
-              packed + e.plane + at.matrix * size * kPlanes + row * e.line + place_in_row;
+          uint16_t* to = packed + e.packed.plane + at.matrix * size * kPlanes +
+                         row * e.packed.line + place_in_row;
           *reinterpret_cast<uint32_t*>(to) = high;
           if (kPlanes == 2) {
             const float2 kept = Half<kF16>::unpack(high);
@@ -494,8 +494,8 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
   if (error == 0) error = allow_shared<steps>(kStepsBytes);
   if (error == 0) error = allow_shared<apply>(kApplyBytes);
   const dim3 block(Chip::kThreads);
-  const bool may_scale =
-      !kF16 && std::any_of(entries.begin(), entries.end(), [](const Entry& e) { return e.direct; });
+  const bool may_scale = !kF16 && std::any_of(entries.begin(), entries.end(),
+                                              [](const Entry& e) { return e.packed.direct; });
   for (size_t i = 0; i < segments.size() && error == 0; i++) {
     const Segment& segment = segments[i];
     for (const bool scaled : {false, true}) {
@@ -552,13 +552,13 @@ OnChipSizes place_onchip(std::vector<Entry>& entries, int planes) {
   OnChipSizes sizes;
   for (Entry& e : entries) {
     const int64_t tiles = row_tiles(e.rows);
-    e.line = packed_line(e.columns);
+    e.packed.line = packed_line(e.columns);
     e.first = sizes.matrices;
-    e.plane = sizes.packed;
-    e.part = sizes.parts;
-    e.q = sizes.q;
+    e.packed.plane = sizes.packed;
+    e.chip.part = sizes.parts;
+    e.chip.q = sizes.q;
     sizes.matrices += e.count;
-    sizes.packed += e.direct ? 0 : e.count * e.rows * e.line * planes;
+    sizes.packed += e.packed.direct ? 0 : e.count * e.rows * e.packed.line * planes;
     sizes.parts += e.count * chunks_of(e) * tiles * (tiles / 2 + 1) * 256;
     sizes.q += e.count * tiles * tiles * 512;
   }

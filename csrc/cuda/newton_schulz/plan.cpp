@@ -175,8 +175,8 @@ void Lists::place() {
     const std::vector<Segment>& segments = segments_[group.first] =
         plan_.segments(group.first.cuts);
     for (const size_t i : group.second)
-      entries[i].direct = group.first.square_planes == 0 &&
-                          readable_in_place(entries[i], plan_.f16, plan_.planes, segments);
+      entries[i].packed.direct = group.first.square_planes == 0 &&
+                                 readable_in_place(entries[i], plan_.f16, plan_.planes, segments);
   }
   scratch.emplace(place_onchip(entries, plan_.planes), like_);
   const bool products = groups.rbegin()->first.square_planes != 0;
@@ -246,7 +246,7 @@ void Lists::run(void* stream) {
 std::vector<Entry> Lists::packed() const {
   std::vector<Entry> list;
   std::copy_if(entries.begin(), entries.end(), std::back_inserter(list),
-               [](const Entry& e) { return !e.direct; });
+               [](const Entry& e) { return !e.packed.direct; });
   return list;
 }
 

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   share = sum_of_block<kThreads>(share, warps);
   double total;
-  if (!last_total<kThreads>(share, norms.squares + e.norm + at.matrix * row_parts(e), at.part,
-                            row_parts(e), norms.arrived + matrix, warps, total))
+  if (!last_total<kThreads>(share, norms.squares + e.packed.norm + at.matrix * row_parts(e),
+                            at.part, row_parts(e), norms.arrived + matrix, warps, total))
     return;
   const float frobenius = norms.factor[matrix];
   if (threadIdx.x != 0 || !(frobenius > 0)) return;

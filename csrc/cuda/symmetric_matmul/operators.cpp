@@ -39,7 +39,7 @@ at::Tensor gram(const at::Tensor& x) {
   if (plan.planes == 1) plan.wgmma = wgmma_multiprocessors(device);
   append(plan.entries, x, {}, out, 1, false);
   const bool direct = plan.entries.size() == 1 && is_packed(plan.entries[0]);
-  plan.entries[0].direct = direct;
+  plan.entries[0].packed.direct = direct;
   number(plan.entries);
   const int64_t packed = place_packed(plan.entries, plan.planes);
   place(plan, multiprocessors_of_kind(device));

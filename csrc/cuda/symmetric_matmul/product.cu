@@ -147,7 +147,7 @@ Tiling place_tiles(std::vector<Entry>& entries, int tile, Divided divided) {
   tiling.tile = tile;
   for (Entry& e : entries) {
     e.square = tiling.squares;
-    e.tile = tiling.tiles;
+    e.product.tile = tiling.tiles;
     tiling.squares += e.count * e.rows * square_line(e) * 2;
     if (divided(e)) tiling.tiles += e.count * tiles_of(e, Shape::kGram, tile);
   }
@@ -167,15 +167,17 @@ Tiling place_products(std::vector<Entry>& entries, int planes, int square_planes
                       int multiprocessors) {
   for (Entry& e : entries) {
     const int64_t down = square_line(e) / 64;
-    e.chunks = chunks_for(down, steps_of(e, Shape::kGram), planes, multiprocessors);
-    e.square_chunks = chunks_for(down, steps_of(e, Shape::kSquare), square_planes, multiprocessors);
+    e.product.chunks = chunks_for(down, steps_of(e, Shape::kGram), planes, multiprocessors);
+    e.product.square_chunks =
+        chunks_for(down, steps_of(e, Shape::kSquare), square_planes, multiprocessors);
   }
   const auto clocks = [&](int size) {
     return list_clocks(entries, planes, square_planes, size, multiprocessors);
   };
   const double small = clocks(64), large = clocks(128);
-  Tiling tiling = place_tiles(entries, large < small ? 128 : 64,
-                              [](const Entry& e) { return e.chunks > 1 || e.square_chunks > 1; });
+  Tiling tiling = place_tiles(entries, large < small ? 128 : 64, [](const Entry& e) {
+    return e.product.chunks > 1 || e.product.square_chunks > 1;
+  });
   tiling.clocks = std::min(small, large) / 3;
   return tiling;
 }
@@ -190,8 +192,8 @@ Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors) {
                     kStepClocks, kPartClocks, kMostChunks);
   };
   for (Entry& e : entries) {
-    e.stretch = cut(e, Shape::kGram).length;
-    e.square_stretch = cut(e, Shape::kSquare).length;
+    e.product.stretch = cut(e, Shape::kGram).length;
+    e.product.square_stretch = cut(e, Shape::kSquare).length;
   }
   return place_tiles(entries, kTile, [&](const Entry& e) {
     return cut(e, Shape::kGram).divides() || cut(e, Shape::kSquare).divides();

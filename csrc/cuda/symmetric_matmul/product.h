@@ -23,7 +23,7 @@ struct Format {
 };
 
 // D = (alpha A B + beta C) factor^power + gamma I. A, B, C and D are workspaces: X has rows of
-// `line` numbers from e.plane on, a square matrix rows of square_line(e) from e.square on.
+// `line` numbers from e.packed.plane on, a square matrix rows of square_line(e) from e.square on.
 struct Product {
   Shape shape = Shape::kSquare;
   Format format;  // of A and B

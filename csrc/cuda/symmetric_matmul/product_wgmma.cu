@@ -42,8 +42,8 @@ struct Maps {
 
 HOST_DEVICE Cut cut_of(const Entry& e, Shape shape) {
   const int64_t steps = steps_of(e, shape) * kDepth / kStep;
-  const int64_t length = shape == Shape::kGram     ? e.stretch
-                         : shape == Shape::kSquare ? e.square_stretch
+  const int64_t length = shape == Shape::kGram     ? e.product.stretch
+                         : shape == Shape::kSquare ? e.product.square_stretch
                                                    : steps;
   return {tiles_of(e, shape, kTile), steps, length};
 }
@@ -241,8 +241,8 @@ int launch(const std::vector<Entry>& entries, const Product& p, const ProductBuf
           const Entry& e = table.entries[i];
           const int64_t square = square_line(e);
           const auto of_x = [&](CUtensorMap* map, const uint16_t* x) {
-            return encode(function, map, kF16, x + e.plane, e.line, e.rows, e.count,
-                          e.rows * e.line);
+            return encode(function, map, kF16, x + e.packed.plane, e.packed.line, e.rows, e.count,
+                          e.rows * e.packed.line);
           };
           const auto of_square = [&](CUtensorMap* map, const uint16_t* x) {
             return encode(function, map, kF16, x + e.square, square, e.rows, e.count,

@@ -12,14 +12,17 @@ constexpr int kMostChunks = 4;  // parts of a sum; one is written once and read 
 HOST_DEVICE int64_t over(int64_t n, int64_t by) { return (n + by - 1) / by; }
 HOST_DEVICE int64_t square_line(const Entry& e) { return over(e.rows, 64) * 64; }
 HOST_DEVICE int64_t steps_of(const Entry& e, Shape shape) {
-  return (shape == Shape::kGram ? e.line : square_line(e)) / kDepth;
+  return (shape == Shape::kGram ? e.packed.line : square_line(e)) / kDepth;
 }
 HOST_DEVICE int64_t chunks_of(const Entry& e, Shape shape) {
-  return shape == Shape::kWide ? 1 : shape == Shape::kGram ? e.chunks : e.square_chunks;
+  return shape == Shape::kWide   ? 1
+         : shape == Shape::kGram ? e.product.chunks
+                                 : e.product.square_chunks;
 }
 HOST_DEVICE int64_t tiles_of(const Entry& e, Shape shape, int tile) {
   const int64_t down = over(square_line(e), tile);
-  return shape == Shape::kWide ? over(e.rows, tile) * over(e.line, tile) : down * (down + 1) / 2;
+  return shape == Shape::kWide ? over(e.rows, tile) * over(e.packed.line, tile)
+                               : down * (down + 1) / 2;
 }
 
 // Row and column of a tile. Those of a lower triangle go row by row; those of A X column by column,
@@ -113,9 +116,9 @@ DEVICE Offsets offsets_of(const Unit& u, int x_planes) {
   Offsets o;
   o.square = square_line(e);
   o.square_plane = e.rows * o.square;
-  o.x_plane = e.rows * e.line;
+  o.x_plane = e.rows * e.packed.line;
   o.of_square = e.square + u.at.matrix * o.square_plane * 2;
-  o.of_x = e.plane + u.at.matrix * o.x_plane * x_planes;
+  o.of_x = e.packed.plane + u.at.matrix * o.x_plane * x_planes;
   return o;
 }
 
@@ -127,7 +130,7 @@ DEVICE bool add_parts(const Unit& unit, const Product& p, const ProductBuffers& 
   constexpr int kSize = kTile * kTile;
   const Entry& e = *unit.at.entry;
   const int chunks = unit.chunks, chunk = unit.chunk;
-  const int64_t counter = e.tile + unit.at.matrix * tiles_of(e, p.shape, kTile) + unit.tile;
+  const int64_t counter = e.product.tile + unit.at.matrix * tiles_of(e, p.shape, kTile) + unit.tile;
   float* parts = buffers.parts + counter * kMostChunks * kSize;
   // The last block need not write its own part, if it knows that it is the last. One thread's
   // fence is one for all that stands before its barrier, and for all that comes behind the next.
@@ -174,7 +177,7 @@ DEVICE void store_in_workspace(const Unit& unit, const Product& p, const Offsets
   const Entry& e = *unit.at.entry;
   const int64_t row0 = unit.cell.row * kTile, column0 = unit.cell.column * kTile;
   const bool diagonal = unit.diagonal;
-  const int64_t line = kWide ? e.line : o.square;
+  const int64_t line = kWide ? e.packed.line : o.square;
   const int64_t c_plane = kWide ? o.x_plane : o.square_plane;
   const int64_t offset = kWide ? o.of_x : o.of_square;
   if (!kWide && p.c != nullptr) {
@@ -224,7 +227,7 @@ DEVICE void store_in_target(const Unit& unit, const Product& p, const ProductBuf
   const int64_t matrix = e.first + at.matrix;
   const int64_t row0 = unit.cell.row * kTile, column0 = unit.cell.column * kTile;
   const bool diagonal = unit.diagonal;
-  const int64_t line = kWide ? e.line : o.square;
+  const int64_t line = kWide ? e.packed.line : o.square;
   const int64_t c_plane = kWide ? o.x_plane : o.square_plane;
   const Update& update = p.update;
   bool usable = finite(buffers.largest[matrix]);

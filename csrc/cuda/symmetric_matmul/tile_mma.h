@@ -44,9 +44,9 @@ class OperandLoader {
     const Offsets o = offsets_of(unit, kPlanes);
     const uint16_t* a = p.a + (gram ? o.of_x : o.of_square);
     const uint16_t* b = p.b + (gram || kWideB ? o.of_x : o.of_square);
-    a_line_ = gram ? e.line : o.square;
+    a_line_ = gram ? e.packed.line : o.square;
     a_plane_ = gram ? o.x_plane : o.square_plane;
-    b_line_ = kWideB ? e.line : a_line_;
+    b_line_ = kWideB ? e.packed.line : a_line_;
     b_plane_ = kWideB ? o.x_plane : a_plane_;
     same_ = unit.diagonal && a == b;
 
@@ -62,7 +62,7 @@ class OperandLoader {
     from_b_ = kWideB ? b + (begin * kDepth + broad_row) * b_line_ + column0 + broad * 8
                      : b + (column0 + row) * b_line_ + begin * kDepth + piece * 8;
     rows_of_a_ = int(e.rows - row0) - row;
-    rows_of_b_ = kWideB ? (column0 + broad * 8 < e.line ? e.rows - broad_row : 0)
+    rows_of_b_ = kWideB ? (column0 + broad * 8 < e.packed.line ? e.rows - broad_row : 0)
                         : int(e.rows - column0) - row;
   }
 
