@@ -1,4 +1,4 @@
-"""Faults that users of other implementations reported, by their numbers in the design notes.
+"""Faults that users of other implementations reported.
 
 F04, F21, F59 and F60 are in test_threads.py; F10, F11, F27, F30, F31, F36 and F51 in test_ops.py;
 F06, F07, F09 and F16 with their families; those of optimizers and checkpoints in test_optim*.py.
