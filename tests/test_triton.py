@@ -132,22 +132,22 @@ def test_neighbours_and_their_shapes_do_not_change_a_bit(method):
 @pytest.mark.parametrize("op", ["shampoo_step_", "soap_step_", "deva_step_"])
 def test_stacks_of_bounded_size_change_no_bit(op, monkeypatch):
     """Entries one by one, and a batch whose matrices count for themselves in parts of two."""
-    from spectral_kernels.triton_kernels import _steps
+    from spectral_kernels.triton_kernels import _list_step
 
     shapes = ((3, 6, 9), (6, 9), (6, 9))
     together = later_step(op, shapes, per_matrix_counts=True, refresh=[0, 0, 0])
     together["grads"][0][2] = torch.nan
     apart = together.clone()
     together.run("triton")
-    monkeypatch.setattr(_steps, "STACK_ELEMENTS", 2 * (6 * 9 * 2 + 6 * 6 + 9 * 9))
+    monkeypatch.setattr(_list_step, "STACK_ELEMENTS", 2 * (6 * 9 * 2 + 6 * 6 + 9 * 9))
     made = []
-    stack = _steps.Stack.__init__
+    stack = _list_step.Stack.__init__
 
     def noted(self, pieces, params):
         made.append([piece.end - piece.begin for piece in pieces])
         stack(self, pieces, params)
 
-    monkeypatch.setattr(_steps.Stack, "__init__", noted)
+    monkeypatch.setattr(_list_step.Stack, "__init__", noted)
     apart.run("triton")
     assert same_bits(apart.written(), together.written())
     assert made == [[2], [1, 1], [1]]
@@ -249,7 +249,7 @@ class TestTables:
 @pytest.mark.parametrize("exponent", [-140, -126, 0, 120])
 def test_exponents_of_every_scale(exponent):
     from spectral_kernels.triton_kernels._layout import layout_of, matrices_of, places_of
-    from spectral_kernels.triton_kernels._passes import Mix, summarize
+    from spectral_kernels.triton_kernels._pack import Mix, summarize
 
     x = torch.tensor([[1.0, -3.0], [0.5, 0.0]]) * 2.0**exponent
     layout = layout_of(((2, 2),), (64, 64), x.device)

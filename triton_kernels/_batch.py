@@ -22,8 +22,8 @@ from ._layout import (
     places_of,
     upload,
 )
-from ._passes import Mix, Summary, pack, summarize
-from ._wide import Operand, wide
+from ._matmul import Operand, wide
+from ._pack import Mix, Summary, pack, summarize
 from .symmetric_matmul import Terms, symmetric
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._device import NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, Shape, kept, upload
-from ._wide import Delivery, deliver
+from ._matmul import Delivery, deliver
 
 _ROWS = 32  # of a program that sums
 _COLS = 128

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ._device import corner, multiplied, narrowed, span_of, widened
 from ._layout import WIDE
-from ._wide import deliver
+from ._matmul import deliver
 
 
 @triton.jit

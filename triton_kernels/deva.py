@@ -21,15 +21,15 @@ from spectral_kernels._backend import (
 from spectral_kernels._options import BasisLists, DevaOptions, takes
 from torch import Tensor
 
-from ._config import PASS_WARPS
-from ._device import launch
-from ._operator import (
+from ._checks import (
     check_sides,
     check_state,
     check_step,
     raise_nonfinite,
 )
-from ._steps import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
+from ._config import PASS_WARPS
+from ._device import launch
+from ._list_step import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
 from .eigenbasis import (
     Bases,
     accumulated,

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, gram, product, scaled_by, two_sided
-from ._operator import (
+from ._checks import (
     check_sides,
     check_state,
     check_step,
     raise_nonfinite,
 )
-from ._steps import Stack, column, finite, length, moved, rate_of, stacks_of
+from ._list_step import Stack, column, finite, length, moved, rate_of, stacks_of
 from .kron_factor import updated
 
 _U = 2.0**-24

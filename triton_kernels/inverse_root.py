@@ -23,7 +23,7 @@ from torch import Tensor
 from ._batch import flattened, product, scaled_by
 from ._config import architecture, config_for
 from ._layout import SHORT, kept, layout_of, padded, upload
-from ._steps import length
+from ._list_step import length
 from .symmetric_matmul import Terms, symmetric
 
 CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)

@@ -11,8 +11,8 @@ from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 from torch import Tensor
 
 from ._batch import two_sided
-from ._operator import check_sides, check_state, check_step, raise_nonfinite
-from ._steps import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
+from ._checks import check_sides, check_state, check_step, raise_nonfinite
+from ._list_step import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
 from .inverse_root import NON_FINITE, STAGNATED, roots_of
 from .kron_factor import updated
 

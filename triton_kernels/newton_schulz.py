@@ -27,6 +27,12 @@ from spectral_kernels._options import (
 from torch import Tensor
 
 from ._batch import flattened
+from ._checks import (
+    check_number,
+    check_state,
+    check_step,
+    raise_nonfinite,
+)
 from ._config import (
     GROUP_ELEMENTS,
     Config,
@@ -49,17 +55,11 @@ from ._layout import (
     places_of,
     upload,
 )
+from ._list_step import Progress, numbers_of
+from ._matmul import Delivery, Operand, wide
 from ._neurons import by_neurons, check_moments
 from ._newton_schulz_kernels import _powers_kernel, _small_kernel
-from ._operator import (
-    check_number,
-    check_state,
-    check_step,
-    raise_nonfinite,
-)
-from ._passes import Mix, Summary, pack, summarize
-from ._steps import Progress, numbers_of
-from ._wide import Delivery, Operand, wide
+from ._pack import Mix, Summary, pack, summarize
 from .symmetric_matmul import Terms, symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.

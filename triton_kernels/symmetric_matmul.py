@@ -39,7 +39,7 @@ from ._layout import (
     places_of,
     swapped_unit,
 )
-from ._passes import Mix, pack, summarize
+from ._pack import Mix, pack, summarize
 
 _LARGEST_PLACED = 64
 
