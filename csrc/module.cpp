@@ -16,9 +16,9 @@
 #include "cpu/workspace.h"
 #include "root_rows.h"
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
-#include "cuda/device.h"
-#include "cuda/kernel_list.h"
-#include "cuda/newton_schulz.h"
+#include "cuda/base/device.h"
+#include "cuda/base/kernel_list.h"
+#include "cuda/newton_schulz/on_chip.h"
 #endif
 
 namespace {

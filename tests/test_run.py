@@ -35,6 +35,8 @@ def under(
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         timeout=LIMIT,
+        # A shell's background jobs ignore interrupts, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
