@@ -127,8 +127,9 @@ SMALL_TABLE: dict[str, dict[int, Config]] = {
     }
     for arch in TABLE
 }
-for _arch in ("sm_80", "sm_86", "sm_100"):
+for _arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
     SMALL_TABLE[_arch][32] = Config(32, 64, 8, 2)
+SMALL_TABLE["sm_80"][32] = SMALL_TABLE["sm_86"][32] = Config(32, 32, 8, 2)
 
 
 def small_config(arch: str, short: int) -> Config:
