@@ -12,6 +12,7 @@ from support import (
     FULL,
     LAYOUTS,
     Placed,
+    assert_run_follows_reference,
     assert_step_rule,
     assert_written,
     displacement_noise,
@@ -165,15 +166,9 @@ def test_first_update_is_the_scaled_polar_factor(backend):
     "options", [{}, {"variance": "low_memory"}, {"variance": "instant"}, PUBLIC], ids=str
 )
 def test_a_run_follows_the_specification(options, backend):
-    ours = new_step("deva_step_", ((6, 6), (8, 8)), torch.float64, **options)
-    theirs = ours.clone()
-    for t in range(12):
-        refresh = [int(t % 4 == 3)] * 2
-        ours, theirs = (next_step(x, seed=10 * t).with_(refresh=refresh) for x in (ours, theirs))
-        ours.run(backend.name)
-        theirs = theirs.run_reference()
-    for x, y in zip(ours["params"], theirs["params"], strict=True):
-        assert error(x, y) < 1e-7
+    first = new_step("deva_step_", ((6, 6), (8, 8)), torch.float64, **options)
+    follows = {"steps": 12, "refreshed": lambda t: t % 4 == 3, "limit": 1e-7}
+    assert_run_follows_reference(first, backend.name, **follows)
 
 
 def test_elementwise_limit_is_adam(backend):

@@ -12,6 +12,7 @@ from support import (
     LAYOUTS,
     Placed,
     assert_rule,
+    assert_run_follows_reference,
     assert_step_rule,
     assert_written,
     error,
@@ -89,15 +90,9 @@ def test_first_step(options, backend):
 
 @pytest.mark.parametrize("options", [{}, {"kl": True, "root": 2}], ids=["shampoo", "kl"])
 def test_a_run_follows_the_specification(options, backend):
-    ours = new_step("shampoo_step_", ((6, 9), (8, 3)), torch.float64, **options)
-    theirs = ours.clone()
-    for t in range(8):
-        refresh = [int(t % 3 == 0)] * 2
-        ours, theirs = (next_step(x, seed=10 * t).with_(refresh=refresh) for x in (ours, theirs))
-        ours.run(backend.name)
-        theirs = theirs.run_reference()
-    for x, y in zip(ours["params"], theirs["params"], strict=True):
-        assert error(x, y) < 1e-9
+    first = new_step("shampoo_step_", ((6, 9), (8, 3)), torch.float64, **options)
+    follows = {"steps": 8, "refreshed": lambda t: t % 3 == 0, "limit": 1e-9}
+    assert_run_follows_reference(first, backend.name, **follows)
 
 
 def test_shampoo_is_the_sum_of_its_families(backend):

@@ -9,22 +9,10 @@ import torch
 from spectral_kernels._backend import (
     check_device,
     check_list,
-    check_step_lists,
     check_writable,
     raise_if_nonfinite,
 )
 from torch import Tensor
-
-
-def check_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-) -> None:
-    """Parameters, gradients and counters of a list step."""
-    check_step_lists(params, grads, step_counts, skipped, lr)
 
 
 def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:

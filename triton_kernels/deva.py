@@ -15,6 +15,7 @@ from spectral_kernels._backend import (
     check_device,
     check_distinct,
     check_list,
+    check_step_lists,
     check_writable,
     operator,
 )
@@ -24,7 +25,6 @@ from torch import Tensor
 from ._checks import (
     check_sides,
     check_state,
-    check_step,
     raise_nonfinite,
 )
 from ._config import PASS_WARPS
@@ -133,7 +133,7 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_sides(params, lefts, rights, left_bases, right_bases, "bases")
     options.check(len(params))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_distinct, is_capturing, operator
+from spectral_kernels._backend import check_distinct, check_step_lists, is_capturing, operator
 from spectral_kernels._options import BasisLists, SoapOptions, takes
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,7 +16,6 @@ from ._batch import flattened, gram, product, scaled_by, two_sided
 from ._checks import (
     check_sides,
     check_state,
-    check_step,
     raise_nonfinite,
 )
 from ._list_step import Stack, column, finite, length, moved, rate_of, stacks_of
@@ -282,7 +281,7 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
     check_sides(params, lefts, rights, left_bases, right_bases, "bases")

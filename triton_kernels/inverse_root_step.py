@@ -6,12 +6,18 @@ import math
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_device, check_distinct, check_list, operator
+from spectral_kernels._backend import (
+    check_device,
+    check_distinct,
+    check_list,
+    check_step_lists,
+    operator,
+)
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 from torch import Tensor
 
 from ._batch import two_sided
-from ._checks import check_sides, check_state, check_step, raise_nonfinite
+from ._checks import check_sides, check_state, raise_nonfinite
 from ._list_step import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
 from .inverse_root import NON_FINITE, STAGNATED, roots_of
 from .kron_factor import updated
@@ -36,7 +42,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     """
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
     check_sides(params, lefts, rights, left_roots, right_roots, "roots")
     options.check(len(params))

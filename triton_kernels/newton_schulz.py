@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from spectral_kernels._backend import check_distinct, check_rows_state, operator
+from spectral_kernels._backend import check_distinct, check_rows_state, check_step_lists, operator
 from spectral_kernels._options import (
     MuonLists,
     MuonOptions,
@@ -30,7 +30,6 @@ from ._batch import flattened
 from ._checks import (
     check_number,
     check_state,
-    check_step,
     raise_nonfinite,
 )
 from ._config import (
@@ -500,7 +499,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
     params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
     beta2 = options.beta2
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
     check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
     options.check(len(params))

@@ -7,6 +7,9 @@ from .cases import (
     Case as Case,
 )
 from .cases import (
+    assert_run_follows_reference as assert_run_follows_reference,
+)
+from .cases import (
     assert_step_rule as assert_step_rule,
 )
 from .cases import (

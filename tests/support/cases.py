@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .inputs import FLOATS, FULL, MUON, gaussian, orthogonal, semidefinite, state_dtype
-from .rule import ONE_DRAW, allowed_error, draws, errors, jittered, rms, unit_roundoff
+from .rule import ONE_DRAW, allowed_error, draws, error, errors, jittered, rms, unit_roundoff
 
 
 @functools.cache
@@ -253,6 +253,20 @@ def new_step(
 def next_step(case: Case, seed: int) -> Case:
     """The same lists with new gradients."""
     return case.with_(grads=_gradients(case["params"], seed))
+
+
+def assert_run_follows_reference(
+    first: Case, backend: str, *, steps: int, refreshed: Callable[[int], bool], limit: float
+) -> None:
+    """Parameters after `steps` further steps of a backend and of the reference, side by side."""
+    ours, theirs = first, first.clone()
+    for t in range(steps):
+        refresh = [int(refreshed(t))] * len(first["params"])
+        ours, theirs = (next_step(x, seed=10 * t).with_(refresh=refresh) for x in (ours, theirs))
+        ours.run(backend)
+        theirs = theirs.run_reference()
+    for x, y in zip(ours["params"], theirs["params"], strict=True):
+        assert error(x, y) < limit
 
 
 def later_step(op: str, *args: Any, taken: int = 3, seed: int = 0, **options: Any) -> Case:

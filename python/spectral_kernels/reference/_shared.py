@@ -13,7 +13,6 @@ from spectral_kernels._backend import (
     check_device,
     check_list,
     check_matrix,
-    check_step_lists,
     check_writable,
 )
 
@@ -120,17 +119,6 @@ def check_root(p: int) -> None:
         raise TypeError(f"p must be an int, not {p!r}")
     if not 1 <= p <= 8:
         raise ValueError(f"p must be in 1..8, not {p}")
-
-
-def check_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-) -> None:
-    """What every list step asks of its parameters, gradients and counters."""
-    check_step_lists(params, grads, step_counts, skipped, lr)
 
 
 def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -15,13 +15,13 @@ from spectral_kernels._backend import (
 )
 from spectral_kernels._options import BasisLists, DevaOptions, takes
 
+from .._backend import check_step_lists
 from ._shared import (
     Progress,
     absent,
     check_factors,
     check_full_precision,
     check_state,
-    check_step,
     finite,
     matrices,
     moved,
@@ -125,7 +125,7 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     variance = options.variance
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_factors(params, lefts, rights, left_bases, right_bases, "bases")
     options.check(len(params))

@@ -11,13 +11,13 @@ from torch import Tensor
 from spectral_kernels._backend import operator
 from spectral_kernels._options import BasisLists, SoapOptions, takes
 
+from .._backend import check_step_lists
 from ._shared import (
     Progress,
     absent,
     check_factors,
     check_square,
     check_state,
-    check_step,
     exponent_of,
     finite,
     matrices,
@@ -316,7 +316,7 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     """
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
     check_factors(params, lefts, rights, left_bases, right_bases, "bases")

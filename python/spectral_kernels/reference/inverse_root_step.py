@@ -12,12 +12,12 @@ from torch import Tensor
 from spectral_kernels._backend import check_device, check_list, operator
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 
+from .._backend import check_step_lists
 from ._shared import (
     Progress,
     absent,
     check_factors,
     check_state,
-    check_step,
     finite,
     matrices,
     max_abs,
@@ -103,7 +103,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     """
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
     check_factors(params, lefts, rights, left_roots, right_roots, "roots")
     options.check(len(params))

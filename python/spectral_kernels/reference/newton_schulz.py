@@ -28,10 +28,10 @@ from spectral_kernels._options import (
     takes,
 )
 
+from .._backend import check_step_lists
 from ._shared import (
     Progress,
     check_state,
-    check_step,
     exponent_of,
     finite,
     matrices,
@@ -193,7 +193,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
     """
     params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
-    check_step(params, grads, step_counts, skipped, lr)
+    check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
     present = options.beta2 is not None
     check_rows_state("second_moments", second_moments, params, present=present)
