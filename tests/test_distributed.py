@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 import spectral_kernels as sk
 import torch
-from distributed_cases import GRIDS, LAYOUTS, OPTIMIZERS
-from distributed_workers import Workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks.nets import GRIDS, LAYOUTS, OPTIMIZERS
+from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire
 from spectral_kernels.optim._distributed.owners import assign, buckets
 from support import CAMPAIGN

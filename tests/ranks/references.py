@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from distributed_cases import OPTIMIZERS, alone
+
+from ranks.nets import OPTIMIZERS, alone
 
 torch.set_num_threads(1)
 for name in OPTIMIZERS:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
+import inspect
 import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -16,7 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+CASES = ("parity", "checkpoints", "refusals", "trainings", "recipes", "work")
 # Of a group; what a dead or stopped rank costs the others.
 TIMEOUT = 30.0
 # A worker that says nothing for so long is replaced.
@@ -32,12 +35,25 @@ class Failure:
     trace: str
 
 
+def _cases() -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for module in (importlib.import_module(f"ranks.{name}") for name in CASES):
+        own = {
+            name: value
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        }
+        assert not own.keys() & found.keys(), own.keys() & found.keys()
+        found |= own
+    return found
+
+
 def serve(connection: Connection, rank: int, world: int, store: str, timeout: float) -> None:
-    """The worker's loop: takes the name of a function of cases or recipes, and its arguments."""
-    import distributed_cases
-    import distributed_recipes
+    """The worker's loop: takes the name of a function in one of CASES, and its arguments."""
     import torch
     import torch.distributed as dist
+
+    cases = _cases()
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -53,8 +69,7 @@ def serve(connection: Connection, rank: int, world: int, store: str, timeout: fl
         except EOFError:
             return
         try:
-            module = distributed_cases if hasattr(distributed_cases, name) else distributed_recipes
-            answer = getattr(module, name)(*args)
+            answer = cases[name](*args)
         except Exception as error:
             answer = Failure(type(error).__name__, str(error), traceback.format_exc())
         connection.send(answer)
@@ -68,7 +83,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["distributed_references"])
+        self._context.set_forkserver_preload(["ranks.references"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         self._worlds: dict[tuple[int, float], list[tuple[BaseProcess, Connection]]] = {}
         self._stores = 0
@@ -90,7 +105,7 @@ class Workers:
             target=serve, args=(there, rank, ranks, store, timeout), daemon=True
         )
         # The first one starts the process that imports; it does not get this one's sys.path.
-        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         with _environment(
             OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=path
         ):

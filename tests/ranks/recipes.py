@@ -9,22 +9,22 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from distributed_cases import (
+from spectral_kernels import call_counts, swap_in
+from swap_support import DOUBLES, modules_of
+from torch.distributed.tensor import Shard
+
+from ranks.nets import (
     OPTIMIZERS,
     Net,
-    _classifier,
-    _loss,
-    _mesh,
-    _placed,
     different,
     full,
     give,
     gradients,
+    mesh_of_all,
+    place,
     weights,
 )
-from spectral_kernels import call_counts, swap_in
-from swap_support import DOUBLES, modules_of
-from torch.distributed.tensor import Shard
+from ranks.trainings import classifier, loss_of
 
 
 def _swapped(target: str, *, spread: bool) -> tuple[dict[str, torch.Tensor], int]:
@@ -36,8 +36,8 @@ def _swapped(target: str, *, spread: bool) -> tuple[dict[str, torch.Tensor], int
         types = importlib.import_module(f"{target}.preconditioner.matrix_functions_types")
         more["config"] = types.CoupledNewtonConfig()
     if spread and target == "dion":
-        mesh = _mesh()
-        _placed(net, lambda x: (mesh, [Shard(0)]))
+        mesh = mesh_of_all()
+        place(net, lambda x: (mesh, [Shard(0)]))
         more["distributed_mesh"] = mesh
     elif spread:
         more["process_group"] = dist.group.WORLD
@@ -85,7 +85,7 @@ def trained_by(package: str) -> list[str] | None:
         importlib.import_module(package)
     except ModuleNotFoundError:
         return None
-    net, one = _classifier(), _classifier()
+    net, one = classifier(), classifier()
     optimizer = OPTIMIZERS["muon"](net.named_parameters(), distributed=dist.group.WORLD)
     reference = OPTIMIZERS["muon"](one.named_parameters())
     with _as_launched():
@@ -100,9 +100,9 @@ def trained_by(package: str) -> list[str] | None:
             trainer.launch()
             model, stepping = trainer.setup(net, optimizer)
         for step in range(4):
-            loss = _loss(model, step, slice(0, 8))
+            loss = loss_of(model, step, slice(0, 8))
             trainer.backward(loss)
-            _loss(one, step, slice(0, 8)).backward()
+            loss_of(one, step, slice(0, 8)).backward()
             for each in (stepping, reference):
                 each.step()
                 each.zero_grad()

@@ -1,0 +1,115 @@
+"""What is done, moved and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from spectral_kernels import _dispatch
+from spectral_kernels.optim._distributed import exchange as exchange_module
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ranks.nets import (
+    OPTIMIZERS,
+    Net,
+    alone,
+    different,
+    fsdp,
+    give,
+    gradients,
+    made,
+    stepped,
+    weights,
+)
+
+
+def work_done(layout: str, wire: torch.dtype | None = None) -> dict[str, Any]:
+    """The second step's calls of the operator, bytes and collectives; full_tensor raises."""
+    net, optimizer = made("muon", layout, wire=wire)
+    stepped(net, optimizer, range(1), torch.float32)
+    give(net, gradients(0, torch.float32))
+    entries: list[int] = []
+    sent: list[int] = []
+    real_run, real_all, real_gather = (
+        _dispatch.run,
+        dist.all_to_all_single,
+        exchange_module._all_gather(),
+    )
+
+    def run(operator: str, like: Any, out: Any, params: Sequence[Tensor], *args: Any, **more: Any):
+        entries.append(len(params))
+        return real_run(operator, like, out, params, *args, **more)
+
+    def exchange(received: Tensor, packed: Tensor, into: Any, out: list[int], **more: Any) -> Any:
+        me = dist.get_rank()
+        sent.append(packed.element_size() * (sum(out) - out[me]))
+        return real_all(received, packed, into, out, **more)
+
+    def gather(received: Tensor, packed: Tensor, **more: Any) -> Any:
+        sent.append(packed.element_size() * packed.numel() * (dist.get_world_size() - 1))
+        return real_gather(received, packed, **more)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("full_tensor")
+
+    with ExitStack() as stack:
+        for target, attribute, value in (
+            (_dispatch, "run", run),
+            (dist, "all_to_all_single", exchange),
+            (exchange_module, "_all_gather", lambda: gather),
+            (DTensor, "full_tensor", never),
+        ):
+            stack.enter_context(mock.patch.object(target, attribute, value))
+        counted = stack.enter_context(CommDebugMode())
+        optimizer.step()
+    table = optimizer.plan()
+    return {
+        "entries": sum(entries),
+        "sent": sum(sent),
+        "planned": sum(row.bytes for row in table.rows),
+        "buckets": len({row.bucket for row in table.rows if row.bucket is not None}),
+        "loads": table.loads,
+        "collectives": counted.get_total_counts(),
+        "state": optimizer.memory_estimate(),
+        "text": str(table),
+    }
+
+
+def whole_state() -> int:
+    net = Net(weights(torch.float32))
+    return OPTIMIZERS["muon"](net.named_parameters()).memory_estimate()
+
+
+def owners_by_name(order: int) -> dict[str, Any]:
+    """Owners do not depend on the order of parameters."""
+    net = Net(weights(torch.float32))
+    fsdp(net)
+    named = sorted(net.named_parameters(), key=lambda pair: hash((pair[0][order:], order)))
+    named = list(reversed(named)) if order else named
+    optimizer = OPTIMIZERS["soap"](named)
+    return {row.name: row.owner for row in optimizer.plan().rows}
+
+
+def watched() -> list[str]:
+    """The matrices that a rank has figures of."""
+    net, optimizer = made("shampoo", "fsdp")
+    optimizer.watch()
+    stepped(net, optimizer, range(2), torch.float32)
+    assert different(net, alone("shampoo", steps=2)) == []
+    found = optimizer.diagnostics().parameters
+    return [name for name, figures in found.items() if figures.algorithm == "matrix"]
+
+
+def benchmarked() -> tuple[Any, Any]:
+    """What the benchmark measures of small matrices, uneven ones among them."""
+    from spectral_kernels.benchmarks.distributed_ranks import Campaign, measured
+
+    shapes = ((16, 24), (7, 5), (24, 16), (3, 8), (10, 10))
+    campaign = Campaign(shapes, ("muon",), budget=1e-3, most=1 << 12)
+    return campaign, measured(campaign)
