@@ -73,7 +73,7 @@ class Case:
         op: the operator.
         shape: as in "64x128x128", or the name of a list of parameters.
         dtype: the storage dtype.
-        build: makes the problem; imports and allocations happen here.
+        build: makes the problem on a device; imports and allocations happen here.
         variant: options that are not the default ones.
         goals: contender -> the speed-up to reach.
         error_goals: contender -> the most that our error may be of its error.
@@ -83,7 +83,7 @@ class Case:
     op: str
     shape: str
     dtype: torch.dtype
-    build: Callable[[], Problem] = field(compare=False, repr=False)
+    build: Callable[[torch.device], Problem] = field(compare=False, repr=False)
     variant: str = ""
     goals: Mapping[str, float] = field(default_factory=dict, compare=False)
     error_goals: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -106,6 +106,7 @@ class Family:
         cases: the standing list.
         case: any other shape of an operator: (op, shape, dtype).
         acceptance: cases with goals.
+        card: what is measured on a card, if that is not the standing list.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Family:
     cases: Callable[[], Iterable[Case]]
     case: Callable[[str, str, torch.dtype], Case]
     acceptance: Callable[[], Iterable[Case]] = tuple
+    card: Callable[[], Iterable[Case]] = tuple
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -32,12 +32,12 @@ def _deva(shape: str, dtype: torch.dtype, *, reference: bool, **options: Any) ->
 
 
 def _build_step(
-    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, reference: bool
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, reference: bool, device: torch.device
 ) -> Problem:
-    steps = Steps(start(shapes), dtype)
+    steps = Steps(start(shapes, device), dtype)
     ours = _maker(partial(optim.DeVA, reference=reference, stagger=False))
     prepare = ours_with(_squares)
-    contenders = [steps.contender(OURS, ours, prepare)]
+    contenders = [steps.contender(OURS, ours, prepare), *steps.specification(ours, prepare)]
     module = peers.find("deva")
     if module is not None:
         theirs = _maker(module.DeVASchattenNorm)
@@ -53,7 +53,7 @@ def _build_step(
         error=steps.error(lambda: steps.oracle(ours(1), prepare)),
         baseline=_AUTHORS if module is not None and reference else plain,
         work=combined(
-            [newton_schulz.work(matrix, torch.bfloat16, _ROWS) for matrix in shapes],
+            [newton_schulz.work(matrix, torch.bfloat16, _ROWS, device) for matrix in shapes],
             also={"fp32": rotated_work(shapes)},
         ),
         period=FREQUENCY,
@@ -87,4 +87,8 @@ def _acceptance() -> Iterator[Case]:
         yield _deva(shape, torch.float32, reference=True, goals={_AUTHORS: goal})
 
 
-FAMILY = Family("deva", ("deva_step_",), _cases, _case, _acceptance)
+def _card() -> Iterator[Case]:
+    yield _deva("llama-430m-layer", torch.float32, reference=False)
+
+
+FAMILY = Family("deva", ("deva_step_",), _cases, _case, _acceptance, _card)

@@ -55,8 +55,8 @@ def _refresh(
     return Case("refresh_eigenbasis", shape_name(sizes), dtype, build, variant, **options)
 
 
-def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    a = factor(sizes, dtype, low=1e-6)
+def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    a = factor(sizes, dtype, low=1e-6, device=device)
     wanted = a.double()
 
     def torch_eigh() -> tuple[Tensor, Tensor]:
@@ -79,11 +79,14 @@ def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
 
 
 def _build_refresh(
-    sizes: tuple[int, ...], dtype: torch.dtype, low: float, deficient: bool
+    sizes: tuple[int, ...], dtype: torch.dtype, low: float, deficient: bool, device: torch.device
 ) -> Problem:
     *batch, n, _ = sizes
     rank = n // 4 if deficient else None
-    drifted = [drifted_factor(n, low, rank=rank, seed=i) for i in range(torch.Size(batch).numel())]
+    drifted = [
+        drifted_factor(n, low, rank=rank, seed=i, device=device)
+        for i in range(torch.Size(batch).numel())
+    ]
     q, a = (torch.stack(x).reshape(sizes).to(dtype) for x in zip(*drifted, strict=True))
 
     @cache
@@ -104,7 +107,7 @@ def _build_refresh(
         The eigenvalues D are weights, for directions of small ones are the input's rounding noise.
         """
         basis, (wanted, values) = out.double(), exact()
-        eye = torch.eye(n, dtype=torch.float64, device="cpu").expand(sizes)
+        eye = torch.eye(n, dtype=torch.float64, device=device).expand(sizes)
         signs = (basis * wanted).sum(-2, keepdim=True).sign()
         weights = values.unsqueeze(-2)
         return max(
@@ -123,10 +126,12 @@ def _build_refresh(
     )
 
 
-def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Problem:
-    steps = Steps(start(shapes), dtype)
+def _build_step(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Problem:
+    steps = Steps(start(shapes, device), dtype)
     ours, prepare = _maker(optim.SOAP), ours_with(_squares)
-    contenders = [steps.contender(OURS, ours, prepare)]
+    contenders = [steps.contender(OURS, ours, prepare), *steps.specification(ours, prepare)]
     module = peers.find("soap")
     if module is not None:
         contenders.append(steps.contender(_AUTHORS, _maker(module.SOAP), public_with(_squares)))
@@ -196,10 +201,18 @@ def _acceptance() -> Iterator[Case]:
         yield _case("soap_step_", shape, torch.float32, goals={_AUTHORS: 3.0})
 
 
+def _card() -> Iterator[Case]:
+    yield _case("soap_step_", "llama-430m-layer", torch.float32)
+    for op in ("eigenbasis", "refresh_eigenbasis"):
+        for shape in ("64x128x128", "8x1024x1024"):
+            yield _case(op, shape, torch.float32)
+
+
 FAMILY = Family(
     "eigenbasis",
     ("eigenbasis", "refresh_eigenbasis", "soap_step_"),
     _cases,
     _case,
     _acceptance,
+    _card,
 )

@@ -53,14 +53,16 @@ def _root(
     return Case("inverse_root", shape_name(sizes), dtype, build, variant, **options)
 
 
-def _build(sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float) -> Problem:
-    a = factor(sizes, dtype, low)
+def _build(
+    sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float, device: torch.device
+) -> Problem:
+    a = factor(sizes, dtype, low, device=device)
     exact = cache(lambda: eigen_root(a.double(), p, _RIDGE))
     contenders = [
         Contender(OURS, lambda: inverse_root(a, p, ridge=_RIDGE)),
         Contender("torch eigh", lambda: eigen_root(a, p, _RIDGE), torch=True),
     ]
-    if a.ndim > 2:
+    if a.ndim > 2 and device.type == "cpu":
         looped = partial(one_by_one, lambda one: eigen_root(one, p, _RIDGE), a)
         contenders.append(Contender("torch eigh loop", looped, torch=True))
     return Problem(
@@ -110,10 +112,14 @@ def _shampoo(
 
 
 def _build_step(
-    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, every: int, ridge: float
+    shapes: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    every: int,
+    ridge: float,
+    device: torch.device,
 ) -> Problem:
     """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
-    steps = Steps(start(shapes), dtype)
+    steps = Steps(start(shapes, device), dtype)
     common: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.0}
 
     def ours(every: int) -> Make:
@@ -128,6 +134,7 @@ def _build_step(
         )
 
     contenders = [steps.contender(OURS, ours, every=every)]
+    contenders += steps.specification(ours, every=every)
     public = peers.find("distributed-shampoo") is not None
     if public:
         from distributed_shampoo import CoupledNewtonConfig, DistributedShampoo, EigenConfig
@@ -157,12 +164,12 @@ def work(a: Tensor, p: int) -> tuple[Work, ...]:
     """One triangle of every product of the iteration, and of A^2 for the norm."""
     if _extension.MODULE is None:
         return ()
-    b = a.double() + _RIDGE * torch.eye(a.shape[-1], dtype=torch.float64, device="cpu")
+    b = a.double() + _RIDGE * torch.eye(a.shape[-1], dtype=torch.float64, device=a.device)
     scale = float((b @ b).norm(dim=(-2, -1)).max().sqrt())
     roundoff = torch.finfo(a.dtype).eps / 2.0
     products = 1 + _extension.MODULE.root_products(_RIDGE / scale, p, roundoff)
     *batch, n, _ = a.shape
-    return ({rate_of(a.dtype): float(math.prod(batch) * products * n**3)},)
+    return ({rate_of(a.dtype, a.device): float(math.prod(batch) * products * n**3)},)
 
 
 def _cases() -> Iterator[Case]:
@@ -192,4 +199,12 @@ def _acceptance() -> Iterator[Case]:
         yield _shampoo("1024x1024", torch.float32, every, goals=goals)
 
 
-FAMILY = Family("inverse_root", ("inverse_root", "shampoo_step_"), _cases, _case, _acceptance)
+def _card() -> Iterator[Case]:
+    for count, n in ((256, 32), (128, 64), (64, 128), (16, 512), (4, 1024), (1, 2048)):
+        yield _root((count, n, n), torch.float32, 4)
+    yield _shampoo("llama-430m-layer", torch.float32, FREQUENCY)
+
+
+FAMILY = Family(
+    "inverse_root", ("inverse_root", "shampoo_step_"), _cases, _case, _acceptance, _card
+)

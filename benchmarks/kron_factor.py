@@ -36,11 +36,11 @@ def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     return Case(op, shape_name(sizes), dtype, partial(build, sizes, dtype), **options)
 
 
-def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+def _update(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     *batch, m, n = sizes
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    grad = gaussian(sizes, dtype)
-    start = _factor((*batch, m, m), state), _factor((*batch, n, n), state)
+    grad = gaussian(sizes, dtype, device=device)
+    start = tuple(_factor((*batch, k, k), state, device) for k in (m, n))
 
     @cache
     def exact() -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
 
     work = math.prod(batch) * (m * m * n + m * n * n)
     moved = grad.nbytes + 2.0 * sum(factor.nbytes for factor in start)
-    whole = {rate_of(dtype): 2.0 * work, MEMORY: moved}
+    whole = {rate_of(dtype, device): 2.0 * work, MEMORY: moved}
     return Problem(
         [
             contender(OURS, ours),
@@ -79,23 +79,23 @@ def _update(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
         ],
         error=lambda out: max(map(relative_error, out, exact())),
         baseline="torch two products",
-        work=({rate_of(dtype): float(work), MEMORY: moved},),
+        work=({rate_of(dtype, device): float(work), MEMORY: moved},),
     )
 
 
-def _precondition(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
+def _precondition(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     *batch, m, n = sizes
-    grad = gaussian(sizes, dtype)
-    left = gaussian((*batch, m, m), dtype, seed=1) / math.sqrt(m)
-    right = gaussian((*batch, n, n), dtype, seed=2) / math.sqrt(n)
+    grad = gaussian(sizes, dtype, device=device)
+    left = gaussian((*batch, m, m), dtype, seed=1, device=device) / math.sqrt(m)
+    right = gaussian((*batch, n, n), dtype, seed=2, device=device) / math.sqrt(n)
     exact = cache(lambda: left.double() @ grad.double() @ right.double())
     flops = float(math.prod(batch) * 2 * (m * m * n + m * n * n))
-    work = {rate_of(dtype): flops, MEMORY: 2.0 * grad.nbytes + left.nbytes + right.nbytes}
+    work = {rate_of(dtype, device): flops, MEMORY: 2.0 * grad.nbytes + left.nbytes + right.nbytes}
     contenders = [
         Contender(OURS, lambda: kron_precondition(grad, left, right)),
         Contender("torch", lambda: left @ grad @ right, work=work, torch=True),
     ]
-    if batch:
+    if batch and device.type == "cpu":
         looped = partial(one_by_one, lambda a, g, b: a @ g @ b, left, grad, right)
         contenders.append(Contender("torch loop", looped, work=work, torch=True))
     return Problem(
@@ -106,9 +106,9 @@ def _precondition(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
-def _factor(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    x = gaussian(sizes, dtype, seed=3)
-    return (x + x.mT) / 2 + math.sqrt(sizes[-1]) * torch.eye(sizes[-1], dtype=dtype, device="cpu")
+def _factor(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    x = gaussian(sizes, dtype, seed=3, device=device)
+    return (x + x.mT) / 2 + math.sqrt(sizes[-1]) * torch.eye(sizes[-1], dtype=dtype, device=device)
 
 
 def _cases() -> Iterator[Case]:
@@ -125,6 +125,13 @@ def _acceptance() -> Iterator[Case]:
     )
 
 
+def _card() -> Iterator[Case]:
+    for m in (768, 1024, 2048, 3072):
+        for dtype in (torch.float32, torch.bfloat16):
+            for op in FAMILY.ops:
+                yield _case(op, f"{m}x{4 * m}", dtype)
+
+
 FAMILY = Family(
-    "kron_factor", ("kron_factors_update_", "kron_precondition"), _cases, _case, _acceptance
+    "kron_factor", ("kron_factors_update_", "kron_precondition"), _cases, _case, _acceptance, _card
 )

@@ -27,11 +27,12 @@ from .case import (
     relative_error,
     shape_name,
 )
-from .inputs import decaying, gaussian, parameter_shapes, rate_of
+from .inputs import CARD_SHAPES, decaying, gaussian, parameter_shapes, rate_of
 from .steps import LR, Make, Steps, combined, start
 
 _SHAPES = ("128x128", "512x512", "768x768", "768x3072", "3072x768", "16x256x1024", "64x96x112")
 _QUICK = ("768x768", "768x3072", "64x96x112")
+_CPU = torch.device("cpu")
 _MUON = coefficients.resolve("muon").rows
 
 
@@ -61,16 +62,26 @@ def _newton_schulz(
     return Case("newton_schulz", shape_name(sizes), dtype, build, variant, **options)
 
 
-def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarted: bool) -> Problem:
-    x = gaussian(sizes, dtype) if spectrum == "gaussian" else decaying(sizes, dtype)
+def _build(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    spectrum: str,
+    unrestarted: bool,
+    device: torch.device,
+) -> Problem:
+    draw = gaussian if spectrum == "gaussian" else decaying
+    x = draw(sizes, dtype, device=device)
+    on_card = device.type == "cuda"
     options: dict[str, Any] = {"method": "gram", "restarts": ()} if unrestarted else {}
     exact = cache(lambda: standard(x.double(), _MUON))
     contenders = [Contender(OURS, lambda: newton_schulz(x, **options))]
-    full = _full_work(sizes, dtype, _MUON)
+    full = _full_work(sizes, dtype, _MUON, device)
     if x.ndim > 2:
         contenders.append(Contender("torch bmm", lambda: standard(x, _MUON), work=full, torch=True))
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and (x.ndim == 2 or not on_card):
         contenders.append(_torch_muon(x, full))
+    if on_card:
+        contenders += _compiled(x, full)
     if x.ndim == 2:
         alone = Contender("torch addmm", lambda: standard(x, _MUON), work=full, torch=True)
     else:
@@ -80,14 +91,27 @@ def _build(sizes: tuple[int, ...], dtype: torch.dtype, spectrum: str, unrestarte
             work=full,
             torch=True,
         )
-    contenders.append(alone)
+    if x.ndim == 2 or not on_card:
+        contenders.append(alone)
     contenders += gram_newton_schulz(x)
     return Problem(
         contenders,
         error=lambda out: relative_error(out, exact()),
         baseline=lambda: standard(x, _MUON),
-        work=work(sizes, dtype, _MUON),
+        work=work(sizes, dtype, _MUON, device),
     )
+
+
+def _compiled(x: Tensor, work: Work) -> Iterator[Contender]:
+    """Both forms by torch.compile, which is worth its time on cards alone."""
+    for name, form in (("torch.compile", standard), ("torch.compile, Gram form", gram_form)):
+        call = torch.compile(form, dynamic=False)
+        yield Contender(
+            name,
+            partial(call, x, _MUON),
+            work=work if form is standard else None,
+            torch=True,
+        )
 
 
 def standard(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
@@ -118,12 +142,17 @@ def gram_form(x: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
     return iterate.mT if x.shape[-2] > x.shape[-1] else iterate
 
 
-def _full_work(sizes: Sequence[int], dtype: torch.dtype, rows: Sequence[Sequence[float]]) -> Work:
+def _full_work(
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    rows: Sequence[Sequence[float]],
+    device: torch.device,
+) -> Work:
     """FLOPs of the standard form with whole products, as torch does them."""
     *batch, m, n = sizes
     short, long = min(m, n), max(m, n)
     flops = math.prod(batch) * len(rows) * (4 * short**2 * long + 2 * short**3)
-    return {rate_of(dtype): float(flops)}
+    return {rate_of(dtype, device): float(flops)}
 
 
 def _torch_muon(x: Tensor, work: Work) -> Contender:
@@ -158,8 +187,8 @@ def gram_newton_schulz(x: Tensor) -> Iterator[Contender]:
     )
 
 
-def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    x = gaussian(sizes, dtype)
+def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    x = gaussian(sizes, dtype, device=device)
     exact = cache(lambda: reference.polar(x.double()))
 
     def svd() -> Tensor:
@@ -173,8 +202,10 @@ def _build_polar(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
-def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Problem:
-    steps = Steps(start(shapes), dtype)
+def _build_step(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Problem:
+    steps = Steps(start(shapes, device), dtype)
 
     def muon(cls: Callable[..., Optimizer]) -> Callable[[int], Make]:
         return lambda every: lambda params: cls(params, lr=LR, weight_decay=0.1)
@@ -194,7 +225,7 @@ def _build_step(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Prob
         contenders,
         error=steps.error(lambda: steps.oracle(muon(optim.Muon)(1))),
         baseline="torch.optim.Muon",
-        work=combined([work(matrix, torch.bfloat16, _MUON) for matrix in shapes]),
+        work=combined([work(matrix, torch.bfloat16, _MUON, device) for matrix in shapes]),
     )
 
 
@@ -204,12 +235,15 @@ def _marked(cls: Callable[..., Optimizer], params: list[Parameter], **options: A
 
 
 def work(
-    sizes: Sequence[int], dtype: torch.dtype, rows: Sequence[Sequence[float]]
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    rows: Sequence[Sequence[float]],
+    device: torch.device = _CPU,
 ) -> tuple[Work, ...]:
     """FLOPs of the forms within the accuracy rule, symmetric products as one triangle."""
     *batch, m, n = sizes
     short, long, count = min(m, n), max(m, n), math.prod(batch)
-    rate, steps = rate_of(dtype), len(rows)
+    rate, steps = rate_of(dtype, device), len(rows)
     forms: list[Work] = [{rate: float(count * steps * (3 * short**2 * long + short**3))}]
     halves = rate == "bf16"
     growth = coefficients.BFLOAT16_GROWTH if dtype.itemsize == 2 else coefficients.FULL_GROWTH
@@ -253,6 +287,16 @@ def _acceptance() -> Iterator[Case]:
         yield _case("muon_step_", shape, fp32, goals={"torch.optim.Muon": goal})
 
 
+def _card() -> Iterator[Case]:
+    for shape in CARD_SHAPES:
+        yield _case("newton_schulz", shape, torch.bfloat16)
+    for shape in ("gpt2-small", "lora", "llama-430m-layer"):
+        yield _case("muon_step_", shape, torch.float32)
+    for sizes in ((128, 512), (768, 768), (768, 3072)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield _newton_schulz(sizes, dtype, spectrum="decaying")
+
+
 FAMILY = Family(
-    "newton_schulz", ("newton_schulz", "polar", "muon_step_"), _cases, _case, _acceptance
+    "newton_schulz", ("newton_schulz", "polar", "muon_step_"), _cases, _case, _acceptance, _card
 )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .case import OURS
+from .timing import seconds
 
 # The noise of medians: ours may be slower by this much before a row counts as lost.
 _MARGIN = 0.05
@@ -85,10 +86,15 @@ def _cells(row: Row, entry: Row) -> list[str | Text]:
         name,
         "" if share is None else f"{share:.0%}{bound}",
         ratio,
-        seconds(entry["median_s"]) + spread,
+        seconds(entry["median_s"]) + spread + _graph(entry),
         "" if entry["error"] is None else f"{entry['error']:.1e}",
         "" if goal is None else f">= {goal:g}x",
     ]
+
+
+def _graph(entry: Row) -> str:
+    """The time of a replayed recording, on cards."""
+    return f", graph {seconds(entry['graph']['median_s'])}" if "graph" in entry else ""
 
 
 def _worst_entry(row: Row) -> list[str | Text]:
@@ -107,13 +113,6 @@ def _error_goal(goal: Row) -> list[str | Text]:
     style = "green" if goal["ratio"] <= goal["goal"] else "red"
     ratio = Text(f"{goal['ratio']:.2f}", style=style)
     return [f"error over that of {goal['name']}", "", "", "", ratio, f"<= {goal['goal']:g}"]
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that fits."""
-    if value < 1e-3:
-        return f"{value * 1e6:.1f} us"
-    return f"{value * 1e3:.2f} ms" if value < 1.0 else f"{value:.2f} s"
 
 
 def summary(rows: Iterable[Row]) -> list[str]:

@@ -10,8 +10,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,8 @@ from .case import (
     within_rule,
     worst_entry,
 )
-from .timing import Load, Timing, fma_peak, idle_check, memory_peak
-from .timing import measure as interleaved
+from .place import CPU, Place, current_isa
+from .timing import Load, Timing, fma_peak, idle_check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +47,6 @@ FAMILIES: tuple[Family, ...] = (
     deva.FAMILY,
 )
 OPS = tuple(op for family in FAMILIES for op in family.ops)
-
-# Operands of more bytes than this come from memory at every call.
-CACHED = 64 << 20
 
 # Seconds of timing for one case, all contenders together.
 BUDGET = 2.0
@@ -70,26 +66,33 @@ _CAPS = {
 _CAP_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
-def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> dict[str, Any]:
-    """One case on a number of threads, as a row of the result file.
-
-    A row has "failure" instead of times where ours cannot run or breaks the accuracy rule. Without
-    `check` nothing is compared.
-    """
-    row: dict[str, Any] = {
+def blank(case: Case, threads: int, place: Place = CPU) -> dict[str, Any]:
+    """The row of a case of which nothing is known yet."""
+    return {
         "key": case.key,
         "op": case.op,
         "shape": case.shape,
         "dtype": dtype_name(case.dtype),
         "variant": case.variant,
         "threads": threads,
-        "isa": current_isa(),
+        "isa": place.kind,
         "failure": None,
     }
+
+
+def run_case(
+    case: Case, threads: int, budget: float, *, check: bool = True, place: Place = CPU
+) -> dict[str, Any]:
+    """One case on a number of threads, as a row of the result file.
+
+    A row has "failure" instead of times where ours cannot run or breaks the accuracy rule. Without
+    `check` nothing is compared.
+    """
+    row = blank(case, threads, place)
     wrong_before = _extension.faults()
-    with _threads(threads):
+    with place.setting(threads):
         try:
-            problem = case.build()
+            problem = case.build(place.device)
             errors, failures = _errors(problem) if check else ({}, {})
         except Exception as error:
             return row | {"failure": _sentence(error), "contenders": []}
@@ -126,15 +129,15 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
                 return row
         calls = {c.name: c.run for c in problem.contenders if c.name not in failures}
         with Load() as load:
-            before = _peaks(problem.work, threads)
-            timings = interleaved(calls, budget=budget, period=problem.period)
+            before = _peaks(problem.work, threads, place)
+            timings, replays = place.times(calls, budget, problem.period)
             peaks = {
                 rate: max(peak, before[rate])
-                for rate, peak in _peaks(problem.work, threads).items()
+                for rate, peak in _peaks(problem.work, threads, place).items()
             }
         row["others_load"] = load.others
         row["peak_gflops_a_thread"] = peaks
-        bound, least = _bound(problem.work, peaks, threads)
+        bound, least = _bound(problem.work, peaks, threads, place)
         row["bound"] = bound
         row["share_of_peak"] = None if least is None else least / timings[OURS].median
     own = {contender.name: contender for contender in problem.contenders}
@@ -144,10 +147,12 @@ def run_case(case: Case, threads: int, budget: float, *, check: bool = True) -> 
             entry.update(_times(timings[name], timings[OURS], case, name))
             entry["torch"] = own[name].torch
             work = own[name].work
-            _, alone = _bound([work] if work else (), peaks, threads)
+            _, alone = _bound([work] if work else (), peaks, threads, place)
             entry["share_of_peak"] = (
                 row["share_of_peak"] if name == OURS else alone and alone / timings[name].median
             )
+        if name in replays and OURS in replays:
+            entry["graph"] = _times(replays[name], replays[OURS], case, name)
     for name, most in case.error_goals.items():
         if name in errors:
             worst = worst_entry(errors[OURS], errors[name])
@@ -242,25 +247,20 @@ def _times(timing: Timing, ours: Timing, case: Case, name: str) -> dict[str, Any
     return entry
 
 
-def _peaks(work: Sequence[Work], threads: int) -> dict[str, float]:
-    rates = sorted({rate for form in work for rate in _binding(form)})
-    peaks = {rate: _peak(rate, threads) for rate in rates}
+def _peaks(work: Sequence[Work], threads: int, place: Place = CPU) -> dict[str, float]:
+    rates = sorted({rate for form in work for rate in _binding(form, place)})
+    peaks = {rate: place.peak(rate, threads) for rate in rates}
     return {rate: peak for rate, peak in peaks.items() if peak is not None}
 
 
-def _peak(rate: str, threads: int) -> float | None:
-    """Of one thread, as the others have it too."""
-    return memory_peak(threads) / threads if rate == MEMORY else fma_peak(rate, threads)
-
-
 def _bound(
-    work: Sequence[Work], peaks: dict[str, float], threads: int
+    work: Sequence[Work], peaks: dict[str, float], threads: int, place: Place = CPU
 ) -> tuple[str | None, float | None]:
     """What binds the cheapest form, and the seconds that it takes at the least.
 
     Products of several rates come one after the other, memory meanwhile.
     """
-    forms = [_binding(form) for form in work]
+    forms = [_binding(form, place) for form in work]
     if not forms or not all(rate in peaks for form in forms for rate in form):
         return None, None
     bounds = []
@@ -268,34 +268,16 @@ def _bound(
         times = {rate: amount / (peaks[rate] * 1e9 * threads) for rate, amount in form.items()}
         memory = times.pop(MEMORY, 0.0)
         products = sum(times.values())
-        name = MEMORY if memory > products else _unit(max(times, key=times.__getitem__))
+        name = MEMORY if memory > products else place.unit(max(times, key=times.__getitem__))
         bounds.append((max(memory, products), name))
     least, name = min(bounds)
     return name, least
 
 
-def _binding(form: Work) -> Work:
+def _binding(form: Work, place: Place) -> Work:
     """Without the bytes that the caches hold from call to call."""
-    held = form.get(MEMORY, 0.0) <= CACHED
+    held = form.get(MEMORY, 0.0) <= place.cached
     return {rate: amount for rate, amount in form.items() if not (rate == MEMORY and held)}
-
-
-def _unit(rate: str) -> str:
-    return "tiles" if rate == "bf16" and current_isa() == "amx" else rate
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def current_isa() -> str:
-    return _extension.MODULE.current_isa() if _extension.MODULE is not None else "reference"
 
 
 def machine() -> dict[str, Any]:
@@ -406,10 +388,14 @@ def result_path(given: str | None, kind: str) -> Path:
     return path
 
 
-def write(path: Path, kind: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """One result file."""
-    record = {"format": FORMAT, "kind": kind, "machine": facts, "rows": rows}
-    path.write_text(_records.text(record))
+def write(
+    path: Path, kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], **more: Any
+) -> None:
+    """One result file, whole at every moment; `more` stands before the rows."""
+    record = {"format": FORMAT, "kind": kind, "machine": facts, **more, "rows": rows}
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(_records.text(record))
+    unfinished.replace(path)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ LR = 0.02
 
 _GRADIENTS = 4
 _LOW = 1e-4  # of the factors' spectra
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,17 @@ class Start:
 
 
 @functools.lru_cache(maxsize=1)
-def start(shapes: tuple[tuple[int, int], ...]) -> Start:
+def start(shapes: tuple[tuple[int, int], ...], device: torch.device = _CPU) -> Start:
     """Gradients Q_L (sqrt(w_L w_R^T) o Z) Q_R^T: spectra that decay, in bases that stay."""
+    draw = functools.partial(gaussian, device=device)
     begin = Start([], [[] for _ in range(_GRADIENTS)], [], [], [])
     for i, (m, n) in enumerate(shapes):
-        bases = orthonormal(m, m, 0), orthonormal(n, n, 1)
-        values = spectrum(m, _LOW), spectrum(n, _LOW)
+        bases = orthonormal(m, m, 0, device), orthonormal(n, n, 1, device)
+        values = spectrum(m, _LOW, device=device), spectrum(n, _LOW, device=device)
         amplitude = torch.outer(values[0], values[1]).sqrt()
-        begin.weights.append(0.02 * gaussian((m, n), torch.float64, 10 + i))
+        begin.weights.append(0.02 * draw((m, n), torch.float64, 10 + i))
         for k, gradients in enumerate(begin.gradients):
-            z = gaussian((m, n), torch.float64, 100 + _GRADIENTS * i + k)
+            z = draw((m, n), torch.float64, 100 + _GRADIENTS * i + k)
             gradients.append(bases[0] @ (amplitude * z) @ bases[1].mT)
         begin.factors.append(
             (
@@ -63,7 +65,7 @@ def start(shapes: tuple[tuple[int, int], ...]) -> Start:
             )
         )
         begin.bases.append(bases)
-        begin.momenta.append(0.3 * amplitude * gaussian((m, n), torch.float64, 1000 + i))
+        begin.momenta.append(0.3 * amplitude * draw((m, n), torch.float64, 1000 + i))
     return begin
 
 
@@ -145,6 +147,21 @@ class Steps:
             judged=judged,
             torch=torch,
         )
+
+    def specification(
+        self, make: Callable[[int], Make], prepare: Prepare | None = None, *, every: int = FREQUENCY
+    ) -> list[Contender]:
+        """Plain torch, matrix by matrix, on cards, where nobody else's step may be at hand."""
+        if self.begin.weights[0].device.type == "cpu":
+            return []
+        one = self.contender("torch, the specification", make, prepare, torch=True, every=every)
+
+        def on(call: Callable[[], Any]) -> Any:
+            with use_backend("reference"):
+                return call()
+
+        run, output = one.run, one.output or one.run
+        return [replace(one, run=lambda: on(run), output=lambda: on(output))]
 
     def on_reference(self, make: Make, prepare: Prepare | None = None) -> list[Tensor]:
         """What plain torch moves in the storage dtype: the baseline where no public code is."""

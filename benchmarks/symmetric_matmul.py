@@ -22,7 +22,7 @@ from .case import (
     relative_error,
     shape_name,
 )
-from .inputs import gaussian, rate_of
+from .inputs import CARD_SHAPES, gaussian, rate_of
 
 _SHAPES = (
     "128x128",
@@ -42,19 +42,19 @@ def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
 
 
-def _build(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    x = gaussian(sizes, dtype)
+def _build(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    x = gaussian(sizes, dtype, device=device)
     exact = cache(lambda: x.double() @ x.double().mT)
     *batch, m, n = sizes
     peer = "torch.mm" if not batch else "torch.bmm"
-    count, rate = math.prod(batch), rate_of(dtype)
+    count, rate = math.prod(batch), rate_of(dtype, device)
     moved = float(count * (m * n + m * m) * dtype.itemsize)
     whole = {rate: 2.0 * count * m * m * n, MEMORY: moved}
     contenders = [
         Contender(OURS, lambda: gram(x)),
         Contender(peer, lambda: x @ x.mT, work=whole, torch=True),
     ]
-    if batch:
+    if batch and device.type == "cpu":
         looped = partial(one_by_one, lambda one: one @ one.mT, x)
         contenders.append(Contender("torch loop", looped, work=whole, torch=True))
     return Problem(
@@ -77,4 +77,10 @@ def _acceptance() -> Iterator[Case]:
         yield _case("gram", shape, torch.bfloat16, goals={"torch.mm": 1.8})
 
 
-FAMILY = Family("symmetric_matmul", ("gram",), _cases, _case, _acceptance)
+def _card() -> Iterator[Case]:
+    for shape in CARD_SHAPES[:12]:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield _case("gram", shape, dtype)
+
+
+FAMILY = Family("symmetric_matmul", ("gram",), _cases, _case, _acceptance, _card)

@@ -41,7 +41,11 @@ class Timing:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], Any]], *, budget: float, period: int = 1
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    budget: float,
+    period: int = 1,
+    sample: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> dict[str, Timing]:
     """Times every call in turn, in a new random order each round.
 
@@ -53,12 +57,14 @@ def measure(
         calls: name -> what to time; each must be ready to run again.
         budget: seconds for all rounds; the least number of rounds is done whatever it takes.
         period: calls after which the work repeats.
+        sample: seconds of one of several calls, by another clock than this process's.
     """
-    first = {name: _once(call) for name, call in calls.items()}
+    once = sample or _once
+    first = {name: once(call, 1) for name, call in calls.items()}
     hopeless = {name for name, seconds in first.items() if seconds * period > _HOPELESS * budget}
-    once = hopeless if period == 1 else set()
-    going = [name for name in calls if name not in once]
-    estimates = {name: min(first[name], _once(calls[name])) for name in going}
+    alone = hopeless if period == 1 else set()
+    going = [name for name in calls if name not in alone]
+    estimates = {name: min(first[name], once(calls[name], 1)) for name in going}
     repeats = {
         name: 1 if period > 1 else max(1, round(_SAMPLE / max(estimate, 1e-7)))
         for name, estimate in estimates.items()
@@ -76,9 +82,9 @@ def measure(
         shuffle(going)
         for name in going:
             if done < most.get(name, done + 1):
-                samples[name].append(_once(calls[name], repeats[name]))
+                samples[name].append(once(calls[name], repeats[name]))
     timings = {name: _summary(values, period) for name, values in samples.items()}
-    return timings | {name: _summary([first[name]], 1) for name in once}
+    return timings | {name: _summary([first[name]], 1) for name in alone}
 
 
 def _once(call: Callable[[], Any], repeats: int = 1) -> float:
@@ -87,6 +93,13 @@ def _once(call: Callable[[], Any], repeats: int = 1) -> float:
         call()
     synchronize()
     return (time.perf_counter() - start) / repeats
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that fits."""
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} us"
+    return f"{value * 1e3:.2f} ms" if value < 1.0 else f"{value:.2f} s"
 
 
 def synchronize() -> None:

@@ -71,7 +71,7 @@ def broken_case(error: float) -> Case:
         "gram",
         "8x8",
         torch.float32,
-        build=lambda: Problem(
+        build=lambda _: Problem(
             [
                 Contender(OURS, lambda: x * (1.0 + error)),
                 Contender("torch", lambda: x * (1.0 + 1e-6)),
@@ -154,16 +154,16 @@ def test_a_contender_that_cannot_run_is_named_and_the_rest_goes_on():
         raise RuntimeError("no such kernel\nwith details")
 
     case = broken_case(1e-6)
-    problem = case.build()
+    problem = case.build(torch.device("cpu"))
     problem.contenders.append(Contender("other", broken))
-    row = run.run_case(dataclasses.replace(case, build=lambda: problem), 1, BUDGET)
+    row = run.run_case(dataclasses.replace(case, build=lambda _: problem), 1, BUDGET)
     assert row["failure"] is None
     assert row["contenders"][2]["failure"] == "RuntimeError: no such kernel"
     assert "no such kernel" in rendered(report.table("gram", [row]))
 
 
 def test_ours_that_cannot_run_fails_the_case():
-    def broken() -> Problem:
+    def broken(_: torch.device) -> Problem:
         raise ValueError("no")
 
     row = run.run_case(dataclasses.replace(broken_case(0.0), build=broken), 1, BUDGET)
@@ -209,7 +209,7 @@ def test_a_list_is_judged_entry_by_entry():
             error=lambda out: list_errors(out, exact),
             baseline="torch",
         )
-        case = dataclasses.replace(broken_case(0.0), build=lambda: problem)
+        case = dataclasses.replace(broken_case(0.0), build=lambda _: problem)
         return run.run_case(case, threads=1, budget=BUDGET)
 
     bad = row_of(1e-4, 1e-3)

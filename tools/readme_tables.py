@@ -21,7 +21,7 @@ from typing import Any
 
 from spectral_kernels.benchmarks import demo, run
 from spectral_kernels.benchmarks.case import OURS
-from spectral_kernels.benchmarks.report import seconds
+from spectral_kernels.benchmarks.timing import seconds
 
 _TABLE = re.compile(r"(<!-- table (\S+)([^>]*?) *-->\n).*?(<!-- end table -->)", re.DOTALL)
 _KEYS = ("key", "op", "shape", "dtype", "threads", "isa", "variant")
