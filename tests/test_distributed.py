@@ -42,6 +42,42 @@ def test_the_bits_of_one_process_in_bfloat16(workers, layout):
         assert different == dict.fromkeys(OPTIMIZERS, [])
 
 
+# Gradients to owners and weights back, and along one dimension of the mesh after another.
+KEEPING, ALONG = {"keep_weights": True}, {"hops": "each"}
+
+
+@pytest.mark.parametrize(
+    "world, layout, dtype, how",
+    [
+        (2, "fsdp", torch.float32, KEEPING),
+        (3, "columns", torch.bfloat16, KEEPING),
+        (4, "fsdp_tp", torch.float32, ALONG),
+        (4, "hsdp", torch.float32, KEEPING | ALONG),
+        (4, "both", torch.float32, KEEPING | ALONG),
+    ],
+)
+def test_the_bits_of_one_process_by_other_ways(workers, world, layout, dtype, how):
+    for different in workers.run(world, "equal_to_one_process", layout, dtype, how):
+        assert different == dict.fromkeys(OPTIMIZERS, [])
+
+
+@pytest.mark.parametrize(
+    "world, layout, hops", [(3, "fsdp", "one"), (4, "both", "each"), (2, "columns", "one")]
+)
+def test_weights_that_others_change_travel_to_owners_that_keep_them(workers, world, layout, hops):
+    found = workers.run(world, "changed_by_others", layout, hops)
+    for different, _ in found:
+        assert different == dict.fromkeys(OPTIMIZERS, [])
+    first, *steps = (sum(sent) for sent in zip(*(sent for _, sent in found), strict=True))
+    # Weights go along in the first step, in that of the change, and after loading.
+    usual = steps[0]
+    assert steps[1] == steps[3] == usual < steps[2] < first == steps[4]
+
+
+def test_checksums_see_every_change(workers):
+    assert workers.run(1, "checksums_of_changes") == [[]]
+
+
 @pytest.mark.parametrize(
     "world, layout, dtype",
     [
@@ -263,28 +299,55 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(workers):
 
 
 @pytest.mark.parametrize(
-    "layout, wire",
+    "layout, how",
     [
-        *((each, None) for each in ("fsdp", "columns", "replicated", "ddp", "hsdp", "both")),
-        ("fsdp", torch.bfloat16),
-        ("ddp", torch.bfloat16),
+        *((each, {}) for each in ("fsdp", "columns", "replicated", "ddp", "hsdp", "both")),
+        ("fsdp", {"wire": torch.bfloat16}),
+        ("ddp", {"wire": torch.bfloat16}),
+        ("fsdp", KEEPING),
+        ("both", ALONG),
+        ("hsdp", KEEPING | ALONG),
     ],
 )
-def test_every_matrix_is_stepped_once_and_bytes_are_those_of_the_plan(workers, layout, wire):
-    found = workers.run(4, "work_done", layout, wire)
+def test_every_matrix_is_stepped_once_and_bytes_are_those_of_the_plan(workers, layout, how):
+    found = workers.run(4, "work_done", layout, how)
     assert sum(each["entries"] for each in found) == 5
     assert all(each["loads"] == found[0]["loads"] for each in found)
     assert all(each["text"] == found[0]["text"] for each in found)
     buckets = found[0]["buckets"]
     # Both ways and the meeting before them; what every rank holds goes one way only.
     ways = 1 if layout in ("replicated", "ddp") else 2
+    hops = 2 if how.get("hops") == "each" else 1
     assert buckets > 1
-    assert {each["collectives"] for each in found} == {1 + ways * buckets}
+    assert {each["collectives"] for each in found} == {1 + hops * ways * buckets}
+    if ways == 2:
+        assert {each["targets"] for each in found} == {4 // hops}
     sent = sum(each["sent"] for each in found)
     if ways == 2:
         assert sent == found[0]["planned"]
     else:
         assert sent >= found[0]["planned"]
+
+
+@pytest.mark.parametrize(
+    "layout, how, moved",
+    [
+        # Of 16 x 24 every rank has a quarter, the owner too: three quarters go there, and back.
+        ("fsdp", {}, (2 + 1) * 3 / 4 * 4),
+        ("fsdp", KEEPING, (1 + 1) * 3 / 4 * 4),
+        ("fsdp", {"wire": torch.bfloat16}, (1 + 1) * 3 / 4 * 2),
+        # Half of it in each of two hops.
+        ("both", ALONG, (2 + 1) * (1 / 2 + 1 / 2) * 4),
+        ("both", KEEPING | ALONG, (1 + 1) * (1 / 2 + 1 / 2) * 4),
+        # There half of it, within the owner's replica; back to the three others, each a half.
+        ("hsdp", {}, (2 * 1 / 2 + 3 / 2) * 4),
+        # Back all of it to one of the other replica, and then half of it within each.
+        ("hsdp", KEEPING | ALONG, (1 * 1 / 2 + 1 + 2 * 1 / 2) * 4),
+    ],
+)
+def test_bytes_of_an_element(workers, layout, how, moved):
+    found = workers.run(4, "work_done", layout, how)
+    assert {each["bytes"]["even"] for each in found} == {moved * 16 * 24}
 
 
 def test_state_is_at_one_owner(workers):
@@ -374,7 +437,9 @@ def test_loading_what_does_not_fit_raises_on_all(workers):
 
 # What hypothesis draws.
 
-MESHES = [(3,), (4,), (2, 2), (1, 3), (3, 1)]
+MESHES = [(3,), (4,), (2, 2), (1, 3), (3, 1), (2, 1, 2), (1, 2, 2)]
+# What an optimizer is told of exchanges.
+HOWS = [{}, KEEPING, ALONG, KEEPING | ALONG]
 
 
 @st.composite
@@ -400,10 +465,16 @@ def campaign(few: int, many: int):
 @campaign(10, 400)
 def test_any_model_on_any_mesh(workers, examples):
     @settings(max_examples=examples, **CAMPAIGN)
-    @given(st.sampled_from(sorted(OPTIMIZERS)), models(), st.sampled_from([1, 500, 1 << 20]))
-    def check(name, model, bucket_bytes):
+    @given(
+        st.sampled_from(sorted(OPTIMIZERS)),
+        models(),
+        st.sampled_from([1, 500, 1 << 20]),
+        st.sampled_from(HOWS),
+    )
+    def check(name, model, bucket_bytes, how):
         mesh, params = model
-        for different in workers.run(math.prod(mesh), "drawn", name, mesh, params, bucket_bytes):
+        how = {**how, "bucket_bytes": bucket_bytes}
+        for different in workers.run(math.prod(mesh), "drawn", name, mesh, params, how):
             assert different == []
 
     check()
@@ -417,7 +488,7 @@ def test_regions_are_what_dtensors_hold(workers, examples):
     @given(
         st.sampled_from(MESHES),
         st.tuples(st.integers(1, 20), st.integers(1, 20)),
-        st.tuples(cut, cut),
+        st.tuples(cut, cut, cut),
     )
     def check(mesh, shape, cuts):
         cuts = cuts[: len(mesh)]

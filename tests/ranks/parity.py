@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import spectral_kernels as sk
@@ -37,10 +38,12 @@ from ranks.nets import (
 )
 
 
-def equal_to_one_process(layout: str, dtype: torch.dtype) -> dict[str, list[str]]:
+def equal_to_one_process(
+    layout: str, dtype: torch.dtype, how: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, list[str]]:
     found = {}
     for name in OPTIMIZERS:
-        net, optimizer = made(name, layout, dtype)
+        net, optimizer = made(name, layout, dtype, **how)
         stepped(net, optimizer, range(STEPS), dtype)
         found[name] = different(net, alone(name, dtype))
     return found
@@ -236,10 +239,10 @@ def drawn(
     name: str,
     mesh_shape: tuple[int, ...],
     drawn_params: Sequence[tuple[tuple[int, ...], tuple[int | None, ...]]],
-    bucket_bytes: int,
+    how: dict[str, Any],
 ) -> list[str]:
     """Any shapes in any placements on any mesh, through a state dict in the middle."""
-    names = ("rows", "columns")[: len(mesh_shape)]
+    names = ("rows", "columns", "more")[: len(mesh_shape)]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     shapes = {f"p{i}": shape for i, (shape, _) in enumerate(drawn_params)}
     net, one = (Net(weights(torch.float32, shapes)) for _ in range(2))
@@ -249,9 +252,8 @@ def drawn(
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
         shared = distribute_tensor(param.detach(), mesh, placements)
         net.register_parameter(param_name, nn.Parameter(shared))
-    how = sk.optim.Distributed(bucket_bytes=bucket_bytes)
     make = OPTIMIZERS[name]
-    optimizer = make(net.named_parameters(), distributed=how)
+    optimizer = make(net.named_parameters(), distributed=sk.optim.Distributed(**how))
     reference = make(one.named_parameters())
     for step in range(3):
         for each, stepping in ((net, optimizer), (one, reference)):
@@ -259,7 +261,7 @@ def drawn(
             stepping.step()
         if step == 1:
             state = optimizer.state_dict()
-            optimizer = make(net.named_parameters(), distributed=how)
+            optimizer = make(net.named_parameters(), distributed=sk.optim.Distributed(**how))
             optimizer.load_state_dict(state)
     assert_same(optimizer.consolidate(None)["state"], reference.state_dict()["state"])
     return different(net, {key: param.detach() for key, param in one.named_parameters()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -29,13 +30,14 @@ from ranks.nets import (
 )
 
 
-def work_done(layout: str, wire: torch.dtype | None = None) -> dict[str, Any]:
+def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The second step's calls of the operator, bytes and collectives; full_tensor raises."""
-    net, optimizer = made("muon", layout, wire=wire)
+    net, optimizer = made("muon", layout, **how)
     stepped(net, optimizer, range(1), torch.float32)
     give(net, gradients(0, torch.float32))
     entries: list[int] = []
     sent: list[int] = []
+    targets: list[int] = []
     real_run, real_all, real_gather = (
         _dispatch.run,
         dist.all_to_all_single,
@@ -47,7 +49,9 @@ def work_done(layout: str, wire: torch.dtype | None = None) -> dict[str, Any]:
         return real_run(operator, like, out, params, *args, **more)
 
     def exchange(received: Tensor, packed: Tensor, into: Any, out: list[int], **more: Any) -> Any:
-        me = dist.get_rank()
+        me = dist.get_rank(more["group"])
+        assert len(out) == dist.get_world_size(more["group"])
+        targets.append(len(out))
         sent.append(packed.element_size() * (sum(out) - out[me]))
         return real_all(received, packed, into, out, **more)
 
@@ -72,6 +76,8 @@ def work_done(layout: str, wire: torch.dtype | None = None) -> dict[str, Any]:
     return {
         "entries": sum(entries),
         "sent": sum(sent),
+        "targets": max(targets, default=0),
+        "bytes": {row.name: row.bytes for row in table.rows},
         "planned": sum(row.bytes for row in table.rows),
         "buckets": len({row.bucket for row in table.rows if row.bucket is not None}),
         "loads": table.loads,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
-CASES = ("parity", "checkpoints", "refusals", "trainings", "recipes", "work")
+CASES = ("parity", "checkpoints", "refusals", "trainings", "recipes", "work", "ways")
 # Of a group; what a dead or stopped rank costs the others.
 TIMEOUT = 30.0
 # A worker that says nothing for so long is replaced.

@@ -64,7 +64,7 @@ class Agreement:
             f"{member.name} of shape {tuple(key.shape)}, {key.dtype}, placements "
             f"{member.placements}, {'matrix' if member.is_matrix else 'adamw'}, with "
             f"{self._values(member.index)}, wire {self.how.wire}, bucket_bytes "
-            f"{self.how.bucket_bytes}"
+            f"{self.how.bucket_bytes}, keep_weights {self.how.keep_weights}, hops {self.how.hops}"
         )
 
     def _values(self, index: int) -> str:

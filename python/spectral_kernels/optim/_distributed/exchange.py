@@ -7,15 +7,12 @@ import datetime
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from .layout import Region
 
 # How many channels this process has opened over each set of ranks: the same number on all of them.
 _opened: dict[tuple[int, ...], int] = {}
@@ -191,130 +188,5 @@ class Flight:
         self.work.wait()
         return list(self.received.split(self.sizes))
 
-
-@dataclass(eq=False)
-class Item:
-    """A tensor that is whole at its owner and lies in regions on the ranks of a group.
-
-    Attributes:
-        owner: the rank that has it whole.
-        regions: of every rank.
-        coordinates: of every rank in its mesh, by which the nearest of several holders is found.
-    """
-
-    owner: int
-    regions: Sequence[Region]
-    coordinates: Sequence[tuple[int, ...]]
-
-    @cached_property
-    def senders(self) -> set[int]:
-        """The ranks that send their part to the owner: of several that hold the same, the nearest.
-
-        That is the owner itself, or the one whose place in the mesh has most in common with its.
-        """
-        holders: dict[Region, list[int]] = {}
-        for rank, region in enumerate(self.regions):
-            if region.numel:
-                holders.setdefault(region, []).append(rank)
-        return {min(ranks, key=self._distance) for ranks in holders.values()}
-
-    def _distance(self, rank: int) -> tuple[int, int]:
-        mine, own = self.coordinates[rank], self.coordinates[self.owner]
-        return sum(a != b for a, b in zip(mine, own, strict=True)), rank
-
-
-@dataclass(eq=False)
-class Route:
-    """Items that travel together, and the order in which their parts are packed.
-
-    Attributes:
-        items: those; all ranks have them in the same order.
-        rank: this process's.
-        copies: tensors of each that travel to the owner.
-        owned: places of the items that this process owns.
-        sends: for every owner the places of the items whose part this process sends.
-        comes: for every rank the places of those whose part it sends here.
-        held: for every owner how many elements of its items this process has.
-    """
-
-    items: Sequence[Item]
-    rank: int
-    copies: int = 1
-    owned: list[int] = field(init=False)
-    sends: list[list[int]] = field(init=False)
-    comes: list[list[int]] = field(init=False)
-    held: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        ranks = len(self.items[0].regions)
-        self.owned = [at for at, item in enumerate(self.items) if item.owner == self.rank]
-        self.sends = [[] for _ in range(ranks)]
-        self.comes = [[] for _ in range(ranks)]
-        self.held = [0] * ranks
-        for at, item in enumerate(self.items):
-            if self.rank in item.senders:
-                self.sends[item.owner].append(at)
-            if item.owner == self.rank:
-                for rank in item.senders:
-                    self.comes[rank].append(at)
-            self.held[item.owner] += item.regions[self.rank].numel
-
-    def gather(
-        self, channel: Channel, pieces: Sequence[Sequence[Tensor]], dtype: torch.dtype
-    ) -> Flight:
-        """Starts to send the parts of this rank to the owners.
-
-        Args:
-            channel: what they travel over.
-            pieces: of every item the tensors that travel.
-            dtype: of them all.
-        """
-        send = [[piece.reshape(-1) for at in own for piece in pieces[at]] for own in self.sends]
-        sizes = [
-            self.copies * sum(self.items[at].regions[rank].numel for at in items)
-            for rank, items in enumerate(self.comes)
-        ]
-        return channel.exchange(send, sizes, dtype)
-
-    def gathered(self, flight: Flight, whole: Sequence[Sequence[Tensor] | None]) -> None:
-        """Waits, and writes what has come into the whole tensors of the items owned here."""
-        for rank, received in enumerate(flight.wait()):
-            start = 0
-            for at in self.comes[rank]:
-                region = self.items[at].regions[rank]
-                for target in whole[at] or ():
-                    region.fill(target, received[start : start + region.numel])
-                    start += region.numel
-
-    def scatter(
-        self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype
-    ) -> Flight:
-        """Starts to send the whole tensors of the items owned here to all that hold a part."""
-        send = [
-            [
-                region.cut(tensor).reshape(-1)
-                for at in self.owned
-                if (region := self.items[at].regions[rank]).numel
-                and (tensor := whole[at]) is not None
-            ]
-            for rank in range(channel.size)
-        ]
-        return channel.exchange(send, self.held, dtype)
-
-    def scattered(self, flight: Flight) -> list[Tensor]:
-        """Waits, and returns this rank's flat part of every item; empty where it has none."""
-        received = flight.wait()
-        at = [0] * len(received)
-        parts = []
-        for item in self.items:
-            size, start = item.regions[self.rank].numel, at[item.owner]
-            parts.append(received[item.owner][start : start + size])
-            at[item.owner] += size
-        return parts
-
-    def spread_out(
-        self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype
-    ) -> Flight:
-        """`scatter` where every rank holds all of every item: what is sent is sent once."""
-        send = [tensor.reshape(-1) for at in self.owned if (tensor := whole[at]) is not None]
-        return channel.everyone(send, self.held, dtype)
+    def onward(self) -> None:
+        """Nothing: what is here has arrived where it was to go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from .exchange import Channel, Item, Route
+from .exchange import Channel
+from .hops import Hops, Line
 from .layout import Grid, Region
+from .routes import Item, Route
 from .table import Row
 
 
@@ -27,6 +30,8 @@ class Member:
         regions: what every rank of the group holds of it.
         item, whole: of one that is stepped by an owner, what travels, and on the owner the whole
             weights and gradient.
+        checksum: of this rank's part of the weights as the last step has written it, where the
+            owner keeps a copy of them; else None.
         row: what becomes of it.
     """
 
@@ -39,6 +44,7 @@ class Member:
     regions: list[Region]
     item: Item | None = None
     whole: list[Tensor] | None = None
+    checksum: int | None = None
     row: Row | None = None
 
     @property
@@ -62,6 +68,9 @@ class Bucket:
         dtype: theirs.
         on_all: whether every rank holds all of each, so that owners have what they need.
         wire: the dtype of what travels, which is updates where it is not None.
+        keeps: whether owners keep the weights between steps.
+        copies: tensors of each that travel to the owner in this step: nothing that ranks have
+            already, or the gradient, or weights and gradient.
     """
 
     members: list[Member]
@@ -69,6 +78,15 @@ class Bucket:
     dtype: torch.dtype
     on_all: bool
     wire: torch.dtype | None
+    keeps: bool
+    copies: int = 2
+
+    @property
+    def usual_copies(self) -> int:
+        """`copies` where nobody but the optimizer has changed weights."""
+        if self.on_all:
+            return 0
+        return 1 if self.keeps or self.wire is not None else 2
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -77,8 +95,9 @@ class Bucket:
 
     @property
     def room(self) -> int:
-        """Whole tensors that the owner has room for: weights or updates and, if it comes, G."""
-        return 1 if self.on_all else 2
+        """Whole tensors in memory that buckets share: weights or updates, unless they are kept,
+        and G where it comes."""
+        return 1 if self.on_all or self.keeps else 2
 
 
 @dataclass(eq=False)
@@ -91,6 +110,7 @@ class Exchange:
         grid: the group's ranks in the mesh.
         members: all of its parameters.
         buckets: those that an owner steps.
+        lines: of the mesh, where what travels goes along one after another.
         loads: of every rank, the cost of what it owns.
         rooms: by dtype the memory of the whole matrices of the bucket that is stepped.
     """
@@ -100,8 +120,14 @@ class Exchange:
     grid: Grid
     members: list[Member] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     loads: list[int] = field(default_factory=list)
     rooms: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def route(self, items: Sequence[Item]) -> Route:
+        """The way of some items to their owners and back."""
+        rank = self.channel.rank
+        return Hops(items, rank, self.lines) if self.lines else Route(items, rank)
 
 
 def plain(key: Tensor) -> Tensor:

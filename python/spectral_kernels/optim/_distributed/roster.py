@@ -15,13 +15,20 @@ from torch.distributed.tensor import DTensor, Replicate
 from . import owners
 from .agreement import Agreement
 from .config import Distributed
-from .exchange import Channel, Item, Route, timeout_of
+from .exchange import Channel, timeout_of
+from .hops import Line
 from .layout import Grid, check_regions, only_batches
 from .members import Bucket, Exchange, Member, plain
+from .routes import Item, Route
 from .table import Row, Table
 
 if TYPE_CHECKING:
     from .._base import MatrixOptimizer
+
+
+# More than these get what travels along one dimension of their mesh after another: every target of
+# an exchange is a connection, and takes a message of its own.
+_MOST_TARGETS = 64
 
 
 class Roster(Agreement):
@@ -126,6 +133,9 @@ class Roster(Agreement):
         channel = Channel(_group_of(mesh), device, self.how.patience)
         exchange = Exchange(mesh, channel, Grid.of(mesh, channel.members))
         exchange.loads = [0] * channel.size
+        many = self.how.hops == "auto" and channel.size > _MOST_TARGETS
+        if mesh.ndim > 1 and (many or self.how.hops == "each"):
+            exchange.lines = _lines_of(mesh, device, self.how.patience)
         self.exchanges.append(exchange)
         return exchange
 
@@ -151,9 +161,9 @@ class Roster(Agreement):
         for (dtype, on_all), entries in kinds.items():
             for members in owners.buckets(entries, self.how.bucket_bytes, exchange.channel.size):
                 items = [member.item for member in members if member.item is not None]
-                # Of weights and gradient nothing comes, or the gradient alone, or both.
-                route = Route(items, exchange.channel.rank, 1 if on_all or self.how.wire else 2)
-                bucket = Bucket(members, route, dtype, on_all, self.how.wire)
+                keeps = self.how.keep_weights and not on_all
+                route = Route(items, exchange.channel.rank) if on_all else exchange.route(items)
+                bucket = Bucket(members, route, dtype, on_all, self.how.wire, keeps)
                 for member in members:
                     self._describe(member, len(exchange.buckets), costs[member.label][0], bucket)
                 exchange.buckets.append(bucket)
@@ -162,9 +172,8 @@ class Roster(Agreement):
     def _describe(member: Member, number: int, cost: int, bucket: Bucket) -> None:
         item = member.item
         assert item is not None
-        element = bucket.sent_dtype.itemsize
-        away = [region.numel for rank, region in enumerate(member.regions) if rank != item.owner]
-        sent = sum(member.regions[rank].numel for rank in item.senders if rank != item.owner)
+        at = bucket.members.index(member)
+        moved = bucket.route.moved(at, bucket.usual_copies)
         member.row = Row(
             member.name,
             tuple(member.key.shape),
@@ -172,7 +181,7 @@ class Roster(Agreement):
             item.owner,
             number,
             cost,
-            element * (sum(away) + (0 if bucket.on_all else bucket.route.copies * sent)),
+            bucket.sent_dtype.itemsize * moved,
         )
 
     def _furnish(self) -> None:
@@ -195,7 +204,10 @@ class Roster(Agreement):
             at = 0
             for member in members:
                 count, shape = member.key.numel(), member.key.shape
-                member.whole = [
+                kept = member.whole[:1] if bucket.keeps and member.whole else []
+                if bucket.keeps and not kept:
+                    kept = [torch.zeros(shape, dtype=dtype, device=room.device)]
+                member.whole = kept + [
                     room[at + i * count : at + (i + 1) * count].view(shape)
                     for i in range(bucket.room)
                 ]
@@ -253,6 +265,21 @@ class Roster(Agreement):
                 rows.append(known or Row(name, tuple(key.shape), how))
         ranks = max(exchange.channel.size for exchange in self.exchanges)
         return Table(ranks, tuple(rows))
+
+
+def _lines_of(mesh: DeviceMesh, device: torch.device, patience: float) -> list[Line]:
+    """The lines of this rank in a mesh, but for those of itself alone."""
+    place = mesh.get_coordinate()
+    assert place is not None
+    lines = []
+    for dim, size in enumerate(mesh.mesh.shape):
+        if size == 1:
+            continue
+        channel = Channel(mesh.get_group(dim), device, patience)
+        at = tuple(slice(None) if other == dim else place[other] for other in range(mesh.ndim))
+        ranks = tuple(channel.members.index(member) for member in mesh.mesh[at].tolist())
+        lines.append(Line(dim, channel, ranks))
+    return lines
 
 
 def _group_of(mesh: DeviceMesh) -> Any:

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ... import _checks
-from .exchange import Item, Route
 from .layout import Region, no_region, whole_region
 from .members import Exchange, Member
+from .routes import Item
 
 if TYPE_CHECKING:
     from .step import Spread
@@ -103,7 +103,7 @@ def _scatter(spread: Spread, exchange: Exchange, moves: Sequence[Move]) -> dict[
     channel = exchange.channel
     found: dict[Move, Tensor] = {}
     for batch in _batches(moves, spread.how.bucket_bytes):
-        route = Route([move.item for move in batch], channel.rank)
+        route = exchange.route([move.item for move in batch])
         with channel.saying("send state out"):
             parts = route.scattered(
                 route.scatter(channel, [move.own for move in batch], batch[0].dtype)
@@ -118,7 +118,7 @@ def _gather(spread: Spread, exchange: Exchange, moves: Sequence[Move]) -> dict[M
     channel = exchange.channel
     found: dict[Move, Tensor] = {}
     for batch in _batches(moves, spread.how.bucket_bytes):
-        route = Route([move.item for move in batch], channel.rank)
+        route = exchange.route([move.item for move in batch])
         dtype = batch[0].dtype
         empty = torch.empty(0, dtype=dtype, device=channel.device)
         pieces = [[empty if move.own is None else move.own.to(channel.device)] for move in batch]
@@ -510,7 +510,7 @@ def _coming(spread: Spread, exchange: Exchange, member: Member, name: str, leaf:
     regions = there.regions(shape, leaf.placements)
     if onward == regions:
         return leaf.to_local()
-    item = Item(owner, regions, there.coordinates)
+    item = Item(owner, regions, exchange.grid.coordinates)
     return Way(Move(item, shape, leaf.dtype, leaf.to_local()), onward)
 
 

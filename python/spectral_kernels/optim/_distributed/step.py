@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ... import _checks
 from .. import _adamw
-from . import state, wire
+from . import checksum, state, wire
 from .config import Distributed
-from .exchange import Flight
 from .members import Bucket, Exchange, Member, plain
 from .roster import Roster
 
@@ -78,6 +77,7 @@ class Spread(Roster):
                     written += self._through_owners(exchange, owned, grads)
         for target, piece in written:
             target.copy_(piece.view(target.shape))
+        self._note_weights(still)
         optimizer._run_all(*here)
         self._begun = self._begun or moves
         return any(matrix.keys for _, _, _, (matrix, _) in work), bool(here[1])
@@ -120,15 +120,18 @@ class Spread(Roster):
                 int(member.key in grads and self._is_skipped(member, grads[member.key]))
                 for member in exchange.members
             ]
+            new = self._has_new_weights(exchange)
             own = [grads[x.key] for x in exchange.members if x.key in grads]
             moves = int(not (fresh and _are_zeros(own)))
-            mine = [int(error is not None), mark, -mark, moves, *has, *lacks, *bad]
+            mine = [int(error is not None), mark, -mark, moves, *has, *lacks, *bad, *new]
             with self._whole_or_broken():
                 found = exchange.channel.most(mine, f"begin step {self._steps}")
             count = len(exchange.members)
             some_have, some_lack, some_bad = (
                 found[4 + i * count : 4 + (i + 1) * count] for i in range(3)
             )
+            for bucket, is_new in zip(exchange.buckets, found[4 + 3 * count :], strict=True):
+                bucket.copies = 2 if is_new else bucket.usual_copies
             if found[0]:
                 error = self.told(exchange, error)
             elif found[1] != -found[2]:
@@ -146,6 +149,29 @@ class Spread(Roster):
             raise error
         self.compare_copies(grads)
         return skipped, still
+
+    @staticmethod
+    def _has_new_weights(exchange: Exchange) -> list[int]:
+        """For every bucket 1 where owners keep weights, and this rank has others than those."""
+        kept = [member for bucket in exchange.buckets if bucket.keeps for member in bucket.members]
+        now = dict(zip(kept, checksum.of([plain(member.key) for member in kept]), strict=True))
+        return [
+            int(bucket.keeps and any(now[x] != x.checksum for x in bucket.members))
+            for bucket in exchange.buckets
+        ]
+
+    def _note_weights(self, still: set[Tensor]) -> None:
+        """Notes the weights that a step has written, of which the owners have copies."""
+        written = [
+            member
+            for exchange in self.exchanges
+            for bucket in exchange.buckets
+            for member in bucket.members
+            if bucket.keeps and not all(x.key in still for x in exchange.members)
+        ]
+        sums = checksum.of([plain(member.key) for member in written])
+        for member, each in zip(written, sums, strict=True):
+            member.checksum = each
 
     def _unequal(self, exchange: Exchange) -> Exception:
         """What is said of ranks whose groups have different values."""
@@ -185,6 +211,8 @@ class Spread(Roster):
         try:
             yield
         except BaseException as error:
+            for member in self.members.values():
+                member.checksum = None
             self._broken = (
                 f"step {self._steps} ended between two exchanges ({error}): no weight was written, "
                 "but the ranks' state may differ by a step; load a checkpoint"
@@ -195,8 +223,9 @@ class Spread(Roster):
         """State has been loaded."""
         self._broken = ""
         self._begun = True
-        for key in self.members:
+        for key, member in self.members.items():
             self.optimizer.state[key]
+            member.checksum = None
 
     def _through_owners(
         self,
@@ -207,8 +236,8 @@ class Spread(Roster):
         """Steps what owners step. Returns parameters with their new values, not written yet."""
         channel, buckets = exchange.channel, exchange.buckets
         written: list[tuple[Tensor, Tensor]] = []
-        coming: Flight | None = None
-        going: Flight | None = None
+        coming: Any = None
+        going: Any = None
         for which, bucket in enumerate(buckets):
             if which == 0:
                 coming = self._gather(exchange, 0, grads)
@@ -217,6 +246,8 @@ class Spread(Roster):
                 coming = self._gather(exchange, which + 1, grads)
             self._fill(exchange, which, flight)
             self._run_owned(bucket, owned[bucket])
+            if coming is not None and coming is not flight:
+                coming.onward()
             whole = [None if member.whole is None else member.whole[0] for member in bucket.members]
             if bucket.wire is not None:
                 whole = [None if update is None else update.to(bucket.wire) for update in whole]
@@ -245,7 +276,7 @@ class Spread(Roster):
         )
 
     def _came_back(
-        self, exchange: Exchange, which: int, flight: Flight
+        self, exchange: Exchange, which: int, flight: Any
     ) -> list[tuple[Tensor, Tensor]]:
         bucket = exchange.buckets[which]
         with exchange.channel.saying(self._where(exchange, which, "scatter")):
@@ -263,7 +294,7 @@ class Spread(Roster):
         cautious = bool(group.get("cautious_weight_decay", False))
         return wire.moved(plain(member.key), update, decay, cautious=cautious)
 
-    def _gather(self, exchange: Exchange, which: int, grads: dict[Tensor, Tensor]) -> Flight | None:
+    def _gather(self, exchange: Exchange, which: int, grads: dict[Tensor, Tensor]) -> Any:
         """Starts to send weights and gradients to their owners; an absent gradient as NaN."""
         bucket = exchange.buckets[which]
         if bucket.on_all:
@@ -275,17 +306,17 @@ class Spread(Roster):
             if grad is None:
                 grad = torch.full_like(weights, math.nan)
             grad = grad.to(bucket.sent_dtype)
-            pieces.append([weights, grad] if bucket.wire is None else [grad])
+            pieces.append([weights, grad][-bucket.copies :])
         with exchange.channel.saying(self._where(exchange, which, "gather")):
-            return bucket.route.gather(exchange.channel, pieces, bucket.sent_dtype)
+            return bucket.route.gather(exchange.channel, pieces, bucket.sent_dtype, bucket.copies)
 
-    def _fill(self, exchange: Exchange, which: int, flight: Flight | None) -> None:
+    def _fill(self, exchange: Exchange, which: int, flight: Any) -> None:
         """Whole weights, or zeros for updates, and gradients of what is owned here."""
         bucket = exchange.buckets[which]
         if flight is not None:
             with exchange.channel.saying(self._where(exchange, which, "gather")):
                 # All of them, or the gradient alone.
-                come = slice(-bucket.route.copies, None)
+                come = slice(-bucket.copies, None)
                 targets = [member.whole and member.whole[come] for member in bucket.members]
                 bucket.route.gathered(flight, targets)
         for at in bucket.route.owned:
