@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 DOUBLES = Path(__file__).parent / "swap_doubles"
 PEERS = "SPECTRAL_KERNELS_PEERS"
-_CLONES = ("SOAP", "Decoupled-Variance-Adaptation", "optimizers")
+CLONES = ("SOAP", "Decoupled-Variance-Adaptation", "optimizers")
 _PACKAGES = (
     "soap",
     "optimizers",
@@ -31,7 +31,7 @@ _PACKAGES = (
 )
 
 
-def public_code(clones: Sequence[str] = _CLONES) -> list[Path]:
+def public_code(clones: Sequence[str] = CLONES) -> list[Path]:
     """The clones of the public code; skips the test where there are none."""
     root = os.environ.get(PEERS, "")
     folders = [Path(root) / name for name in clones]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import spectral_kernels as sk
 import torch
 from optim_support import golden
-from swap_support import public_code
+from spectral_kernels.swap.dion import _ROWS as DION_ROWS
+from swap_support import CLONES, public_code
 from torch import Tensor
 
 parity = golden("parity")
@@ -44,6 +46,23 @@ def shampoo(root: int, *, beta2: float = 0.95, **options: Any) -> Make:
     )
 
 
+def dion(**options: Any) -> Make:
+    values = {"momentum": 0.9, "coefficients": DION_ROWS, "beta2": 0.95, "nesterov": False}
+    return lambda p: sk.optim.Muon(p, LR, WEIGHT_DECAY, **{**values, **options})
+
+
+def nanogpt(**group: Any) -> Make:
+    def make(params: Any) -> torch.optim.Optimizer:
+        options = {"momentum": 0.9, "coefficients": DION_ROWS, "beta2": 0.95}
+        # Its decay is the group's times both the learning rate and that with the scale.
+        scale = math.sqrt(8 / 5) if not group else 1.0
+        decay = 16.0 * LR * scale
+        how = {"cautious_weight_decay": True, "weight_decay": decay, **options}
+        return sk.optim.Muon([{"params": params, **group}], LR, **how)
+
+    return make
+
+
 KL = {
     "kl": True,
     "kl_order": "simultaneous",
@@ -55,6 +74,13 @@ CASES: dict[str, Make] = {
     "muon": muon(),
     "muon_plain": muon(nesterov=False),
     "muon_rms": muon(adjust_lr_fn="match_rms_adamw", momentum=0.8, ns_steps=4),
+    "normuon": dion(adjust_lr_fn="spectral_unclamped"),
+    "normuon_cautious": dion(
+        nesterov=True, cautious_weight_decay=True, adjust_lr_fn="match_rms_adamw"
+    ),
+    "nanogpt": nanogpt(),
+    # Columns are its neurons where a matrix is wide.
+    "nanogpt_wide": nanogpt(matrix_dims=(1, 0), adjust_lr_fn="none"),
     "soap": soap(),
     "soap_normalized": soap(normalize_grads=True),
     "deva": deva(),
@@ -78,7 +104,11 @@ CASES: dict[str, Make] = {
 
 
 # What has a polynomial in bfloat16 unless it is told otherwise.
-POLYNOMIAL = [case for case in CASES if case.startswith(("muon", "deva")) and case != "deva_linf"]
+WITH_POLYNOMIAL = ("muon", "normuon", "nanogpt", "deva")
+POLYNOMIAL = [case for case in CASES if case.startswith(WITH_POLYNOMIAL) and case != "deva_linf"]
+# Both NorMuons have the scaled learning rate in float32, whatever the parameters are, and
+# modded-nanogpt takes max(v, 1e-10)^(-1/2) for 1 / (sqrt(v) + 1e-8).
+LIMITS = dict.fromkeys(("normuon", "normuon_cautious", "nanogpt", "nanogpt_wide"), 1e-7)
 
 
 def errors(case: str, mine: list[Tensor], theirs: list[Any]) -> list[float]:
@@ -121,7 +151,7 @@ def test_every_case_is_compared() -> None:
 def test_float64(case: str, backend: str) -> None:
     with sk.use_backend(backend):
         mine = trajectory(case, torch.float64)
-    assert max(errors(case, mine, GOLDEN["float64"][case])) <= 1e-10
+    assert max(errors(case, mine, GOLDEN["float64"][case])) <= LIMITS.get(case, 1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,7 +172,7 @@ def test_float32_is_as_accurate_as_the_public_code(case: str) -> None:
 
 
 def test_public_code_still_does_what_the_golden_file_holds(tmp_path: Path) -> None:
-    public_code()
+    public_code((*CLONES, "dion", "modded-nanogpt"))
     out = tmp_path / "parity.json"
     peers = os.environ["SPECTRAL_KERNELS_PEERS"]
     subprocess.run([sys.executable, parity.__file__, "--peers", peers, "--out", out], check=True)

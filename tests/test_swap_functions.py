@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
+from optim_support import golden
 from spectral_kernels import swap_in
-from swap_support import gradient
+from swap_support import distance, gradient, moved, public_code
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
@@ -271,3 +272,24 @@ def test_run_wants_a_name(capsys):
     assert cli.main(["run", "--function", "a b", __file__]) == 2
     assert "'a b' names no function" in capsys.readouterr().err
     assert sk.swap_in is swap_in
+
+
+def test_modded_nanogpts_own_function_under_its_normuon(monkeypatch):
+    """The public script's function, called by the optimizer that stands below it."""
+    (folder,) = public_code(["modded-nanogpt"])
+    script = golden("parity").nanogpt_module(folder / "train_gpt_medium.py")
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        for param in params:
+            param.label = "mlp"
+        made: torch.optim.Optimizer = script.NorMuon(params, lr=0.05, custom_sizing=False)
+        return made
+
+    with torch.compiler.set_stance("force_eager"):
+        (theirs,) = moved(make, ((17, 40),), 10)
+        with swap_in(script.polar_express) as swap:
+            (mine,) = moved(make, ((17, 40),), 10)
+            (calls,) = swap.calls.values()
+            assert calls.taken == 10 and not calls.left
+    assert distance(mine, theirs) <= 0.05

@@ -503,6 +503,26 @@ def test_gram_objects_made_before(gram_form: bool, stand_ins: None) -> None:
         assert (calls.taken, calls.left) == (1, {"its own kernels": 1})
 
 
+@pytest.mark.parametrize("where", ["double", "public"])
+def test_normuon_of_dion_takes_its_path_on_the_kernels(where: str) -> None:
+    folders = [DOUBLES] if where == "double" else public_code(["dion"])
+
+    def make(params: Sequence[Tensor]) -> Optimizer:
+        made: Optimizer = importlib.import_module("dion").NorMuon(params, lr=0.05)
+        return made
+
+    with modules_of(folders), torch.compiler.set_stance("force_eager"):
+        theirs = moved(make, SHAPES, STEPS)
+        with swap_in("dion") as swap:
+            assert not swap.refused
+            mine = moved(make, SHAPES, STEPS)
+            calls = swap.calls["dion.polar_express.polar_express"]
+            assert calls.taken and not calls.left
+    for x, y in zip(mine, theirs, strict=True):
+        # Both have products in 16 bits, and round differently.
+        assert distance(x, y) <= 0.05
+
+
 def test_dion_takes_its_epsilon_as_a_tensor(stand_ins: None) -> None:
     dion = importlib.import_module("dion")
     optimizer_before = dion.Muon(parameters(SHAPES))

@@ -2,10 +2,14 @@
 
     python tests/golden/parity.py --peers FOLDER [--out FILE]
 
-FOLDER holds clones called Decoupled-Variance-Adaptation (2e4d26e), SOAP (a1e5535) and optimizers
-(facebookresearch/optimizers, f606606); torch.optim.Muon comes with torch. Under "float64" their
+FOLDER holds clones called Decoupled-Variance-Adaptation (2e4d26e), SOAP (a1e5535), optimizers
+(facebookresearch/optimizers, f606606), dion (microsoft/dion, 0a059a4) and modded-nanogpt
+(KellerJordan/modded-nanogpt, f411b3d); torch.optim.Muon comes with torch. Under "float64" their
 casts to float32 and bfloat16 are casts to float64, so that their polynomial, eigh and QR compute in
 float64 at every refresh; under "float32" they ran as they are.
+
+modded-nanogpt's NorMuon is a class of a script that needs a card to be imported: it is taken out of
+the script as it stands, and given plain torch for two products and one process for its exchanges.
 
 test_parity.py imports the problem from here, so this module imports no public code on its own.
 """
@@ -13,10 +17,13 @@ test_parity.py imports the problem from here, so this module imports no public c
 from __future__ import annotations
 
 import argparse
+import ast
+import collections
 import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +44,12 @@ ROTATED = {
 }
 # Two blocks a side, of unequal size. A basis needs a square matrix: the first factor of a longer
 # side is rank-deficient, and the basis of its null space is the solver's choice.
-SHAPES = {"shampoo": (5, 8), "kl": (6, 6), "muon": (5, 8), "soap": (6, 6), "deva": (6, 6)}
+SHAPES = {
+    **{"shampoo": (5, 8), "kl": (6, 6), "muon": (5, 8), "soap": (6, 6), "deva": (6, 6)},
+    **{"normuon": (5, 8), "nanogpt_wide": (5, 8), "nanogpt": (8, 5)},
+}
+# Gradients so large that nothing is left of the 1e-6 that is added to their norms.
+LARGE = ("nanogpt",)
 LARGEST = {"shampoo_blocks": 4}
 # Cases of which only the direction of the last step is kept. Public KL-Shampoo starts from other
 # factors and leaves out their 1/n and 1/m, which decay and cancel: 200 steps forget the start.
@@ -50,7 +62,8 @@ def steps(case: str) -> int:
 
 def problem(case: str) -> tuple[Tensor, Iterator[Tensor]]:
     """Start and gradients, exact in float32: factors are full-rank with condition below 1e3."""
-    m, n = SHAPES[case.partition("_")[0]]
+    m, n = SHAPES.get(case) or SHAPES[case.partition("_")[0]]
+    size = 2.0**40 if case.startswith(LARGE) else 1.0
     numbers = random.Random(f"{m} x {n}")
 
     def noise() -> Tensor:
@@ -63,7 +76,7 @@ def problem(case: str) -> tuple[Tensor, Iterator[Tensor]]:
         if not case.startswith(LAST_STEP):
             mean.diagonal().copy_(torch.floor(64 * spread) / 64)
         for _ in range(steps(case)):
-            yield mean + noise()
+            yield size * (mean + noise())
 
     return noise(), gradients()
 
@@ -95,6 +108,78 @@ def muon_cases() -> dict[str, Callable[..., Any]]:
         "muon_plain": case(nesterov=False),
         "muon_rms": case(adjust_lr_fn="match_rms_adamw", momentum=0.8, ns_steps=4),
     }
+
+
+def normuon_cases(normuon: Any) -> dict[str, Callable[..., Any]]:
+    def case(**options: Any) -> Callable[..., Any]:
+        values = {"lr": LR, "mu": 0.9, "muon_beta2": 0.95, "weight_decay": WEIGHT_DECAY}
+        # What it adds to the norm of the gradient is a floor here.
+        return lambda p: normuon.NorMuon(p, epsilon=0.0, **values, **options)
+
+    return {
+        "normuon": case(),
+        "normuon_cautious": case(nesterov=True, cautious_wd=True, adjust_lr="rms_norm"),
+    }
+
+
+def nanogpt_module(script: Path) -> ModuleType:
+    wanted = ("polar_express_coeffs", "polar_express", "NorMuon")
+    wanted = (*wanted, "cautious_wd_and_update_inplace", "apply_normuon_variance_reduction")
+    tree = ast.parse(script.read_text())
+    tree.body = [node for node in tree.body if wanted_name(node) in wanted]
+    module = ModuleType("nanogpt")
+    vars(module).update(
+        torch=torch,
+        Tensor=Tensor,
+        defaultdict=collections.defaultdict,
+        dist=OneProcess,
+        XXT=lambda x, out: out.copy_(x @ x.mT),
+        ba_plus_cAA=lambda a, alpha, beta, out: out.copy_(beta * a + alpha * a @ a),
+    )
+    exec(compile(tree, script, "exec"), vars(module))
+    return module
+
+
+def nanogpt_cases(script: Path) -> dict[str, Callable[..., Any]]:
+    optimizer = nanogpt_module(script).NorMuon
+
+    def case(params: Any) -> Any:
+        for param in params:
+            param.label = "mlp"
+        values = {"lr": LR, "momentum": 0.9, "beta2": 0.95, "weight_decay": 16.0}
+        return optimizer(params, custom_sizing=False, **values)
+
+    return {"nanogpt": case, "nanogpt_wide": case}
+
+
+def wanted_name(node: ast.stmt) -> str | None:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return node.name
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id
+    return None
+
+
+class OneProcess:
+    """torch.distributed as one process needs it."""
+
+    ReduceOp = torch.distributed.ReduceOp
+    is_initialized = staticmethod(lambda: False)
+    get_rank = staticmethod(lambda: 0)
+    get_world_size = staticmethod(lambda: 1)
+
+    @staticmethod
+    def reduce_scatter_tensor(out: Tensor, x: Tensor, **options: Any) -> Any:
+        out.copy_(x)
+        return OneProcess()
+
+    all_gather_into_tensor = reduce_scatter_tensor
+
+    def get_future(self) -> Any:
+        return self
+
+    def wait(self) -> None:
+        pass
 
 
 def basis_cases(deva: Any, soap: Any) -> dict[str, Callable[..., Any]]:
@@ -149,8 +234,9 @@ def shampoo_cases(optimizer: Any, types: Any, dtype: torch.dtype) -> dict[str, C
 
 
 def public_cases(peers: Path, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    folders = ("Decoupled-Variance-Adaptation", "SOAP", "optimizers")
+    folders = ("Decoupled-Variance-Adaptation", "SOAP", "optimizers", "dion")
     sys.path[:0] = [str(peers / name) for name in folders]
+    import dion
     import soap
     from distributed_shampoo import shampoo_types
     from distributed_shampoo.distributed_shampoo import DistributedShampoo
@@ -158,6 +244,8 @@ def public_cases(peers: Path, dtype: torch.dtype) -> dict[str, Callable[..., Any
 
     return {
         **muon_cases(),
+        **normuon_cases(dion),
+        **nanogpt_cases(peers / "modded-nanogpt" / "train_gpt_medium.py"),
         **basis_cases(deva, soap),
         **shampoo_cases(DistributedShampoo, shampoo_types, dtype),
     }
@@ -176,10 +264,12 @@ def main() -> None:
     parser.add_argument("--out", default=FILE, type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")
     found = {"float32": ends(options.peers, torch.float32)}
     torch.set_default_dtype(torch.float64)
     # Copies, as a cast to another dtype makes one: torch.optim.Muon writes what it cast.
     torch.Tensor.float = torch.Tensor.bfloat16 = lambda x: x.double().clone()  # type: ignore
+    torch.bfloat16 = torch.float64  # for those who write x.to(torch.bfloat16)
     found["float64"] = ends(options.peers, torch.float64)
     options.out.write_text(_records.text(found))
 

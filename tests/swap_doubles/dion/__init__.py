@@ -1,3 +1,4 @@
 from .muon import Muon
+from .normuon import NorMuon
 
-__all__ = ["Muon"]
+__all__ = ["Muon", "NorMuon"]
