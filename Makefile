@@ -15,12 +15,20 @@ CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulatio
 
 setup: $(VENV)/.built
 
-$(VENV)/.environment: pyproject.toml
+# Where $(PYTHON) stands in a virtual environment itself, --system-site-packages means those of its
+# base: what the environment has is added by a path.
+OUTER := import sys, sysconfig; \
+  sys.prefix != sys.base_prefix and print(*{sysconfig.get_path(p) for p in ("purelib", "platlib")}, sep="\n")
+$(VENV)/.python:
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	  $(PYTHON) -c '$(OUTER)' > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth; \
 	else \
 	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet $(TORCH); \
 	fi
+	touch $@
+
+$(VENV)/.environment: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install --quiet ninja pybind11 "setuptools>=77" wheel
 	touch $@
 

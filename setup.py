@@ -16,7 +16,9 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError:
     sys.exit(
-        "spectral-kernels is compiled against the torch that will run it: install torch first,\n"
+        "spectral-kernels is compiled against the torch that will run it, and there is none here: "
+        "pip and uv build in an isolated environment of their own, which has no torch even where "
+        "yours has one. Install torch first, then without build isolation:\n"
         '    pip install ninja pybind11 "setuptools>=77" wheel\n'
         "    pip install --no-build-isolation ."
     )
@@ -24,9 +26,16 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).parent.resolve()
 
 
+# Programs that call the compiler which their arguments name.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+
+
 def compiler_found() -> bool:
-    """Whether the C++ compiler that torch would call exists."""
-    return shutil.which(os.environ.get("CXX", "c++")) is not None
+    """Whether the C++ compiler that torch would call exists, and what CXX calls it by."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    while len(words) > 1 and Path(words[0]).name in LAUNCHERS and shutil.which(words[0]):
+        words = words[1:]
+    return shutil.which(words[0]) is not None
 
 
 # Machine code for these, and PTX of the first, which the driver compiles for any later processor
@@ -47,6 +56,67 @@ def toolkit() -> Path | None:
     return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
+# What torch calls architectures in TORCH_CUDA_ARCH_LIST, and the processors that have one name
+# without the instructions that the kernels for them are made of.
+FAMILIES = {
+    **dict.fromkeys(("kepler", "kepler+tesla", "maxwell", "maxwell+tegra", "pascal"), "60"),
+    **{"volta": "70", "volta+tegra": "72", "turing": "75", "ampere": "80 86"},
+    **{"ampere+tegra": "87", "ada": "89", "hopper": "90a", "blackwell": "100a 120"},
+    "blackwell+tegra": "110",
+}
+LEAST = 80
+
+
+def architectures_wanted(listed: str) -> tuple[str, ...]:
+    """Those of TORCH_CUDA_ARCH_LIST, as nvcc calls them."""
+    if listed.strip() == "native":  # the cards of this machine
+        cards = range(torch.cuda.device_count())
+        numbers = {"".join(map(str, torch.cuda.get_device_capability(card))) for card in cards}
+        own = {"90": "90a", "100": "100a"}
+        return tuple(own.get(number, number) for number in sorted(numbers)) or ARCHITECTURES
+    found: list[str] = []
+    older = []
+    for word in re.findall(r"[^\s,;]+", listed):
+        name = word.lower().removesuffix("+ptx")
+        number = re.fullmatch(r"(\d+)\.?(\d)([af]?)", name)
+        if number is None and name not in FAMILIES:
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST has {word!r}, which is no architecture such as 8.0, 9.0a, "
+                "12.0+PTX or Ampere"
+            )
+        names = FAMILIES[name] if number is None else "".join(number.groups())
+        for each in names.split():
+            if int(each.rstrip("af")) < LEAST:
+                older.append(word)
+            elif each not in found:
+                found.append(each)
+    if "90" in found:
+        sys.exit(
+            "TORCH_CUDA_ARCH_LIST asks for 9.0, which lacks the instructions that the kernels for "
+            "Hopper are made of: write 9.0a"
+        )
+    if older:
+        print(f"spectral-kernels: no CUDA kernels for {', '.join(older)}: they need 8.0 or later.")
+    return tuple(found)
+
+
+def cuda_left_out(why: str) -> None:
+    """Without the CUDA part, in one sentence."""
+    if os.environ.get("SPECTRAL_KERNELS_CUDA") == "1":
+        sys.exit(f"SPECTRAL_KERNELS_CUDA=1: {why}")
+    print(
+        f"spectral-kernels: {why}, so the CUDA part is not built; on a card the Triton kernels and "
+        "the reference run."
+    )
+
+
+def release_of(nvcc: Path) -> tuple[int, int] | None:
+    """What an nvcc says that it is."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def cuda_wanted() -> Path | None:
     """The toolkit to build the CUDA part with, or None without it."""
     wish = os.environ.get("SPECTRAL_KERNELS_CUDA", "auto")
@@ -55,8 +125,21 @@ def cuda_wanted() -> Path | None:
     if wish == "0" or (wish == "auto" and torch.version.cuda is None):
         return None
     found = toolkit()
-    if found is None and wish == "1":
-        sys.exit("SPECTRAL_KERNELS_CUDA=1: no nvcc under CUDA_HOME or on the PATH")
+    if found is None:
+        cuda_left_out("no nvcc under CUDA_HOME or on the PATH")
+        return None
+    release = release_of(found / "bin" / "nvcc")
+    needed = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    if release is not None and release[0] != needed[0] and torch.version.cuda is not None:
+        cuda_left_out(
+            f"nvcc is of CUDA {release[0]}.{release[1]} and torch of {torch.version.cuda}, whose "
+            "first numbers must agree"
+        )
+        return None
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if listed.strip() and not architectures_wanted(listed):
+        cuda_left_out(f"TORCH_CUDA_ARCH_LIST={listed} names no architecture from 8.0 on")
+        return None
     return found
 
 
@@ -64,13 +147,8 @@ def cuda_options(home: Path) -> dict:
     """Sources, flags and libraries of the CUDA part, with which a CPU torch can load it too."""
     # torch looks for a toolkit only if it was built for CUDA itself.
     cpp_extension.CUDA_HOME = str(home)
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace("+PTX", "")
-    architectures = tuple(re.split(r"[ ;]+", names.strip())) if names else ARCHITECTURES
-    if "90" in architectures:
-        sys.exit(
-            "TORCH_CUDA_ARCH_LIST asks for 9.0, which lacks the instructions that the kernels for "
-            "Hopper are made of: write 9.0a"
-        )
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    architectures = architectures_wanted(listed) if listed.strip() else ARCHITECTURES
     # Remarks of ptxas that have to stop the build. The compiler may have been chosen by the user.
     checked = [sys.executable, str(ROOT / "csrc" / "cuda" / "checked_nvcc.py")]
     compiler = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(home / "bin" / "nvcc"))
@@ -114,6 +192,12 @@ def extensions() -> list:
     cuda = cuda_options(home) if home else {"description": "not built"}
     sources += cuda.get("sources", [])
     print(f"spectral-kernels: {len(sources)} C++ files; CUDA: {cuda['description']}")
+    if home:
+        print(
+            "spectral-kernels: some 3 minutes an architecture on two cores. "
+            "TORCH_CUDA_ARCH_LIST=9.0a builds for one card, MAX_JOBS=8 eight files at a time, "
+            "SPECTRAL_KERNELS_CUDA=0 without CUDA C++; pip -v shows the progress."
+        )
     return [
         CppExtension(
             "spectral_kernels._C",

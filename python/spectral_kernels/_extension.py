@@ -29,6 +29,13 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name != "spectral_kernels._C":
             raise
+        warnings.warn(
+            "spectral_kernels has no compiled part, since there was no C++ compiler when it was "
+            "installed: everything runs on plain torch, slowly. Install a compiler (CXX names it), "
+            f"then {_REBUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None, "the compiled part was not built (no C++ compiler when it was installed)"
     except ImportError as error:
         raise ImportError(

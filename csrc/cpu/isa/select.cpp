@@ -42,6 +42,12 @@ std::string unless(bool has, const char* what) {
   return has ? "" : "the processor has no " + std::string(what);
 }
 
+// Clang knows no such name for __builtin_cpu_supports before 17.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+
 // Linux lends the tile registers only to a process that asks for them. Granted once, the permission
 // is that of all its threads and children.
 std::string tiles_refusal() {
@@ -70,8 +76,7 @@ const Set kSets[] = {
 #if defined(__x86_64__)
     {"avx2", avx2::table,
      [] {
-       return unless(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                         __builtin_cpu_supports("f16c"),
+       return unless(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(),
                      "AVX2 with FMA and F16C");
      }},
     {"avx512", avx512::table,
