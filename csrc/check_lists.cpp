@@ -76,6 +76,22 @@ void check_state(at::TensorList state, const char* name, at::TensorList params, 
   }
 }
 
+void check_momentum(at::TensorList state, const char* name, at::TensorList params) {
+  check_list(state, name, params.size());
+  for (size_t i = 0; i < params.size(); i++) {
+    if (state[i].scalar_type() != at::kBFloat16) {
+      check_state(state.slice(i, 1), name, params.slice(i, 1), false);
+      continue;
+    }
+    check_matrix(state[i], name);
+    TORCH_CHECK_TYPE(params[i].scalar_type() != at::kDouble, name, "[", i,
+                     "] is bfloat16 of a parameter that is float64");
+    check_device(state[i], name, i, params);
+    check_same_shape(params[i], "params", state[i], name);
+    check_writable(state[i], name);
+  }
+}
+
 void check_rows_state(at::TensorList state, const char* name, at::TensorList params, bool present) {
   check_list(state, name, params.size());
   for (size_t i = 0; i < params.size(); i++) {

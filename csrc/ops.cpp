@@ -55,7 +55,7 @@ TORCH_LIBRARY(spectral_kernels, m) {
       "muon_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] second_moments, Tensor(d!)[] step_counts, Tensor(e!) skipped, Tensor lr, *, "
       "float momentum, bool nesterov, float? beta2, float neuron_eps, float weight_decay, "
-      "bool cautious, float[] rows, float[] scales, str method, int[] restarts, "
+      "bool cautious, bool hyperball, float[] rows, float[] scales, str method, int[] restarts, "
       "int[] restart_ends, ScalarType compute_dtype, float eps, str norm, float norm_factor, "
       "bool maximize, str nonfinite) -> ()");
 

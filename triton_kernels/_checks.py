@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from spectral_kernels import _backend
 from spectral_kernels._backend import (
     check_device,
     check_list,
@@ -27,6 +28,13 @@ def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) ->
                 f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
             )
         check_writable(f"{name}[{i}]", x)
+
+
+def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """A float32 state of the parameters' shapes, or bfloat16."""
+    narrow = _backend.check_momentum(name, state, params)
+    full = [i for i in range(len(params)) if i not in narrow]
+    check_state(name, [state[i] for i in full], [params[i] for i in full])
 
 
 def check_sides(

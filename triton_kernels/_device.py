@@ -82,6 +82,27 @@ def widened(x):
 
 
 @triton.jit
+def _mixed(x):
+    # uint32 wraps; the specification has the numbers.
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounded_at_random(x, step, rows, cols):
+    """fp32 to bfloat16, see `spectral_kernels.reference`; rows and columns are the matrix's own."""
+    seed = _mixed(tl.full((1,), 0, tl.uint32) + step.to(tl.uint32))
+    seed = _mixed(seed + rows.to(tl.uint32) * 0x9E3779B9)
+    noise = _mixed(seed[:, None] + (cols.to(tl.uint32) * 0x9E3779B9)[None, :]) >> 16
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    quiet = tl.where(size > 0x7F800000, bits | 0x400000, bits)
+    kept = tl.where(size >= 0x7F7F0000, quiet, bits + noise) >> 16
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def multiplied(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32."""
     if INTERPRETED:

@@ -92,6 +92,27 @@ def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) 
         torch._foreach_add_([counts[i] for i in chosen], [steps[i] for i in chosen])
 
 
+def steps_of(
+    group: Sequence[Numbered], items: Sequence[Numbered], counts: Sequence[Tensor]
+) -> Tensor:
+    """int64, how many steps every matrix of a group has taken.
+
+    Args:
+        group: the matrices.
+        items: of the whole list.
+        counts: of all entries, 0-dim or one a matrix.
+    """
+    first: dict[int, int] = {}
+    for item in items:
+        first.setdefault(item.entry, item.index)
+    numbers = []
+    for item in group:
+        count = counts[item.entry]
+        at = item.index - first[item.entry] if count.ndim else 0
+        numbers.append(count.reshape(-1)[at].to(torch.int64))
+    return torch.stack(numbers)
+
+
 class Piece(NamedTuple):
     """Matrices of one entry: all of them, or begin .. end - 1 of its only batch dimension."""
 

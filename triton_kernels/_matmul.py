@@ -104,6 +104,7 @@ def deliver(
     decay,
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
     LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
+    SPHERE: tl.constexpr = False,
 ):  # fmt: skip
     """See `Delivery`; rows and columns are those of the wide matrix."""
     height = element(layout, matrix, ROWS, COLUMNS)
@@ -127,13 +128,16 @@ def deliver(
             rate = loaded.to(tl.float32)
             kept = (1.0 - loaded * decay).to(tl.float32)
         old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        moved = (rate * tl.load(scales + matrix)) * value
-        if CAUTIOUS:
+        if SPHERE:
+            # W stays on its sphere: what it and X are multiplied by has lr in it already.
+            value = tl.load(scales + matrix * 2) * old - tl.load(scales + matrix * 2 + 1) * value
+        elif CAUTIOUS:
             # Where both are not 0 and differ in sign; a product could vanish.
             sign = tl.where(value > 0.0, 1.0, tl.where(value < 0.0, -1.0, 0.0))
+            moved = (rate * tl.load(scales + matrix)) * value
             value = tl.where(sign * old < 0.0, old, kept * old) - moved
         else:
-            value = kept * old - moved
+            value = kept * old - (rate * tl.load(scales + matrix)) * value
     tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
 
 

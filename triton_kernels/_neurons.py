@@ -1,18 +1,21 @@
-"""Rows normalised by their second moments (NorMuon), between the iteration and the parameters.
+"""What is done to an update by rows, between the iteration and the parameters.
 
-Three launches: sums of squares of rows, second moments and factors, and the update. A row's sum
-is over columns in their order, and the length of a matrix over its rows in theirs, whatever else
-is in the list.
+Rows are normalised by their second moments (NorMuon), and parameters kept on their spheres (MuonH):
+sums of squares of rows, second moments and factors, what keeps the length, and the update, a launch
+each. A row's sum is over columns in their order, and the length of a matrix over its rows in
+theirs, whatever else is in the list.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of
+from ._device import DTYPES, NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of, widened
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, Shape, kept, upload
 from ._matmul import Delivery, deliver
 
@@ -73,6 +76,81 @@ def _sums_kernel(x, layout, blocks, starts, sums, ROWS_AT_ONCE: tl.constexpr, DE
 
 
 @triton.jit
+def _products_kernel(
+    x, layout, blocks, starts, places, lengths, dots,
+    DTYPE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # Sums of W_ij^2 and W_ij X_ij over the columns of every row.
+    at = blocks + tl.program_id(0) * 2
+    matrix = tl.load(at).to(tl.int64)
+    row = (tl.load(at + 1) * ROWS_AT_ONCE + tl.arange(0, ROWS_AT_ONCE)).to(tl.int64)
+    start, ld = corner(layout, matrix, WIDE)
+    height = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
+    width = element(layout, matrix, COLS, COLUMNS).to(tl.int32)
+    tall = element(layout, matrix, TALL, COLUMNS).to(tl.int32)
+    along = tall + (1 - tall) * ld
+    across = tall * ld + (1 - tall)
+    base = tl.load(places + matrix * PLACE_COLUMNS).to(tl.pointer_type(DTYPE))
+    by_row = tl.load(places + matrix * PLACE_COLUMNS + 1)
+    by_col = tl.load(places + matrix * PLACE_COLUMNS + 2)
+    lanes = tl.arange(0, DEPTH)
+    inside = row < height
+    length = tl.zeros((ROWS_AT_ONCE,), tl.float64)
+    dot = tl.zeros((ROWS_AT_ONCE,), tl.float64)
+    for first in range(0, width, DEPTH):
+        col = (first + lanes).to(tl.int64)
+        mask = inside[:, None] & (col < width)[None, :]
+        offsets = row[:, None] * along + col[None, :] * across
+        value = tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        offsets = row[:, None] * by_row + col[None, :] * by_col
+        w = widened(tl.load(base + offsets, mask=mask, other=0.0))
+        length += tl.sum((w * w).to(tl.float64), 1)
+        dot += tl.sum((w * value).to(tl.float64), 1)
+    at = tl.load(starts + matrix) + row
+    tl.store(lengths + at, length, mask=inside)
+    tl.store(dots + at, dot, mask=inside)
+
+
+@triton.jit
+def _sphere_kernel(
+    sums, lengths, dots, factors, same, starts, layout, lr, rate, scales,
+    NEURONS: tl.constexpr, LR_LOADED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # What W and X are multiplied by, so that W keeps its length.
+    matrix = tl.program_id(0).to(tl.int64)
+    count = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
+    first = tl.load(starts + matrix)
+    lanes = tl.arange(0, BLOCK)
+    own = tl.zeros((BLOCK,), tl.float64)
+    squared = tl.zeros((BLOCK,), tl.float64)
+    mixed = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + lanes
+        inside = at < count
+        factor = tl.full((BLOCK,), 1.0, tl.float64)
+        if NEURONS:
+            factor = tl.load(factors + first + at, mask=inside, other=0.0).to(tl.float64)
+        own += factor * factor * tl.load(sums + first + at, mask=inside, other=0.0)
+        squared += tl.load(lengths + first + at, mask=inside, other=0.0)
+        mixed += factor * tl.load(dots + first + at, mask=inside, other=0.0)
+    o, w, dot = tl.sum(own, 0), tl.sum(squared, 0), tl.sum(mixed, 0)
+    if NEURONS:
+        each = tl.load(same + matrix).to(tl.float64)
+        o *= each * each
+        dot *= each
+    if LR_LOADED:
+        rate = tl.load(lr).to(tl.float32)
+    step = tl.where(o > 0.0, rate * tl.sqrt(w / tl.where(o > 0.0, o, 1.0)), 0.0)
+    ratio = (w - 2.0 * step * dot + step * step * o) / tl.where(w > 0.0, w, 1.0)
+    ratio = tl.where(step * w > 0.0, tl.maximum(ratio, 0.0), 1.0)
+    # Neither NaN nor infinity may be lost in a comparison.
+    ratio = tl.where((o < float("inf")) & (w < float("inf")), ratio, float("nan"))
+    kept = 1.0 / tl.sqrt(ratio)
+    tl.store(scales + matrix * 2, kept.to(tl.float32))
+    tl.store(scales + matrix * 2 + 1, (step * kept).to(tl.float32))
+
+
+@triton.jit
 def _moments_kernel(
     sums, starts, layout, places, state, factors, lengths, beta2, fresh, eps,
     SKIP: tl.constexpr, BLOCK: tl.constexpr,
@@ -112,26 +190,28 @@ def _rows_kernel(
     x, factors, lengths, starts, tiles, places, layout, state, scales, lr, rate, kept, decay,
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
     LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, TILE: tl.constexpr,
+    NEURONS: tl.constexpr, SPHERE: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col = tile_of(tiles)
     row = row.to(tl.int64) * TILE
     col = col.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
     start, ld = corner(layout, matrix, WIDE)
-    height = element(layout, matrix, ROWS, COLUMNS)
-    tall = element(layout, matrix, TALL, COLUMNS)
-    neuron = tl.where(tall != 0, col, row) + lanes
-    factor = tl.load(
-        factors + tl.load(starts + matrix) + neuron, mask=neuron < height, other=0.0
-    ) * tl.load(lengths + matrix)
     block = lanes[:, None] * ld + lanes[None, :]
     value = tl.load(x + start + row * ld + col + block).to(tl.float32)
-    by_row = tl.where(tall != 0, 1.0, factor)
-    by_col = tl.where(tall != 0, factor, 1.0)
-    value = value * (by_row[:, None] * by_col[None, :])
+    if NEURONS:
+        height = element(layout, matrix, ROWS, COLUMNS)
+        tall = element(layout, matrix, TALL, COLUMNS)
+        neuron = tl.where(tall != 0, col, row) + lanes
+        factor = tl.load(
+            factors + tl.load(starts + matrix) + neuron, mask=neuron < height, other=0.0
+        ) * tl.load(lengths + matrix)
+        by_row = tl.where(tall != 0, 1.0, factor)
+        by_col = tl.where(tall != 0, factor, 1.0)
+        value = value * (by_row[:, None] * by_col[None, :])
     deliver(
         value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
-        decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
+        decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS, SPHERE,
     )  # fmt: skip
 
 
@@ -140,24 +220,38 @@ def check_moments(layout: Layout, moments: Places, state: Tensor) -> None:
     launch(_check_kernel, layout.count, moments.table, layout.table, state, BLOCK=_BLOCK)
 
 
+@dataclass(frozen=True)
+class Averages:
+    """Second moments of rows.
+
+    Attributes:
+        moments: fp32, (m, 1) of every matrix; updated but where the state is NONFINITE.
+        beta2, eps: see `spectral_kernels.muon_step_`.
+    """
+
+    moments: Places
+    beta2: float
+    eps: float
+
+
 def by_neurons(
     layout: Layout,
     tile: int,
     x: Tensor,
-    moments: Places,
+    averages: Averages | None,
     out: Delivery,
-    beta2: float,
-    eps: float,
+    *,
+    sphere: bool = False,
 ) -> None:
-    """Delivers X with its rows over the roots of their second moments, its length kept.
+    """Delivers X, by its rows or to spheres.
 
     Args:
         layout: of all matrices.
         tile: what their sides are padded to multiples of.
         x: the wide workspace.
-        moments: fp32, (m, 1) of every matrix; updated but where the state is NONFINITE.
+        averages: X goes with its rows over the roots of these, its length kept; None: as it is.
         out: where the result goes.
-        beta2, eps: see `spectral_kernels.muon_step_`.
+        sphere: W keeps its length, see `spectral_kernels.muon_step_`.
     """
     device = layout.device
     blocks, starts, rows = _row_blocks(layout.shapes, device)
@@ -175,22 +269,60 @@ def by_neurons(
         ROWS_AT_ONCE=_ROWS,
         DEPTH=_COLS,
     )
-    launch(
-        _moments_kernel,
-        layout.count,
-        sums,
-        starts,
-        layout.table,
-        moments.table,
-        layout.table if out.state is None else out.state,
-        factors,
-        lengths,
-        beta2,
-        1.0 - beta2,
-        eps,
-        SKIP=not out.propagate,
-        BLOCK=_BLOCK,
-    )
+    if averages is not None:
+        launch(
+            _moments_kernel,
+            layout.count,
+            sums,
+            starts,
+            layout.table,
+            averages.moments.table,
+            layout.table if out.state is None else out.state,
+            factors,
+            lengths,
+            averages.beta2,
+            1.0 - averages.beta2,
+            averages.eps,
+            SKIP=not out.propagate,
+            BLOCK=_BLOCK,
+        )
+    if sphere:
+        squares = torch.empty_like(sums)
+        dots = torch.empty_like(sums)
+        launch(
+            _products_kernel,
+            len(blocks),
+            x,
+            layout.table,
+            blocks,
+            starts,
+            out.places.table,
+            squares,
+            dots,
+            DTYPE=DTYPES[out.places.dtype],
+            ROWS_AT_ONCE=_ROWS,
+            DEPTH=_COLS,
+        )
+        assert out.lr is not None
+        pairs = torch.empty(layout.count, 2, dtype=torch.float32, device=device)
+        launch(
+            _sphere_kernel,
+            layout.count,
+            sums,
+            squares,
+            dots,
+            factors,
+            lengths,
+            starts,
+            layout.table,
+            out.lr if out.on_device else layout.table,
+            1.0 if out.on_device else float(out.lr),
+            pairs,
+            NEURONS=averages is not None,
+            LR_LOADED=out.on_device,
+            BLOCK=_BLOCK,
+        )
+        out = replace(out, scales=pairs)
     size = min(tile, _TILE)
     for unit, chosen in out.by_unit(layout).items():
         tiles = layout.tiles(size, None if len(chosen) == layout.count else tuple(chosen))
@@ -206,6 +338,8 @@ def by_neurons(
             **out.constants(),
             PLACED_UNIT=unit,
             TILE=size,
+            NEURONS=averages is not None,
+            SPHERE=sphere,
         )
 
 

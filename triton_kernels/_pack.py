@@ -25,6 +25,7 @@ from ._device import (
     narrowed,
     placed,
     provided,
+    rounded_at_random,
     scaled,
     span_of,
     tile_of,
@@ -80,6 +81,7 @@ class Mix:
             "GRAD": DTYPES[self.grads.dtype],
             "GRAD_UNIT": self.grads.unit,
             "MIXED": self.momenta is not None,
+            "MOMENTUM": tl.float32 if self.momenta is None else DTYPES[self.momenta.dtype],
             "MOMENTUM_UNIT": STRIDED.value if self.momenta is None else self.momenta.unit,
             "NESTEROV": self.nesterov,
             "CHUNK_ROWS": CHUNK_ROWS,
@@ -122,7 +124,7 @@ def _chunk(chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_C
 
 @triton.jit
 def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
-           GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
+           GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM: tl.constexpr,
            MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
            CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):  # fmt: skip
     """The direction, the new momentum and where it goes, and whether all of it was finite."""
@@ -134,8 +136,8 @@ def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
     direction = grad
     new = grad
     if MIXED:
-        at = placed(momenta, matrix, 0, row, col, rows, cols, tl.float32, MOMENTUM_UNIT)
-        old = tl.load(at, mask=inside, other=0.0)
+        at = placed(momenta, matrix, 0, row, col, rows, cols, MOMENTUM, MOMENTUM_UNIT)
+        old = widened(tl.load(at, mask=inside, other=0.0))
         finite = finite & (tl.abs(old) < float("inf"))
         new = momentum * old + fresh * grad
         direction = fresh * grad + momentum * new if NESTEROV else new
@@ -146,14 +148,14 @@ def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
 def _measure_kernel(
     grads, momenta, momentum, fresh, sign, layout, chunks, largest, squares, bad,
     beside, GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
-    MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr,
-    CHUNK_COLS: tl.constexpr, BESIDE: tl.constexpr, BESIDE_TYPE: tl.constexpr,
-    BESIDE_UNIT: tl.constexpr,
+    MOMENTUM: tl.constexpr, MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr, BESIDE: tl.constexpr,
+    BESIDE_TYPE: tl.constexpr, BESIDE_UNIT: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, _, _, finite = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
-        GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
+        GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
     if BESIDE:
         rows = tl.arange(0, CHUNK_ROWS)
@@ -205,18 +207,23 @@ def _summary_kernel(
 
 @triton.jit
 def _pack_kernel(
-    grads, momenta, momentum, fresh, sign, layout, chunks, state, exponent, factor, out,
-    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM_UNIT: tl.constexpr,
+    grads, momenta, momentum, fresh, sign, layout, chunks, state, exponent, factor, out, steps,
+    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM: tl.constexpr,
+    MOMENTUM_UNIT: tl.constexpr,
     NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
     SCALED: tl.constexpr, SIGNS: tl.constexpr, KEEP: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, new, at, _ = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
-        GRAD, GRAD_UNIT, MIXED, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
+        GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
     bad = tl.load(state + matrix) == NONFINITE
     if MIXED and not KEEP:
+        if tl.bfloat16 == MOMENTUM:
+            rows = row + tl.arange(0, CHUNK_ROWS)
+            cols = col + tl.arange(0, CHUNK_COLS)
+            new = rounded_at_random(new, tl.load(steps + matrix), rows, cols)
         tl.store(at, new, mask=inside if PROPAGATE else provided(inside, bad == 0))
     if SIGNS:
         x = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
@@ -301,6 +308,7 @@ def pack(
     signs: bool = False,
     keep: bool = False,
     propagate: bool = False,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """The mix in a wide workspace; the momenta are written on the way.
 
@@ -314,6 +322,7 @@ def pack(
         signs: the signs of the elements in their place.
         keep: leave the momenta alone.
         propagate: see above.
+        steps: int64, of every matrix, by which momenta in bfloat16 are rounded.
     """
     out = layout.empty(WIDE, dtype)
     launch(
@@ -326,6 +335,7 @@ def pack(
         summary.exponent,
         summary.factor,
         out,
+        layout.table if steps is None else steps,
         **mix.constants(),
         SCALED=unit_scale,
         SIGNS=signs,

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ._batch import flattened
 from ._checks import (
+    check_momentum,
     check_number,
-    check_state,
     raise_nonfinite,
 )
 from ._config import (
@@ -54,9 +54,9 @@ from ._layout import (
     places_of,
     upload,
 )
-from ._list_step import Progress, numbers_of
+from ._list_step import Progress, numbers_of, steps_of
 from ._matmul import Delivery, Operand, wide
-from ._neurons import by_neurons, check_moments
+from ._neurons import Averages, by_neurons, check_moments
 from ._newton_schulz_kernels import _powers_kernel, _small_kernel
 from ._pack import Mix, Summary, pack, summarize
 from .symmetric_matmul import Terms, symmetric
@@ -500,7 +500,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
     beta2 = options.beta2
     check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("momentum_buffers", momentum_buffers, params)
+    check_momentum("momentum_buffers", momentum_buffers, params)
     check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
     options.check(len(params))
     check_distinct([params, momentum_buffers, second_moments], grads)
@@ -532,16 +532,21 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         moments = None if beta2 is None else places_in(group, 3, device)
         if moments is not None and not propagate:
             check_moments(layout, moments, summary.state)
-        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate)
+        narrow = buffers.dtype == torch.bfloat16
+        steps = steps_of(group, items, step_counts) if narrow else None
+        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate, steps=steps)
         decay = options.weight_decay
         delivery = Delivery(weights, lr, decay, factors, summary.state, propagate, options.cautious)
-        if beta2 is None or moments is None:
+        if moments is None and not options.hyperball:
             orthogonalize(layout, plan, rule, packed, summary, delivery)
         else:
             directions = orthogonalize(layout, plan, rule, packed, summary, None)
             assert directions is not None
-            tile, eps = plan.config.tile, options.neuron_eps
-            by_neurons(layout, tile, directions, moments, delivery, beta2, eps)
+            averages = None
+            if moments is not None and beta2 is not None:
+                averages = Averages(moments, beta2, options.neuron_eps)
+            sphere = options.hyperball
+            by_neurons(layout, plan.config.tile, directions, averages, delivery, sphere=sphere)
         progress.add(group, summary.state)
     progress.finish()
 

@@ -32,6 +32,27 @@ double squares(const T* x, int64_t n) {
   return sum;
 }
 
+// The fp64 sums of W_ij² and W_ij O_ij over a row, in a fixed order.
+template <class T, class W>
+void products(const W* w, int64_t stride, const T* o, int64_t n, double& length, double& dot) {
+  constexpr int kLanes = 8;
+  double squared[kLanes] = {}, mixed[kLanes] = {};
+  const auto add = [&](int64_t j, int l) {
+    const double x = double(T(w[j * stride]));
+    squared[l] += x * x;
+    mixed[l] += x * double(o[j]);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int l = 0; l < kLanes; l++) add(j + l, l);
+  for (; j < n; j++) add(j, int(j % kLanes));
+  length = dot = 0;
+  for (int l = 0; l < kLanes; l++) {
+    length += squared[l];
+    dot += mixed[l];
+  }
+}
+
 // keep W - rate O of one element. Signs are compared, and keep chosen, as bits: comparisons of
 // floating-point numbers may trap, and loops with them stay scalar. For W = 0 nothing depends on
 // the outcome.
@@ -70,7 +91,7 @@ void move_line(W* line, const T* o, int64_t n, T rate, T kept) {
 template <bool kCautious, class T, class W>
 void update_as(const NeuronStep& p, int64_t r0, int64_t r1) {
   const int64_t n = p.o.cols;
-  const T kept = T(1 - p.decay);
+  const T kept = T(p.hyperball ? p.kept : 1 - p.decay);
   T rates[kRows];
   for (int64_t i = r0; i < r1; i++) rates[i - r0] = T(p.rate * (p.second ? p.factors[i] : 1));
   const T* const o = static_cast<const T*>(p.o.data);
@@ -97,18 +118,48 @@ void update(const NeuronStep& p, int64_t r0, int64_t r1) {
     update_as<false, T, W>(p, r0, r1);
 }
 
-template <class T>
-void update(const NeuronStep& p, int64_t r0, int64_t r1) {
-  switch (p.param.dtype) {
+// f(W{}) with the type of the parameter.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
     case DType::kF32:
-      return update<T, float>(p, r0, r1);
+      return f(float{});
     case DType::kF64:
-      return update<T, double>(p, r0, r1);
+      return f(double{});
     case DType::kBF16:
-      return update<T, c10::BFloat16>(p, r0, r1);
+      return f(c10::BFloat16{});
     case DType::kF16:
-      return update<T, c10::Half>(p, r0, r1);
+      return f(c10::Half{});
   }
+}
+
+template <class T>
+void measure(const NeuronStep& p, int64_t r0, int64_t r1) {
+  const T* const o = static_cast<const T*>(p.o.data);
+  for (int64_t i = r0; i < r1; i++) p.sums[i] = squares(o + i * p.o.cols, p.o.cols);
+  if (!p.hyperball) return;
+  with_type(p.param.dtype, [&](auto type) {
+    const auto* const w = static_cast<const decltype(type)*>(p.param.data);
+    for (int64_t i = r0; i < r1; i++)
+      products(w + i * p.param.row_stride, p.param.col_stride, o + i * p.o.cols, p.o.cols,
+               p.lengths[i], p.dots[i]);
+  });
+}
+
+// What W and U are multiplied by, `kept` and `rate`, so that W keeps its length.
+void project(NeuronStep& p) {
+  double o = 0, w = 0, dot = 0;
+  for (int64_t i = 0; i < p.o.rows; i++) {
+    const double f = p.second ? p.factors[i] : 1;
+    o += f * f * p.sums[i];
+    w += p.lengths[i];
+    dot += f * p.dots[i];
+  }
+  const double rate = o == 0 ? 0 : p.rate * std::sqrt(w / o);
+  // Of W' over W; what is left where they cancel is no direction.
+  const double squared = w == 0 || rate == 0 ? 1 : (w - 2 * rate * dot + rate * rate * o) / w;
+  p.kept = 1 / std::sqrt(std::max(squared, 0.0));
+  p.rate = rate * p.kept;
 }
 
 // The second moments, and the factor of every row.
@@ -129,20 +180,18 @@ void average(const NeuronStep& p) {
 }
 
 template <class T>
-void run_as(const NeuronStep& p, int threads) {
+void run_as(NeuronStep& p, int threads) {
   const int64_t m = p.o.rows, jobs = ceil_div(m, kRows);
   const auto by_rows = [&](const auto& body) {
     parallel_jobs(jobs, threads,
                   [&](int64_t job) { body(job * kRows, std::min(m, (job + 1) * kRows)); });
   };
-  if (p.second) {
-    by_rows([&](int64_t r0, int64_t r1) {
-      for (int64_t i = r0; i < r1; i++)
-        p.sums[i] = squares(static_cast<const T*>(p.o.data) + i * p.o.cols, p.o.cols);
-    });
-    average<T>(p);
-  }
-  by_rows([&](int64_t r0, int64_t r1) { update<T>(p, r0, r1); });
+  if (p.second || p.hyperball) by_rows([&](int64_t r0, int64_t r1) { measure<T>(p, r0, r1); });
+  if (p.second) average<T>(p);
+  if (p.hyperball) project(p);
+  by_rows([&](int64_t r0, int64_t r1) {
+    with_type(p.param.dtype, [&](auto type) { update<T, decltype(type)>(p, r0, r1); });
+  });
 }
 
 size_t o_bytes(int64_t m, int64_t n, bool fp64) {
@@ -152,18 +201,18 @@ size_t o_bytes(int64_t m, int64_t n, bool fp64) {
 }  // namespace
 
 size_t neuron_bytes(int64_t m, int64_t n, bool fp64) {
-  return o_bytes(m, n, fp64) + 2 * Workspace::rounded(size_t(m) * sizeof(double));
+  return o_bytes(m, n, fp64) + 4 * Workspace::rounded(size_t(m) * sizeof(double));
 }
 
 Matrix take_neurons(Workspace& workspace, NeuronStep& step, bool fp64) {
   const int64_t m = step.param.rows, n = step.param.cols;
   step.o = {workspace.take(o_bytes(m, n, fp64)), m, n, n, 1, fp64 ? DType::kF64 : DType::kF32};
-  for (double** rows : {&step.sums, &step.factors})
+  for (double** rows : {&step.sums, &step.factors, &step.lengths, &step.dots})
     *rows = static_cast<double*>(workspace.take(size_t(m) * sizeof(double)));
   return step.o;
 }
 
-void run(const NeuronStep& step, int threads) {
+void run(NeuronStep step, int threads) {
   if (double(step.o.rows) * double(step.o.cols) < kThreadGrain / 16) threads = 1;
   if (step.o.dtype == DType::kF64)
     run_as<double>(step, threads);

@@ -21,6 +21,7 @@
 #include "list_step.h"
 #include "neurons.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "views.h"
 
 namespace spectral_kernels::cpu {
@@ -416,42 +417,51 @@ at::Tensor polar(const at::Tensor& x) {
 
 struct MuonStep {
   double lr, momentum, weight_decay;
-  bool nesterov, maximize, cautious;
+  bool nesterov, maximize, cautious, hyperball;
   std::optional<double> beta2;
   double neuron_eps;
 
   // Whether the update takes more than a multiple of the parameter and one of the polar factor.
-  bool by_rows() const { return beta2.has_value() || (cautious && lr * weight_decay != 0); }
+  bool by_rows() const {
+    return beta2.has_value() || hyperball || (cautious && lr * weight_decay != 0);
+  }
 };
 
 // Scratch of muon_update().
-size_t muon_bytes(const NewtonSchulz& ns, const MuonStep& step, int64_t m, int64_t n) {
+size_t muon_bytes(const NewtonSchulz& ns, const MuonStep& step, const Matrix& momentum) {
+  const int64_t m = momentum.rows, n = momentum.cols;
   const size_t iteration = Workspace::rounded(ns.workspace_bytes(std::min(m, n), std::max(m, n)));
-  return iteration + (step.by_rows() ? neuron_bytes(m, n, ns.compute_dtype == at::kDouble) : 0);
+  return iteration + (step.by_rows() ? neuron_bytes(m, n, ns.compute_dtype == at::kDouble) : 0) +
+         (momentum.dtype == DType::kBF16 ? wide_bytes(momentum) : 0);
 }
 
 // One matrix: momentum while packing, all Newton–Schulz steps, decay and update in the last
 // product's epilogue, or in a pass over its result where that goes by rows. Gradient and momentum
 // are read twice, once for their scale; the parameter is read once. Non-finite input (`largest` is
 // NaN) goes into the momentum as the formula says, and the whole update of that matrix is NaN.
+// Momentum in bfloat16 is widened before and rounded after, at random: `count` steps are behind it.
 void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& param,
                  const Matrix& grad, const Matrix& momentum, const Matrix& second, double largest,
-                 double scale, int threads) {
+                 double scale, double count, int threads) {
   const bool wide = param.rows <= param.cols;
   const auto orient = [&](const Matrix& m) { return wide ? m : m.transposed(); };
   const Matrix g = orient(grad), w = orient(param);
-  Workspace workspace(muon_bytes(ns, step, param.rows, param.cols));
+  Workspace workspace(muon_bytes(ns, step, momentum));
   const NewtonSchulz::Input input = ns.take_input(workspace, g.rows, g.cols);
+  const bool narrow = momentum.dtype == DType::kBF16;
+  const Matrix full = narrow ? take_wide(workspace, momentum) : momentum;
+  if (narrow) widen(momentum, full, threads);
   Pack pack;
   pack.x = g;
   pack.shift = std::isnan(largest) ? 0 : -exponent_of(largest);
-  pack.momentum = orient(momentum);
+  pack.momentum = orient(full);
   pack.beta = step.momentum;
   pack.nesterov = step.nesterov;
   pack.negate = step.maximize;
   pack.out = input.x;
   pack.out_t = input.xt;
   run(pack, threads);
+  if (narrow) round_at_random(full, uint64_t(count), momentum, threads);
   if (std::isnan(largest)) {
     if (second) fill(second, largest);
     return fill(param, largest);
@@ -467,6 +477,8 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   rows.rate = step.lr * scale;
   rows.decay = step.lr * step.weight_decay;
   rows.cautious = step.cautious;
+  rows.hyperball = step.hyperball;
+  if (step.hyperball) rows.rate = step.lr;  // the update's length is the parameter's
   rows.beta2 = step.beta2.value_or(0);
   rows.eps = step.neuron_eps;
   const Matrix o = take_neurons(workspace, rows, ns.compute_dtype == at::kDouble);
@@ -479,20 +491,22 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                 at::TensorList second_moments, at::TensorList step_counts,
                 const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
                 std::optional<double> beta2, double neuron_eps, double weight_decay, bool cautious,
-                at::ArrayRef<double> rows, at::ArrayRef<double> scales, c10::string_view method,
-                at::IntArrayRef restarts, at::IntArrayRef restart_ends,
+                bool hyperball, at::ArrayRef<double> rows, at::ArrayRef<double> scales,
+                c10::string_view method, at::IntArrayRef restarts, at::IntArrayRef restart_ends,
                 at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
                 bool maximize, c10::string_view nonfinite) {
   count_call("muon_step_", "cpu");
   check_step(params, grads, step_counts, skipped, lr);
-  check_state(momentum_buffers, "momentum_buffers", params, false);
+  check_momentum(momentum_buffers, "momentum_buffers", params);
+  TORCH_CHECK_VALUE(!hyperball || weight_decay == 0,
+                    "a hyperball undoes weight decay: weight_decay must be 0, got ", weight_decay);
   check_rows_state(second_moments, "second_moments", params, beta2.has_value());
   check_distinct({params, momentum_buffers, second_moments}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
                     " entries, params has ", params.size());
   const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const MuonStep step{scalar(lr), momentum, weight_decay, nesterov,
-                      maximize,   cautious, beta2,        neuron_eps};
+  const MuonStep step{scalar(lr), momentum,  weight_decay, nesterov,  maximize,
+                      cautious,   hyperball, beta2,        neuron_eps};
   std::vector<Item> items = items_of(params);
   check_restart_ends(restarts, restart_ends, params.size());
   std::vector<NewtonSchulz> iterations;  // one an entry
@@ -518,7 +532,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
     const auto [param, buffer, second] = written(item);
     const NewtonSchulz& ns = iterations[size_t(item.entry)];
     work.push_back(ns.work(std::min(param.rows, param.cols), std::max(param.rows, param.cols)));
-    bytes.push_back(muon_bytes(ns, step, param.rows, param.cols) +
+    bytes.push_back(muon_bytes(ns, step, buffer) +
                     (check ? Undo::bytes({param, buffer, second}) : 0));
   }
   const auto largest_of = [&](const Item& item, int threads) {
@@ -547,7 +561,8 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
       if (second) scale_in_place(second, *step.beta2);
       scale_in_place(param, 1 - step.lr * step.weight_decay);
     } else {
-      muon_update(iterations[e], step, param, grad, buffer, second, largest, scales[e], threads);
+      muon_update(iterations[e], step, param, grad, buffer, second, largest, scales[e],
+                  progress.step(item), threads);
     }
     if (check && !all_finite({param}, threads)) return progress.skip();
     undo.commit();

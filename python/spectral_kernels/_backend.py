@@ -157,6 +157,24 @@ def check_step_lists(
             )
 
 
+def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> list[int]:
+    """Entries whose momentum is kept in bfloat16, beside parameters that are not float64."""
+    check_list(name, state, len(params))
+    narrow = [i for i, x in enumerate(state) if x.dtype == torch.bfloat16]
+    for i in narrow:
+        x, param = state[i], params[i]
+        if param.dtype == torch.float64:
+            raise TypeError(f"{name}[{i}] is bfloat16 of a parameter that is float64")
+        check_matrix(f"{name}[{i}]", x)
+        check_device(f"{name}[{i}]", x, param)
+        if x.shape != param.shape:
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
+            )
+        check_writable(f"{name}[{i}]", x)
+    return narrow
+
+
 def check_rows_state(
     name: str, state: Sequence[Tensor], params: Sequence[Tensor], *, present: bool
 ) -> None:

@@ -223,7 +223,7 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
     Raises:
         RuntimeError: the backend that was asked for cannot run it.
     """
-    chosen = _choose(op, tensors, backend, options)
+    chosen = _choose(op, tensors, backend, {**options, **_of_lists(op, args)})
     if chosen.backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.rejected.items())
         raise RuntimeError(f"backend cannot run {op}: {reasons}")
@@ -252,7 +252,7 @@ def run_step(op: str, backend: str | None, *args: Any, **options: Any) -> None:
         TypeError, ValueError: as the operator. Nothing is written then.
     """
     params = args[0]
-    groups = _entries_by_backend(op, params, backend, options)
+    groups = _entries_by_backend(op, args, backend, options)
     if len(groups) < 2:
         run(op, params, backend, *args, **options)
         return
@@ -273,10 +273,18 @@ def run_step(op: str, backend: str | None, *args: Any, **options: Any) -> None:
 _PER_ENTRY = ("refresh", "restarts", "scales")
 
 
+def _of_lists(op: str, lists: Sequence[Any]) -> dict[str, Any]:
+    """What decides beside parameters and options: momentum in bfloat16, in any entry."""
+    if op == "muon_step_" and any(x.dtype == torch.bfloat16 for x in lists[2]):
+        return {"momentum_dtype": torch.bfloat16}
+    return {}
+
+
 def _entries_by_backend(
-    op: str, params: Sequence[Tensor], backend: str | None, options: Mapping[str, Any]
+    op: str, args: Sequence[Any], backend: str | None, options: Mapping[str, Any]
 ) -> dict[str | None, list[int]]:
     """The numbers of a list's entries, by the backend that each would have alone."""
+    params = args[0]
     kinds = {(x.device, x.dtype, x.shape) for x in params}
     devices = {device for device, *_ in kinds}
     # On a CPU no choice depends on the shape; several devices are for the operator to refuse.
@@ -284,10 +292,12 @@ def _entries_by_backend(
         return {}
     groups: dict[str | None, list[int]] = {}
     known: dict[object, str | None] = {}
+    lists = args[:-2]
     for i, x in enumerate(params):
-        kind = x.dtype, x.shape
+        own = _of_lists(op, [tensors[i : i + 1] for tensors in lists])
+        kind = x.dtype, x.shape, *own
         if kind not in known:
-            known[kind] = _choose(op, (x,), backend, options).backend
+            known[kind] = _choose(op, (x,), backend, {**options, **own}).backend
         groups.setdefault(known[kind], []).append(i)
     return groups
 

@@ -208,6 +208,7 @@ class MuonOptions(Options):
     neuron_eps: float = _number(NEURON_EPS)
     weight_decay: float = _number(0.0)
     cautious: bool = _flag(False)
+    hyperball: bool = _flag(False)
     rows: Sequence[Row] = _field(None)
     scales: Sequence[float] = _field(None)
     method: str = _choice("auto", METHODS)
@@ -229,12 +230,21 @@ class MuonOptions(Options):
 
     def check(self, entries: int) -> None:
         super().check(entries)
+        check_hyperball(hyperball=self.hyperball, weight_decay=self.weight_decay)
         check_rows(self.rows)
         restarts = self.restarts_of(entries)
         check_list("restarts", restarts, entries)
         for steps in restarts:
             check_restarts(self.rows, steps)
         check_norm_factor(self.norm_factor)
+
+
+def check_hyperball(*, hyperball: bool, weight_decay: float) -> None:
+    """On a sphere nothing decays."""
+    if hyperball and weight_decay != 0.0:
+        raise ValueError(
+            f"a hyperball undoes weight decay: weight_decay must be 0, not {weight_decay}"
+        )
 
 
 @_record

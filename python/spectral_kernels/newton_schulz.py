@@ -127,6 +127,7 @@ def muon_step_(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     cautious: bool = False,
+    hyperball: bool = False,
     second_moments: Sequence[Tensor] | None = None,
     beta2: float = 0.95,
     coefficients: CoefficientsLike = "muon",
@@ -156,16 +157,26 @@ def muon_step_(
         D_ij = O_ij / (sqrt(v_i) + 1e-8)
         U = D |O|_F / |D|_F
 
+    With `hyperball` (MuonH) W keeps its length instead, and the last line is
+
+        W' = W - lr |W|_F O / |O|_F,    W <- |W|_F W' / |W'|_F
+
     Args:
         params, grads: (..., m, n) each, of one shape; leading dimensions are a batch of matrices.
             Flatten convolution weights first.
-        momentum_buffers: shapes of the params, float32 (float64 for float64).
+        momentum_buffers: shapes of the params, float32 (float64 for float64), or bfloat16 where
+            params are not float64. In bfloat16 M is rounded at random, to each of the two numbers
+            around it with the probability that keeps its mean, by a hash of step count, row and
+            column: the same bits anywhere. `step_counts` must be given then.
         lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
             waited for: one that is not finite makes every update so, see `nonfinite`.
         momentum: in [0, 1).
         nesterov: mix the gradient in once more.
         weight_decay: decoupled, applied before the update.
         cautious: elements of W whose sign is against that of O, or U, do not decay.
+        hyperball: W stays on the sphere through it (MuonH). lr is the angle of a step, as the
+            tangent if O is perpendicular to W; `scale` has no effect, weight_decay must be 0, and
+            W = 0 stays 0. Rounding moves the length by some 1e-7 a step in float32.
         second_moments: (..., m, 1) for every param, float32 (float64 for float64), zeros at first.
         beta2: in [0, 1); how much of a second moment stays.
         coefficients, steps, method, restarts, norm, eps: see `newton_schulz`.
@@ -189,7 +200,8 @@ def muon_step_(
     agree in sign where exact arithmetic has it disagree: its decay is then lr weight_decay |W| off.
 
     Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
-    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
+    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402;
+    hyperball: Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them 2.1" (2025).
     """
     given = locals()
     rows = _coefficients.resolve(coefficients, steps)
@@ -197,6 +209,15 @@ def muon_step_(
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("momentum_buffers", momentum_buffers)):
         _checks.tensors(name, tensors, len(params))
+    if step_counts is None and any(x.dtype == torch.bfloat16 for x in momentum_buffers):
+        raise ValueError(
+            "momentum_buffers in bfloat16 are rounded at random by their step_counts, which are "
+            "missing"
+        )
+    _options.check_hyperball(
+        hyperball=_checks.flag("hyperball", hyperball),
+        weight_decay=_checks.number("weight_decay", weight_decay),
+    )
     beta2 = _checks.number("beta2", beta2, 0.0, 1.0)
     moments = second_moments
     if moments is None:

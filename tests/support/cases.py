@@ -153,6 +153,7 @@ _STEP_OPTIONS: dict[str, dict[str, Any]] = {
         "neuron_eps": 1e-8,
         "weight_decay": 0.1,
         "cautious": False,
+        "hyperball": False,
         "rows": MUON,
         "method": "auto",
         "compute_dtype": torch.float32,

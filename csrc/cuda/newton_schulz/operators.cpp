@@ -39,17 +39,19 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                 at::TensorList second_moments, at::TensorList step_counts,
                 const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
                 std::optional<double> beta2, double /*neuron_eps*/, double weight_decay,
-                bool cautious, at::ArrayRef<double> rows, at::ArrayRef<double> scales,
-                c10::string_view method, at::IntArrayRef restarts, at::IntArrayRef restart_ends,
-                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
-                bool maximize, c10::string_view nonfinite) {
+                bool cautious, bool hyperball, at::ArrayRef<double> rows,
+                at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
+                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
+                c10::string_view norm, double norm_factor, bool maximize,
+                c10::string_view nonfinite) {
   constexpr const char* kOp = "muon_step_";
   count_call(kOp, "cuda");
   check_step(params, grads, step_counts, skipped, lr);
   check_state(momentum_buffers, "momentum_buffers", params, false);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !beta2.has_value() && !cautious, kOp,
-      ": the CUDA C++ kernels have no second moments of neurons and no cautious weight decay");
+      !beta2.has_value() && !cautious && !hyperball, kOp,
+      ": the CUDA C++ kernels have no second moments of neurons, no cautious weight decay and no "
+      "hyperball");
   check_rows_state(second_moments, "second_moments", params, false);
   check_distinct({params, momentum_buffers}, grads);
   TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),

@@ -123,6 +123,9 @@ class Watch:
         """
         zeros = [torch.zeros_like(param) for param in lists[0]]
         device = zeros[0].device
+        # Zeros lie on no sphere: what is measured is what a parameter moves by before it is
+        # brought back to its own.
+        without = {"hyperball": False} if options.get("hyperball") else {}
         _dispatch.run_step(
             operator,
             None,
@@ -131,11 +134,17 @@ class Watch:
             *[[tensor.clone() for tensor in column] for column in lists[1:]],
             torch.zeros((), dtype=torch.int64, device=device),
             torch.ones((), dtype=torch.float64, device="cpu"),
-            **{**options, "weight_decay": 0.0},
+            **{**options, "weight_decay": 0.0, **without},
         )
-        for name, moved in zip(names, zeros, strict=True):
+        for name, moved, param in zip(names, zeros, lists[0], strict=True):
+            if options.get("hyperball"):
+                moved.mul_(_length(param) / _length(moved).clamp(min=1e-30))
             self.updates.setdefault(name, []).append(moved.neg_())
             self.backends[name] = _dispatch.explain(operator, moved, **options).backend or "none"
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(x.float() if x.dtype.itemsize < 4 else x, keepdim=True)
 
 
 class Watched:

@@ -108,6 +108,7 @@ class Slot:
     Attributes:
         shape: its shape, None for the parameter's own.
         dtype: None for float32, or float64 under a float64 parameter.
+        narrow: in the place of float32, where dtype is None.
         identity: starts as identity matrices instead of zeros.
         optional: may be absent, a size-0 tensor, in saved state.
         present: is not absent in new state.
@@ -116,6 +117,7 @@ class Slot:
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None = None
+    narrow: torch.dtype | None = None
     identity: bool = False
     optional: bool = False
     present: bool = True
@@ -123,7 +125,7 @@ class Slot:
 
     def create(self, param: Tensor, form: Form | None) -> Tensor:
         """The tensor before the first step; one of the parameter's shape has its strides."""
-        dtype = state_dtype(param.dtype) if self.dtype is None else self.dtype
+        dtype = self.dtype_beside(param)
         device = torch.device("cpu") if self.host else param.device
         if self.shape is None:
             like = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
@@ -155,8 +157,15 @@ class Slot:
 
     def bytes(self, param: Tensor) -> int:
         """Its size in memory."""
-        dtype = state_dtype(param.dtype) if self.dtype is None else self.dtype
+        dtype = self.dtype_beside(param)
         return math.prod(self._shape(param)) * dtype.itemsize if self.present else 0
+
+    def dtype_beside(self, param: Tensor) -> torch.dtype:
+        """Its dtype, for a parameter."""
+        if self.dtype is not None:
+            return self.dtype
+        full = state_dtype(param.dtype)
+        return full if self.narrow is None or full == torch.float64 else self.narrow
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape) if self.shape is None else self.shape

@@ -26,6 +26,13 @@ def coefficients_rule(name: str, value: Any) -> Any:
     return value
 
 
+def state_dtype_rule(name: str, value: Any) -> torch.dtype | None:
+    """None for full precision, or bfloat16."""
+    if value is not None and value is not torch.bfloat16:
+        raise ValueError(f"{name} must be None or torch.bfloat16, not {value!r}")
+    return value
+
+
 class Muon(MatrixOptimizer):
     """Muon for matrices, AdamW for everything else.
 
@@ -33,7 +40,8 @@ class Muon(MatrixOptimizer):
         N = (1 - momentum) G + momentum M if nesterov, else M
         W <- (1 - lr weight_decay) W - lr scale newton_schulz(N)
 
-    NorMuon with `beta2`, and cautious weight decay: see `muon_step_` for their formulas.
+    NorMuon with `beta2`, cautious weight decay, and MuonH with `hyperball`: see `muon_step_` for
+    their formulas.
 
     The first nine arguments, their order and defaults are those of torch.optim.Muon, whose state
     loads, but for eps: its floor changes updates of gradients below 1e-7, so it is 0 here.
@@ -66,6 +74,15 @@ class Muon(MatrixOptimizer):
             `newton_schulz`'s result.
         cautious_weight_decay: elements whose sign is against that of the update do not decay.
             AdamW's always do.
+        hyperball: matrices keep their Frobenius norms (MuonH): each goes lr times its norm in the
+            direction of its update, and is brought back to its sphere. adjust_lr_fn has no effect
+            then, nor has weight_decay on matrices; AdamW's tensors decay as ever. A matrix of zeros
+            has no sphere and is refused.
+        state_dtype: None, or torch.bfloat16 for momentum in 2 bytes an element in place of 4
+            (float64 parameters keep theirs). It is rounded at random, by a hash of step, row and
+            column: its mean is that of exact momentum, and a resumed or repeated run has the same
+            bits. The error of an element has a standard deviation of at most
+            2^-8 / sqrt(1 - momentum^2) of the element's largest magnitude so far.
         split: a matrix is several, one below the other, such as queries, keys and values or the
             heads of each: a number of equal parts, or the rows of every part. Each is stepped as if
             it were a parameter of its own, its scale that of its own shape. A value for a group;
@@ -85,13 +102,14 @@ class Muon(MatrixOptimizer):
     Raises:
         TypeError, ValueError: a parameter or value that cannot work, with its place.
 
-    State of a matrix: step (one a part), momentum_buffer (float32, float64 under float64, in the
-    parameter's layout); with beta2 also second_momentum_buffer, (..., m, 1), zeros at first and
-    where what is loaded has none.
+    State of a matrix: step (one a part), momentum_buffer (float32, float64 under float64, or
+    state_dtype, in the parameter's layout); with beta2 also second_momentum_buffer, (..., m, 1),
+    zeros at first and where what is loaded has none.
 
     Source: Jordan, "Muon" (2024); NorMuon: arXiv 2510.05491; cautious weight decay: arXiv
-    2510.12402; scales: KellerJordan/Muon, arXiv 2502.16982, and Bernstein,
-    "Deriving Muon" (2025).
+    2510.12402; MuonH: Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them 2.1"
+    (2025); rounding at random: arXiv 2010.06192; scales: KellerJordan/Muon, arXiv 2502.16982, and
+    Bernstein, "Deriving Muon" (2025).
     """
 
     _operator = "muon_step_"
@@ -104,9 +122,11 @@ class Muon(MatrixOptimizer):
         "adjust_lr_fn": _rules.optional(_rules.choice(*_lists.SCALES)),
         "coefficients": _rules.optional(coefficients_rule),
         "cautious_weight_decay": _rules.flag,
+        "hyperball": _rules.flag,
+        "state_dtype": state_dtype_rule,
         "split": _split.rule,
     }
-    _structure = ("split", "beta2")
+    _structure = ("split", "beta2", "state_dtype")
 
     def __init__(
         self,
@@ -125,6 +145,8 @@ class Muon(MatrixOptimizer):
         compute_dtype: torch.dtype | None = None,
         beta2: float | None = None,
         cautious_weight_decay: bool = False,
+        hyperball: bool = False,
+        state_dtype: torch.dtype | None = None,
         split: int | Sequence[int] | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
@@ -136,7 +158,8 @@ class Muon(MatrixOptimizer):
 
     def _layout(self, form: Form, values: Values) -> Layout:
         parts = _split.sizes_of(form.shape[-2], values["split"])
-        layout: Layout = {"step": step_slot(form, len(parts)), "momentum_buffer": Slot(None)}
+        momentum = Slot(None, narrow=values["state_dtype"])
+        layout: Layout = {"step": step_slot(form, len(parts)), "momentum_buffer": momentum}
         if values["beta2"] is None:
             return layout
         return {**layout, "second_momentum_buffer": Slot((*form.shape[:-1], 1))}
@@ -150,9 +173,20 @@ class Muon(MatrixOptimizer):
     def _entries(
         self, matrices: Tensor, state: Values, form: Form, layout: Layout, values: Values
     ) -> list[list[Tensor]]:
-        momenta = as_matrices("momentum_buffer", state["momentum_buffer"], form)
+        momentum, slot = state["momentum_buffer"], layout["momentum_buffer"]
+        assert isinstance(slot, Slot)
+        if (momentum.dtype == torch.bfloat16) != (slot.dtype_beside(matrices) == torch.bfloat16):
+            raise ValueError(
+                f"momentum_buffer is {momentum.dtype} and state_dtype {values['state_dtype']}, "
+                "which was written after the state was made: load_state_dict(state_dict()) "
+                "brings the state into it"
+            )
+        momenta = as_matrices("momentum_buffer", momentum, form)
         sizes = _split.sizes_of(form.shape[-2], values["split"])
         parts = self._cut(matrices, values)
+        if values["hyperball"]:
+            for part in parts:
+                _check_sphere(part)
         none = matrices.new_empty(0)
         columns = [
             parts,
@@ -170,6 +204,8 @@ class Muon(MatrixOptimizer):
             if group["algorithm"] != "adamw":
                 group.setdefault("beta2", None)
                 group.setdefault("cautious_weight_decay", False)
+                group.setdefault("hyperball", False)
+                group.setdefault("state_dtype", None)
                 group.setdefault("split", None)
 
     def _fit_state(self, state: dict[str, Any], layout: Layout) -> dict[str, Any]:
@@ -195,6 +231,7 @@ class Muon(MatrixOptimizer):
             MuonOptions,
             values,
             cautious=values["cautious_weight_decay"],
+            weight_decay=0.0 if values["hyperball"] else values["weight_decay"],
             rows=rows.rows,
             scales=_lists.scales_of(part.lists[0], values["adjust_lr_fn"] or "original"),
             restarts=_restarts.restarts_of(part.lists[0], rows, values["method"], dtype),
@@ -205,6 +242,14 @@ class Muon(MatrixOptimizer):
     def _adopt_state(self, name: str, state: dict[str, Any], form: Form) -> dict[str, Any]:
         # torch.optim.Muon counts no steps, and nothing in Muon depends on them.
         return {"step": torch.zeros(form.shape[:-2], dtype=torch.float32, device="cpu"), **state}
+
+
+def _check_sphere(matrices: Tensor) -> None:
+    if bool((matrices == 0).flatten(-2).all(-1).any()):
+        raise ValueError(
+            f"hyperball=True keeps norms, and a matrix of shape {tuple(matrices.shape[-2:])} is "
+            "zero throughout: initialise it, or give its group hyperball=False"
+        )
 
 
 def _rows(values: Values) -> _coefficients.Coefficients:

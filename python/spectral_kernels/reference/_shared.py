@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from spectral_kernels import _backend
 from spectral_kernels._backend import (
     check_device,
     check_list,
@@ -166,6 +167,13 @@ def check_factors(
                 )
 
 
+def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """A state of the parameter's shape in float32, float64 or, rounded at random, bfloat16."""
+    narrow = _backend.check_momentum(name, state, params)
+    full = [i for i in range(len(params)) if i not in narrow]
+    check_state(name, [state[i] for i in full], [params[i] for i in full])
+
+
 # List steps.
 
 
@@ -211,6 +219,43 @@ class Progress:
         """Advances a shared count once if any matrix was updated."""
         if self._updated and not self._count.ndim:
             self._count.add_(1)
+
+
+def rounded_at_random(x: Tensor, step: float) -> Tensor:
+    """float32 to bfloat16: each element to one of the two numbers around it, its mean unchanged.
+
+    16 bits r are added to the 16 that bfloat16 lacks, and what is left of those is cut off: an
+    element at the fraction f of the way goes up with probability f, to 2^-16. r is the upper half
+    of h(h(h(step) + i s) + j s) mod 2^32 for row i and column j, s = 0x9e3779b9, and h the
+    finaliser "lowbias32". Elements beyond the largest number of bfloat16 are cut off, as are
+    infinities and NaN.
+
+    Source: hash: Wellons, "Prospecting for Hash Functions" (2018); rounding: Gupta et al., arXiv
+    1502.02551; of an optimizer's state: Zamirai et al., arXiv 2010.06192.
+    """
+    rows, cols = (torch.arange(n, dtype=torch.int64, device=x.device) for n in x.shape)
+    seed = _mixed(torch.tensor(int(step) & _WORD, dtype=torch.int64, device=x.device))
+    seed = _mixed((seed + rows * _STRIDE) & _WORD)
+    noise = _mixed((seed[:, None] + cols * _STRIDE) & _WORD) >> 16
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
+    special = (bits & 0x7FFFFFFF) >= 0x7F7F0000
+    quiet = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x400000, 0)
+    kept = torch.where(special, bits | quiet, bits + noise) & 0xFFFF0000
+    return (
+        torch.where(kept >= 1 << 31, kept - (1 << 32), kept)
+        .to(torch.int32)
+        .view(torch.float32)
+        .bfloat16()
+    )
+
+
+_WORD, _STRIDE = 0xFFFFFFFF, 0x9E3779B9
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
 
 
 def moved(param: Tensor, update: Tensor, *, rate: float, decay: float) -> Tensor:

@@ -31,14 +31,16 @@ from spectral_kernels._options import (
 from .._backend import check_step_lists
 from ._shared import (
     Progress,
-    check_state,
+    check_momentum,
     exponent_of,
     finite,
     matrices,
     max_abs,
     moved,
+    norm,
     optional,
     raise_nonfinite,
+    rounded_at_random,
     scaled,
 )
 from .symmetric_matmul import product
@@ -163,11 +165,20 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         D_ij = O_ij / (sqrt(v_i) + neuron_eps)
         U = D |O|_F / |D|_F
 
-    With `cautious` weight decay is that of the elements with U_ij W_ij >= 0 alone.
+    With `cautious` weight decay is that of the elements with U_ij W_ij >= 0 alone. With `hyperball`
+    W keeps its length (MuonH): the direction, O or U, has no length of its own, so `scales` are
+    without effect, and there is no decay:
+
+        W' = W - lr |W|_F U / |U|_F
+        W <- |W|_F W' / |W'|_F
+
+    where U = 0 or W = 0, W stays. M in bfloat16 is computed in float32 and rounded at random, see
+    `rounded_at_random`; what is iterated on is M before that.
 
     Args:
         params, grads: entry i is (..., m_i, n_i); a 4-D weight is flattened by the caller.
-        momentum_buffers: shapes of the params, float32 or float64.
+        momentum_buffers: shapes of the params, float32 or float64; bfloat16 of params that are not
+            float64.
         second_moments: (..., m_i, 1), float64 of float64 params, else float32; size 0 without
             beta2.
         step_counts: 0-dim or the batch's shape; counts the applied steps.
@@ -176,7 +187,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         momentum, weight_decay: numbers.
         nesterov: whether N looks one step ahead.
         beta2: in [0, 1), or None.
-        neuron_eps, cautious: see above.
+        neuron_eps, cautious, hyperball: see above; hyperball takes weight_decay=0.
         rows, method, compute_dtype, eps, norm, norm_factor: see `newton_schulz`.
         restarts: those of every entry, or empty for none at all.
         scales: one factor an entry, from the shape of its matrices.
@@ -190,11 +201,12 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         TypeError, ValueError: bad input, before anything is written.
 
     Source: Jordan, "Muon" (2024); torch.optim.Muon; NorMuon: arXiv 2510.05491, with the length of O
-    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402.
+    kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402;
+    hyperball: Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them 2.1" (2025).
     """
     params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
     check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("momentum_buffers", momentum_buffers, params)
+    check_momentum("momentum_buffers", momentum_buffers, params)
     present = options.beta2 is not None
     check_rows_state("second_moments", second_moments, params, present=present)
     options.check(len(params))
@@ -212,6 +224,8 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         progress = Progress(count, skipped)
         for index in matrices(param) if param.numel() else ():
             m = buffer[index]
+            narrow = m.dtype == torch.bfloat16
+            m = m.float() if narrow else m
             g = grad[index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             v = optional(second, index)
             if not propagate and not finite(g, m, v):
@@ -234,14 +248,18 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
             if beta2 is not None:
                 direction, new_v = by_neurons(direction, v, beta2, options.neuron_eps)
             decay = 1.0 - rate * options.weight_decay
-            new_w = moved(param[index], direction, rate=rate * scale, decay=decay)
-            if options.cautious:
+            if options.hyperball:
+                new_w = on_sphere(param[index], direction, rate)
+            else:
+                new_w = moved(param[index], direction, rate=rate * scale, decay=decay)
+            if options.cautious and not options.hyperball:
                 undecayed = moved(param[index], direction, rate=rate * scale, decay=1.0)
                 new_w = torch.where(against(direction, param[index]), undecayed, new_w)
             if not propagate and not finite(new_m, new_w):
                 progress.skip()
                 continue
-            m.copy_(new_m)
+            at = progress.next_step(index) - 1.0
+            buffer[index].copy_(rounded_at_random(new_m, at) if narrow else new_m)
             v.copy_(new_v)
             param[index].copy_(new_w)
             progress.update(index)
@@ -255,6 +273,16 @@ def by_neurons(o: Tensor, v: Tensor, beta2: float, eps: float) -> tuple[Tensor, 
     length = torch.linalg.norm(d)
     # Without a direction there is no length to keep.
     return (d * (torch.linalg.norm(o) / length) if length != 0.0 else o), v
+
+
+def on_sphere(w: Tensor, u: Tensor, rate: float) -> Tensor:
+    """W - rate |W| U / |U|, brought back to the length of W."""
+    wide = w.to(u.dtype)
+    length, size = norm(wide), norm(u)
+    if length == 0.0 or size == 0.0:
+        return w.clone()
+    moved = wide - (rate * length / size) * u
+    return (moved * (length / norm(moved))).to(w.dtype)
 
 
 def against(u: Tensor, w: Tensor) -> Tensor:
