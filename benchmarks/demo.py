@@ -22,6 +22,7 @@ from rich.table import Table
 from spectral_kernels import _records, info
 
 from . import peers, plots, report, run
+from .timing import Load
 
 # Seconds that the microbenchmarks may take; on a busy machine the rest of them is left out.
 _KERNEL_SECONDS = 100.0
@@ -129,7 +130,10 @@ def _kernels(console: Console, output: Path) -> int:
 
 
 def _training(example: ModuleType, steps: int, console: Console, output: Path) -> list[str]:
-    """The runs in which a counter of failures has risen."""
+    """The runs in which a counter of failures has risen.
+
+    They take turns, a stretch of steps each, so that what else the machine does meets them all.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = example.Text.load(device)
     parameters = sum(p.numel() for p in example.CharGPT(text.characters).parameters())
@@ -144,23 +148,26 @@ def _training(example: ModuleType, steps: int, console: Console, output: Path) -
         console.print(f"torch.optim.Muon is slow here: {allowed} steps instead of {steps}")
         steps = allowed
     facts = run.machine()
-    results = []
-    with _progress(console) as progress:
-        for one in RUNS:
-            task = progress.add_task(one.name, total=steps, loss="")
-
-            def on_step(loss: float, task: Any = task) -> None:
-                progress.update(task, advance=1, loss=f"loss {loss:.2f}")
-
-            with sk.swap_in(_TORCH) if one.swap else contextlib.nullcontext():
-                history = example.train(one.optimizer, text, steps, one.seed, on_step)
-            results.append({"name": one.name, "seed": one.seed, **asdict(history)})
+    trainings = [example.Training(one.optimizer, text, steps, one.seed) for one in RUNS]
+    with Load() as load, _progress(console) as progress:
+        tasks = [progress.add_task(one.name, total=steps, loss="") for one in RUNS]
+        for first in range(0, steps, plots.STRETCH):
+            for one, training, task in zip(RUNS, trainings, tasks, strict=True):
+                with sk.swap_in(_TORCH) if one.swap else contextlib.nullcontext():
+                    for _ in range(min(plots.STRETCH, steps - first)):
+                        loss = training.step()
+                        progress.update(task, advance=1, loss=f"loss {loss:.2f}")
+    results = [
+        {"name": one.name, "seed": one.seed, **asdict(training.end())}
+        for one, training in zip(RUNS, trainings, strict=True)
+    ]
     console.print(closing_table(results))
-    for line in verdict(results):
+    for line in (*verdict(results), *report.disturbance([load.others])):
         console.print(line, highlight=False)
     path = output / "demo-training.json"
     record = {"format": run.FORMAT, "kind": "demo-training", "machine": facts, "steps": steps}
-    path.write_text(_records.text({**record, "sha256": text.sha256, "runs": results}))
+    record |= {"sha256": text.sha256, "others_load": load.others, "runs": results}
+    path.write_text(_records.text(record))
     title = f"{facts['cpu']}, {torch.get_num_threads()} threads, torch {facts['torch']}"
     plots.losses(results, output / "demo-loss.png", title)
     plots.step_times(results, output / "demo-step-time.png", title)

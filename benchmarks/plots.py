@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,21 @@ def _styles(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return styles
 
 
+# Steps of one training before the next one's turn: whole periods of what optimizers do every few.
+STRETCH = 20
+
+
 def steady(values: Sequence[float]) -> float:
-    """The mean of all but the first, which sets up; all others count, refreshes too."""
-    kept = values[1:] or values
-    return sum(kept) / len(kept)
+    """What a step takes: the median, over stretches of steps, of their mean.
+
+    The first step, which sets up, does not count. In a stretch all others do, refreshes too; a
+    stretch in which something else had the machine is outvoted.
+    """
+    stretches = [values[i : i + STRETCH] for i in range(0, len(values), STRETCH)]
+    stretches[0] = stretches[0][1:] or stretches[0]
+    if len(stretches) > 1 and len(stretches[-1]) < STRETCH:
+        del stretches[-1]
+    return statistics.median(statistics.fmean(stretch) for stretch in stretches)
 
 
 def save(figure: Any, path: Path) -> None:

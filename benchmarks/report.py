@@ -17,6 +17,9 @@ from .timing import seconds
 # The noise of medians: ours may be slower by this much before a row counts as lost.
 _MARGIN = 0.05
 
+# The share of the cores that others may use before times are called disturbed.
+_DISTURBED = 0.1
+
 Row = Mapping[str, Any]
 
 
@@ -33,7 +36,7 @@ def machine_lines(facts: Mapping[str, Any]) -> list[str]:
         "other processes: unknown"
         if load is None
         else f"other processes use {load:.0%} of the cores"
-        + (": these times will be disturbed" if load > 0.1 else ""),
+        + (": these times will be disturbed" if load > _DISTURBED else ""),
     ]
     if facts["peers"]:
         found = ", ".join(f"{name} ({version})" for name, version in facts["peers"].items())
@@ -135,10 +138,19 @@ def summary(rows: Iterable[Row]) -> list[str]:
             for row, e in missed
         ]
     lines += [f"  failed: {row['key']}: {row['failure']}" for row in rows if row["failure"]]
-    loads = [row["others_load"] for row in rows if row.get("others_load") is not None]
-    if loads:
-        lines.append(f"other processes used {sum(loads) / len(loads):.0%} of the cores meanwhile")
-    return lines
+    return [*lines, *disturbance([row.get("others_load") for row in rows])]
+
+
+def disturbance(loads: Iterable[float | None]) -> list[str]:
+    """What other processes used of the cores while something was timed, and what that means."""
+    known = [load for load in loads if load is not None]
+    if not known:
+        return []
+    mean = sum(known) / len(known)
+    line = f"other processes used {mean:.0%} of the cores meanwhile"
+    if mean > _DISTURBED:
+        line += ": times are disturbed, ratios less, since all that is compared took turns"
+    return [line]
 
 
 def _best_of_torch(row: Row) -> Row | None:

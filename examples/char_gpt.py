@@ -129,7 +129,7 @@ class History:
 
     Attributes:
         losses: of the batches trained on.
-        seconds: since the start, at the end of every step.
+        seconds: spent on the training until the end of every step.
         optimizer_seconds: of every step, the optimizer alone.
         held_back_loss: at the end, on text never trained on.
         failures: what an optimizer has skipped or failed at; "" where it did all its work.
@@ -142,6 +142,54 @@ class History:
     failures: str = ""
 
 
+class Training:
+    """One model with its optimizers; the seed decides its weights and the order of the text.
+
+    Attributes:
+        history: so far. Its seconds are those spent in `step`, so that several trainings can take
+            turns.
+    """
+
+    def __init__(self, name: str, text: Text, steps: int, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.history = History()
+        self._text = text
+        self._model = CharGPT(text.characters).to(text.train.device)
+        self._optimizers = make_optimizers(name, self._model)
+        self._schedules = [
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min((step + 1) / WARM_UP, 1.0) * (1.0 - 0.9 * step / steps)
+            )
+            for optimizer in self._optimizers
+        ]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def step(self) -> float:
+        """Trains on one batch, whose loss it returns."""
+        history, start = self.history, now()
+        loss = self._model.loss(self._text.batch(self._text.train, self._generator))
+        self._model.zero_grad()
+        loss.backward()
+        before = now()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        history.optimizer_seconds.append(now() - before)
+        for schedule in self._schedules:
+            schedule.step()
+        history.losses.append(loss.item())
+        history.seconds.append((history.seconds or [0.0])[-1] + now() - start)
+        return history.losses[-1]
+
+    def end(self) -> History:
+        """The history, with what is known at the end alone."""
+        with torch.no_grad():
+            fixed = torch.Generator().manual_seed(1234)
+            windows = self._text.batch(self._text.held_back, fixed, 256)
+            self.history.held_back_loss = self._model.loss(windows).item()
+        self.history.failures = failures(self._optimizers)
+        return self.history
+
+
 def train(
     name: str,
     text: Text,
@@ -149,38 +197,11 @@ def train(
     seed: int = 0,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> History:
-    """Trains a new model; the seed decides its weights and the order of the text."""
-    torch.manual_seed(seed)
-    model = CharGPT(text.characters).to(text.train.device)
-    optimizers = make_optimizers(name, model)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / WARM_UP, 1.0) * (1.0 - 0.9 * step / steps)
-        )
-        for optimizer in optimizers
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    history = History()
-    start = now()
+    """A whole `Training`."""
+    training = Training(name, text, steps, seed)
     for _ in range(steps):
-        loss = model.loss(text.batch(text.train, generator))
-        model.zero_grad()
-        loss.backward()
-        before = now()
-        for optimizer in optimizers:
-            optimizer.step()
-        after = now()
-        for schedule in schedules:
-            schedule.step()
-        history.losses.append(loss.item())
-        history.optimizer_seconds.append(after - before)
-        history.seconds.append(now() - start)
-        on_step(history.losses[-1])
-    with torch.no_grad():
-        fixed = torch.Generator().manual_seed(1234)
-        history.held_back_loss = model.loss(text.batch(text.held_back, fixed, 256)).item()
-    history.failures = failures(optimizers)
-    return history
+        on_step(training.step())
+    return training.end()
 
 
 def failures(optimizers: Sequence[torch.optim.Optimizer]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
+import json
 import math
 import sys
 import types
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import spectral_kernels as sk  # noqa: E402
 import torch
+from rich.console import Console  # noqa: E402
 from spectral_kernels import cli  # noqa: E402
 from spectral_kernels.benchmarks import (  # noqa: E402
     demo,
@@ -19,6 +23,7 @@ from spectral_kernels.benchmarks import (  # noqa: E402
     distributed_costs,
     distributed_ranks,
     peers,
+    plots,
     run,
     steps,
 )
@@ -225,3 +230,17 @@ def test_counters_of_failures_fail_the_example_and_the_benchmark(char_gpt):
 def test_the_example_learns(char_gpt):
     losses = char_gpt.train("muon", char_gpt.Text.load(), 60).losses
     assert sum(losses[-5:]) / 5 < losses[0] - 0.4
+
+
+def test_trainings_take_turns_and_are_what_they_are_alone(char_gpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "STRETCH", 2)
+    assert demo._training(char_gpt, 3, Console(file=io.StringIO()), tmp_path) == []
+    record = json.loads((tmp_path / "demo-training.json").read_text())
+    runs = dict(zip(demo.RUNS, record["runs"], strict=True))
+    assert all(len(run["losses"]) == len(run["seconds"]) == 3 for run in runs.values())
+    assert all(b > a for run in runs.values() for a, b in itertools.pairwise(run["seconds"]))
+    assert 0.0 <= record["others_load"] <= 1.0
+    text = char_gpt.Text.load()
+    for one in (demo.RUNS[1], demo.RUNS[-1]):
+        alone = char_gpt.train(one.optimizer, text, 3, one.seed)
+        assert runs[one]["losses"] == alone.losses

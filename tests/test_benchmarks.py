@@ -366,6 +366,22 @@ def test_pictures_are_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_disturbed_stretch_does_not_show_in_the_time_of_a_step():
+    quiet = [0.5] + [0.010, 0.030] * 40  # the first sets up
+    assert plots.steady(quiet[:-1]) == pytest.approx(0.020, rel=0.03)
+    disturbed = quiet[:20] + [9.0] * 20 + quiet[40:-1]
+    assert plots.steady(disturbed) == pytest.approx(plots.steady(quiet[:-1]), rel=0.05)
+    assert plots.steady([3.0]) == 3.0
+    assert plots.steady([3.0, 1.0, 2.0]) == 1.5
+
+
+def test_a_disturbed_machine_is_named():
+    assert report.disturbance([None]) == []
+    assert report.disturbance([0.02, None]) == ["other processes used 2% of the cores meanwhile"]
+    (line,) = report.disturbance([0.5, 0.3])
+    assert line.startswith("other processes used 40% of the cores meanwhile: times are disturbed")
+
+
 def test_no_picture_without_comparisons(tmp_path):
     plots.speedups([], tmp_path / "speed.png", "here")
     assert not (tmp_path / "speed.png").exists()

@@ -146,7 +146,7 @@ bool eigh(int64_t n, const double* a, double* values, double* vectors) {
     const auto [w, v] = at::linalg_eigh(view(a, n, n));
     corrupt(v);
     at::from_blob(values, {n}, at::kDouble).copy_(w);
-    view(vectors, n, n).copy_(v);
+    view(vectors, n, n).copy_(v.mT());  // as LAPACK has it: nothing is transposed
     return is_eigendecomposition(n, a, values, vectors);
   });
 }

@@ -18,7 +18,8 @@ namespace spectral_kernels::cpu {
 void lapack_jobs(const char* routine, int64_t jobs, const std::function<bool(int64_t)>& job);
 
 // From within a job. `a` is a contiguous row-major fp64 matrix. False if LAPACK did not converge,
-// or returned what does not multiply to A. A = V diag(values) Vᵀ, values ascending, V row-major.
+// or returned what does not multiply to A. Row j of `vectors` is the eigenvector of values[j];
+// values ascend.
 bool eigh(int64_t n, const double* a, double* values, double* vectors);
 // The orthogonal factor of A = Q R, with a non-negative diagonal of R.
 bool householder_q(int64_t n, const double* a, double* q);

@@ -373,6 +373,16 @@ void with_type(DType dtype, const F& f) {
   }
 }
 
+// Square by square, so that both of two matrices, one the other way round, stay in cache.
+template <class F>
+void for_each_block(int64_t rows, int64_t cols, const F& f) {
+  constexpr int64_t kSide = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += kSide)
+    for (int64_t j0 = 0; j0 < cols; j0 += kSide)
+      for (int64_t i = i0; i < std::min(i0 + kSide, rows); i++)
+        for (int64_t j = j0; j < std::min(j0 + kSide, cols); j++) f(i, j);
+}
+
 template <class F>
 void for_each_element(const Matrix& m, const F& f) {
   with_type(m.dtype, [&](auto zero) {
@@ -386,10 +396,16 @@ void for_each_element(const Matrix& m, const F& f) {
 void copy_scaled(const Matrix& from, int shift, const Matrix& to) {
   with_type(from.dtype, [&](auto source) {
     with_type(to.dtype, [&](auto target) {
-      for (int64_t i = 0; i < from.rows; i++)
-        for (int64_t j = 0; j < from.cols; j++)
-          convert(std::ldexp(double(*static_cast<decltype(source)*>(address(from, i, j))), shift),
-                  *static_cast<decltype(target)*>(address(to, i, j)));
+      using From = decltype(source);
+      using To = decltype(target);
+      const auto copy = [&](const auto& scaled) {
+        for_each_block(from.rows, from.cols, [&](int64_t i, int64_t j) {
+          convert(scaled(double(*static_cast<From*>(address(from, i, j)))),
+                  *static_cast<To*>(address(to, i, j)));
+        });
+      };
+      if (shift == 0) return copy([](double x) { return x; });
+      copy([&](double x) { return std::ldexp(x, shift); });
     });
   });
 }

@@ -379,33 +379,36 @@ bool cholesky_inverse(const Panels& s, const Panels& w, const Panels& wt, const 
 }
 
 bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads) {
-  const size_t n = size_t(a.rows);
-  const double largest = max_abs(a, threads);
-  if (std::isnan(largest)) return false;
-  std::vector<double> full(n * n), mean(n * n), ascending(n), columns(n * n);
-  copy_scaled(a, 0, Matrix{full.data(), a.rows, a.rows, a.rows, 1, DType::kF64});
-  for (size_t i = 0; i < n; i++)
-    for (size_t j = 0; j < n; j++) mean[i * n + j] = 0.5 * full[i * n + j] + 0.5 * full[j * n + i];
+  const int64_t n = a.rows;
+  const size_t size = size_t(n), count = size * size;
+  if (std::isnan(max_abs(a, threads))) return false;
+  std::vector<double> mean(count), transposed(count), rows(count), ascending(size);
+  const auto square = [n](std::vector<double>& m) {
+    return Matrix{m.data(), n, n, n, 1, DType::kF64};
+  };
+  copy_scaled(a, 0, square(mean));
+  copy_scaled(a.transposed(), 0, square(transposed));
+  for (size_t i = 0; i < count; i++) mean[i] = 0.5 * mean[i] + 0.5 * transposed[i];
   bool converged = false;
   lapack_jobs("eigh", 1, [&](int64_t) {
-    return converged = eigh(a.rows, mean.data(), ascending.data(), columns.data());
+    return converged = eigh(n, mean.data(), ascending.data(), rows.data());
   });
   if (!converged) return false;
-  std::vector<size_t> order(n);
+  std::vector<size_t> order(size);
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t i, size_t j) { return ascending[i] > ascending[j]; });
-  values.resize(n);
-  for (size_t k = 0; k < n; k++) {
-    const size_t j = order[k];
-    values[k] = ascending[j];
-    size_t top = 0;
-    for (size_t i = 1; i < n; i++)
-      if (std::abs(columns[i * n + j]) > std::abs(columns[top * n + j])) top = i;
-    const double sign = columns[top * n + j] < 0 ? -1 : 1;
-    for (size_t i = 0; i < n; i++) full[i * n + k] = sign * columns[i * n + j];
+  values.resize(size);
+  std::vector<double>& sorted = transposed;
+  for (size_t k = 0; k < size; k++) {
+    values[k] = ascending[order[k]];
+    const double *from = &rows[order[k] * size], *top = from;
+    for (size_t i = 1; i < size; i++)
+      if (std::abs(from[i]) > std::abs(*top)) top = from + i;
+    const double sign = *top < 0 ? -1 : 1;
+    for (size_t i = 0; i < size; i++) sorted[k * size + i] = sign * from[i];
   }
-  copy_scaled(Matrix{full.data(), a.rows, a.rows, a.rows, 1, DType::kF64}, 0, vectors);
+  copy_scaled(square(sorted), 0, vectors.transposed());
   return true;
 }
 

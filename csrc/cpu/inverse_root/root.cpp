@@ -34,6 +34,31 @@ double residual_limit(Kind kind, double low) {
   return kind == Kind::kF64 ? std::min(0.25, std::max(1e-6, 1e-12 / low)) : 0.25;
 }
 
+// Of a decomposed matrix, packed in fp64: V, Vᵀ and the matrix itself.
+struct Eigenvectors {
+  static size_t bytes(int64_t n) { return 3 * panel_bytes(n, n, Kind::kF64); }
+
+  // The rows of `vt` are the eigenvectors.
+  Eigenvectors(const Matrix& a, const Matrix& vt, int threads)
+      : workspace(bytes(a.rows)),
+        columns(take_panels(workspace, a.rows, a.rows, Kind::kF64)),
+        rows(take_panels(workspace, a.rows, a.rows, Kind::kF64)),
+        matrix(take_panels(workspace, a.rows, a.rows, Kind::kF64)) {
+    Pack pack;
+    pack.x = vt;
+    pack.out = rows;
+    pack.out_t = columns;
+    run(pack, threads);
+    pack = {};
+    pack.x = a;
+    pack.out = matrix;
+    run(pack, threads);
+  }
+
+  Workspace workspace;
+  Panels columns, rows, matrix;
+};
+
 // One matrix, scaled by 2^-shift with shift a multiple of p.
 class RootProblem {
  public:
@@ -148,7 +173,7 @@ class RootProblem {
   void release(const Panels& panels) { pool_[size_t(free_++)] = panels; }
 
   void combine(const Panels& out, const Panels& a, double alpha, const Panels& b, double beta,
-               double gamma) {
+               double gamma) const {
     Combine c;
     c.out = out;
     c.a = a;
@@ -295,7 +320,7 @@ class RootProblem {
     return false;
   }
 
-  void times(const Panels& a, double alpha, const Panels& columns, const Panels& out) {
+  void times(const Panels& a, double alpha, const Panels& columns, const Panels& out) const {
     Product p;
     p.a = a;
     p.b = columns;
@@ -399,7 +424,8 @@ class RootProblem {
       powers[i] = kept ? std::pow(spectrum[i], -1.0 / options_.p) : 0;
       all_kept = all_kept && kept;
     }
-    result_.residual = eigen_residual(spectrum, powers, vectors, cut);
+    const Eigenvectors v(full, Matrix{vectors.data(), n_, n_, n_, 1, DType::kF64}, threads_);
+    result_.residual = eigen_residual(v, spectrum, powers, cut);
     size_t first = 0;
     while (first + 1 < n && !(spectrum[first] > checked_above(spectrum, cut))) first++;
     const double low = spectrum[n - 1] > 0 ? spectrum[first] / spectrum[n - 1] : 1;
@@ -409,17 +435,15 @@ class RootProblem {
     } else {
       result_.status = all_kept ? RootStatus::kConverged : RootStatus::kRankDeficient;
     }
-    // Q diag(powers) Qᵀ as (Q sqrt(powers)) (Q sqrt(powers))ᵀ: one triangle, exactly symmetric.
-    Workspace workspace(panel_bytes(n_, n_, Kind::kF64));
-    const Panels half = take_panels(workspace, n_, n_, Kind::kF64);
-    for (size_t i = 0; i < n; i++)
-      for (size_t j = 0; j < n; j++) vectors[i * n + j] *= std::sqrt(powers[j]);
-    Pack pack;
-    pack.x = Matrix{vectors.data(), n_, n_, n_, 1, DType::kF64};
-    pack.out_t = half;
-    run(pack, threads_);
+    // V diag(powers) Vᵀ as (V sqrt(powers)) (V sqrt(powers))ᵀ: one triangle, exactly symmetric.
+    std::vector<double> roots(n);
+    for (size_t j = 0; j < n; j++) roots[j] = std::sqrt(powers[j]);
+    Scale scale;
+    scale.x = scale.out = v.rows;
+    scale.row = roots.data();
+    run(scale, threads_);
     Product product;
-    product.a = product.b = half;
+    product.a = product.b = v.rows;
     product.symmetric = true;
     product.alpha = std::ldexp(std::pow(divisor_, 1.0 / options_.p), -shift_ / options_.p);
     product.store = out;
@@ -432,50 +456,36 @@ class RootProblem {
   }
 
   // The residual on the eigenvalues that rounding does not hide: P (...) P in place of (...).
-  double eigen_residual(const std::vector<double>& spectrum, const std::vector<double>& powers,
-                        const std::vector<double>& vectors, double cut) const {
-    const size_t n = size_t(n_), probes = size_t(Probes::kCount);
-    const std::vector<double> omega = Probes::signs(n_);
+  double eigen_residual(const Eigenvectors& v, const std::vector<double>& spectrum,
+                        const std::vector<double>& powers, double cut) const {
     const double above = checked_above(spectrum, cut);
-    const auto checked = [&](size_t j) { return spectrum[j] > above; };
-    // Row j of the coefficients belongs to eigenvector j.
-    const auto to_basis = [&](const std::vector<double>& y) {
-      std::vector<double> c(n * probes, 0.0);
-      for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < n; j++)
-          if (checked(j))
-            for (size_t k = 0; k < probes; k++)
-              c[j * probes + k] += vectors[i * n + j] * y[i * probes + k];
-      return c;
+    const auto checked_powers = [&](int exponent) {
+      std::vector<double> by(powers.size(), 0.0);
+      for (size_t j = 0; j < by.size(); j++)
+        if (spectrum[j] > above) by[j] = std::pow(powers[j], exponent);
+      return by;
     };
-    const auto from_basis = [&](const std::vector<double>& c) {
-      std::vector<double> y(n * probes, 0.0);
-      for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < n; j++)
-          if (checked(j))
-            for (size_t k = 0; k < probes; k++)
-              y[i * probes + k] += vectors[i * n + j] * c[j * probes + k];
-      return y;
+    const auto scale_rows = [&](const Panels& x, const std::vector<double>& by, const Panels& out) {
+      Scale scale;
+      scale.x = x;
+      scale.out = out;
+      scale.row = by.data();
+      run(scale, threads_);
     };
-    const auto scaled = [&](std::vector<double> c, int exponent) {
-      for (size_t j = 0; j < n; j++)
-        for (size_t k = 0; k < probes; k++) c[j * probes + k] *= std::pow(powers[j], exponent);
-      return c;
-    };
-    const std::vector<double> projected = to_basis(omega);
-    const std::vector<double> y = from_basis(scaled(projected, options_.p - options_.p / 2));
-    std::vector<double> by(n * probes, 0.0);
-    for (int64_t j = 0; j < n_; j++)
-      for (int64_t i = 0; i < n_; i++) {
-        const double b = element(a_, i, j) + (i == j ? delta_ : 0);
-        for (size_t k = 0; k < probes; k++)
-          by[size_t(i) * probes + k] += b * y[size_t(j) * probes + k];
-      }
-    const std::vector<double> result = from_basis(scaled(to_basis(by), options_.p / 2));
-    const std::vector<double> wanted = from_basis(projected);
-    double sum = 0;
-    for (size_t i = 0; i < result.size(); i++) sum += std::pow(result[i] - wanted[i], 2);
-    return std::sqrt(sum / double(n * probes));
+    Probes probes(n_, Kind::kF64);
+    const Panels &projected = probes.weighted, &y = probes.image, &z = probes.next;
+    times(v.columns, 1, probes.columns, projected);
+    scale_rows(projected, checked_powers(0), projected);
+    scale_rows(projected, checked_powers(options_.p - options_.p / 2), y);
+    times(v.rows, 1, y, z);
+    times(v.matrix, 1, z, y);
+    combine(y, y, 1, z, delta_, 0);
+    times(v.columns, 1, y, z);
+    scale_rows(z, checked_powers(options_.p / 2), z);
+    times(v.rows, 1, z, y);
+    times(v.rows, 1, projected, z);
+    combine(y, y, 1, z, -1, 0);
+    return std::sqrt(sum_of_squares(y, threads_) / double(n_ * Probes::kCount));
   }
 
   const RootOptions& options_;
@@ -517,7 +527,7 @@ RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& opti
 size_t root_bytes(int64_t n, DType dtype) {
   const Kind kind = dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
   return RootProblem::kPanels * panel_bytes(n, n, kind) + 2 * Probes::bytes(n, kind) +
-         panel_bytes(n, n, Kind::kF64);
+         Eigenvectors::bytes(n) + Probes::bytes(n, Kind::kF64);
 }
 
 double root_work(int64_t n, int p) {
