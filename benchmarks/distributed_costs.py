@@ -40,13 +40,25 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {
 
 
 @functools.cache
-def matrix(algorithm: str, shape: Shape) -> tuple[int, int]:
-    """Floating-point operations of a matrix's step, a refresh by its share, and bytes of state."""
+def _optimizer(algorithm: str, shape: Shape) -> Any:
+    """One of a matrix of this shape, which has no memory."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
-    optimizer = ALGORITHMS[algorithm]([{"params": [param], "algorithm": "matrix"}])
+    return ALGORITHMS[algorithm]([{"params": [param], "algorithm": "matrix"}])
+
+
+def cost(algorithm: str, shape: Shape, place: int = 0) -> owners.Cost:
+    """What a matrix costs its owner that has this place among others."""
+    optimizer = _optimizer(algorithm, shape)
     (group,) = optimizer.param_groups
     form = form_of(shape, batched=False, matrix_dims=None)
-    return owners.flops(optimizer._operator, form, group), optimizer.memory_estimate()
+    offset = place if optimizer._staggered(group) else None
+    return owners.cost(optimizer._operator, form, group, 4 * math.prod(shape), offset)
+
+
+@functools.cache
+def matrix(algorithm: str, shape: Shape) -> tuple[int, int]:
+    """Floating-point operations of a matrix's step, a refresh by its share, and bytes of state."""
+    return cost(algorithm, shape).flops, _optimizer(algorithm, shape).memory_estimate()
 
 
 @dataclass(frozen=True)
@@ -112,10 +124,10 @@ def planned(
     """Who owns what, and what travels: the choices that the optimizers make."""
     names = {f"{i:06}": shape for i, shape in enumerate(shapes)}
     costs = {
-        name: (matrix(algorithm, shape)[0], 4 * math.prod(shape)) for name, shape in names.items()
+        name: cost(algorithm, shape, place) for place, (name, shape) in enumerate(names.items())
     }
-    who = owners.assign(costs, [0] * layout.ranks)
-    entries = [(name, costs[name][1]) for name in owners.in_order(costs)]
+    who = owners.assign(costs, [owners.Load() for _ in range(layout.ranks)])
+    entries = [(name, costs[name].bytes) for name in owners.in_order(costs)]
     found = []
     for bucket in owners.buckets(entries, bucket_bytes, layout.ranks):
         owned: list[Counter[Shape]] = [Counter() for _ in range(layout.ranks)]

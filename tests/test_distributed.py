@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from ranks.nets import GRIDS, LAYOUTS, OPTIMIZERS
 from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire
-from spectral_kernels.optim._distributed.owners import assign, buckets
 from support import CAMPAIGN
 
 
@@ -502,39 +501,6 @@ def test_five_hundred_steps(workers):
     for growth, different in workers.run(3, "soak", 500):
         assert different == []
         assert growth * 4096 < 4 << 20
-
-
-# Owners, without ranks.
-
-ENTRIES = st.dictionaries(
-    st.text(min_size=1, max_size=4),
-    st.tuples(st.integers(1, 10**9), st.integers(1, 10**6)),
-    max_size=40,
-)
-
-
-@settings(max_examples=100, **CAMPAIGN)
-@given(ENTRIES, st.integers(1, 9), st.randoms(use_true_random=False))
-def test_no_owner_has_more_than_the_mean_and_one_entry(costs, ranks, random):
-    loads = [0] * ranks
-    owners = assign(costs, loads)
-    most = max((cost for cost, _ in costs.values()), default=0)
-    assert sum(loads) == sum(cost for cost, _ in costs.values())
-    assert max(loads) <= sum(loads) / ranks + most
-    names = list(costs)
-    random.shuffle(names)
-    assert owners == assign({name: costs[name] for name in names}, [0] * ranks)
-
-
-@settings(max_examples=200, **CAMPAIGN)
-@given(st.lists(st.integers(1, 50)), st.integers(1, 200), st.integers(1, 5))
-def test_buckets_have_work_for_every_rank_and_bounded_bytes(sizes, most, ranks):
-    found = buckets([(size, size) for size in sizes], most, ranks)
-    assert [size for bucket in found for size in bucket] == sizes
-    for bucket in found[:-1]:
-        assert len(bucket) >= ranks
-    for bucket in found:
-        assert len(bucket) <= ranks or sum(bucket) <= most
 
 
 def test_plain_parameters_load_nothing_of_this():

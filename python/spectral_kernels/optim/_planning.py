@@ -95,6 +95,10 @@ class Planning(Membership):
         else:
             self.state[key].update(new_state(param, form, layout))
 
+    def _staggered(self, values: Values) -> bool:
+        """Whether the entries of a group refresh roots or bases on different steps."""
+        return False
+
     def _offsets_of(self, index: int, group: Group) -> dict[int, int]:
         """For every matrix of a group its place in a staggered schedule: matrices come first."""
         before = sum(len(earlier["params"]) for earlier in self.param_groups[:index])

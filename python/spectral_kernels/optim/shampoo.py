@@ -260,6 +260,9 @@ class Shampoo(MatrixOptimizer):
                 )
         self._failing.clear()
 
+    def _staggered(self, values: Values) -> bool:
+        return bool(values["stagger"])
+
     def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
         failures, counts = part.lists[-2], part.lists[-1]
         self._learn_failures(failures)
@@ -267,7 +270,7 @@ class Shampoo(MatrixOptimizer):
         refresh = self._due(
             part,
             values,
-            stagger=values["stagger"],
+            stagger=self._staggered(values),
             at_first=True,
             again=map(self._has_failed, failures),
         )

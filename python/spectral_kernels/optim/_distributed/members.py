@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 from .exchange import Channel
 from .hops import Hops, Line
 from .layout import Grid, Region
+from .owners import Load
 from .routes import Item, Route
 from .table import Row
 
@@ -111,7 +112,7 @@ class Exchange:
         members: all of its parameters.
         buckets: those that an owner steps.
         lines: of the mesh, where what travels goes along one after another.
-        loads: of every rank, the cost of what it owns.
+        loads: of every rank, of what it owns.
         rooms: by dtype the memory of the whole matrices of the bucket that is stepped.
     """
 
@@ -121,7 +122,7 @@ class Exchange:
     members: list[Member] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    loads: list[int] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
     rooms: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def route(self, items: Sequence[Item]) -> Route:

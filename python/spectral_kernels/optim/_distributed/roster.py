@@ -51,7 +51,10 @@ class Roster(Agreement):
                 ranks; nothing is taken in then.
         """
         before = self._groups, dict(self.members), list(self.exchanges)
-        kept = [(list(each.members), list(each.buckets), list(each.loads)) for each in before[2]]
+        kept = [
+            (list(each.members), list(each.buckets), [load.copy() for load in each.loads])
+            for each in before[2]
+        ]
         try:
             self._extend()
         except BaseException:
@@ -132,7 +135,7 @@ class Roster(Agreement):
             mesh = DeviceMesh.from_group(group, device.type)
         channel = Channel(_group_of(mesh), device, self.how.patience)
         exchange = Exchange(mesh, channel, Grid.of(mesh, channel.members))
-        exchange.loads = [0] * channel.size
+        exchange.loads = [owners.Load() for _ in range(channel.size)]
         many = self.how.hops == "auto" and channel.size > _MOST_TARGETS
         if mesh.ndim > 1 and (many or self.how.hops == "each"):
             exchange.lines = _lines_of(mesh, device, self.how.patience)
@@ -141,7 +144,7 @@ class Roster(Agreement):
 
     def _assign(self, exchange: Exchange, matrices: Sequence[Member]) -> None:
         """Owners and buckets of new matrices."""
-        costs: dict[str, tuple[int, int]] = {}
+        costs: dict[str, owners.Cost] = {}
         by_name: dict[str, Member] = {}
         for member in matrices:
             group = self.optimizer.param_groups[member.index]
@@ -149,13 +152,16 @@ class Roster(Agreement):
             if only_batches(form, member.key.shape, member.regions):
                 member.row = Row(member.name, tuple(member.key.shape), "matrix, whole where it is")
                 continue
-            cost = owners.flops(self.optimizer._operator, form, group)
-            costs[member.label] = cost, member.key.numel() * member.key.element_size()
+            size = member.key.numel() * member.key.element_size()
+            offset = None
+            if self.optimizer._staggered(group):
+                offset = self.optimizer._offsets_of(member.index, group)[member.position]
+            costs[member.label] = owners.cost(self.optimizer._operator, form, group, size, offset)
             by_name[member.label] = member
         who = owners.assign(costs, exchange.loads)
         kinds: dict[tuple[torch.dtype, bool], list[tuple[Member, int]]] = {}
         for label in owners.in_order(costs):
-            member, size = by_name[label], costs[label][1]
+            member, size = by_name[label], costs[label].bytes
             member.item = Item(who[label], member.regions, exchange.grid.coordinates)
             kinds.setdefault((member.key.dtype, member.on_all), []).append((member, size))
         for (dtype, on_all), entries in kinds.items():
@@ -165,7 +171,7 @@ class Roster(Agreement):
                 route = Route(items, exchange.channel.rank) if on_all else exchange.route(items)
                 bucket = Bucket(members, route, dtype, on_all, self.how.wire, keeps)
                 for member in members:
-                    self._describe(member, len(exchange.buckets), costs[member.label][0], bucket)
+                    self._describe(member, len(exchange.buckets), costs[member.label].flops, bucket)
                 exchange.buckets.append(bucket)
 
     @staticmethod
