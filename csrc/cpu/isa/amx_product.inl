@@ -412,7 +412,7 @@ struct Stretches {
 // The blocks of a job, the loop over stretches outside: prepare(range of k) once a stretch, and
 // multiply(needed, block row, block column, rows of k that can be non-zero, c, add) for every
 // block.
-template <class Scratch, class Prepare, class Multiply>
+template <bool kSpareUpper, class Scratch, class Prepare, class Multiply>
 SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                              const Scratch& scratch, int64_t longest, const Prepare& prepare,
                              const Multiply& multiply) {
@@ -436,7 +436,10 @@ SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j
                    (stretches.count == 1 ? 0 : ((bi - i0) * (j1 - j0) + (bj - j0)) * P * P);
         const Range k = nonzero_rows<false>(p.b_shape, bj * P, P, of_a.begin, of_a.end);
         const bool tall = rows > kTileRows, wide = cols > kTileRows;
-        const Needed needed = {wide && !lower, tall, tall && wide};
+        // The fourth tile of a block on the diagonal costs less than to leave it out, but for
+        // parts.
+        const bool spare = lower && kSpareUpper;
+        const Needed needed = {wide && !spare, tall, tall && wide};
         if (first && (!needed.all() || k.end <= k.begin)) clear_block(c);
         if (k.end > k.begin) multiply(needed, bi, bj, k, c, !first);
         if (last) finish_block<float>(p, bi, bj, rows, cols, c);
@@ -453,7 +456,7 @@ static void pair_product_blocks(const Product& p, int64_t i0, int64_t i1, int64_
                  *b = static_cast<const uint32_t*>(p.b.data);
   int64_t begin = 0;  // of the stretch
   tiles_configure();
-  blocks_of_job(
+  blocks_of_job<false>(
       p, i0, i1, j0, j1, scratch, kPairStretch,
       [&](int64_t k0, int64_t k1) {
         begin = k0;
@@ -506,7 +509,7 @@ static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64
     return (k.begin - begin) / kStepRows * kParts * kStepWords;
   };
   tiles_configure();
-  blocks_of_job(
+  blocks_of_job<true>(
       p, i0, i1, j0, j1, scratch, kSplitStretch,
       [&](int64_t k0, int64_t k1) {
         begin = k0;
