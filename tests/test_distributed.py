@@ -41,6 +41,13 @@ def test_the_bits_of_one_process_in_bfloat16(workers, layout):
         assert different == dict.fromkeys(OPTIMIZERS, [])
 
 
+@pytest.mark.parametrize("world, layout", [(3, "fsdp"), (2, "ddp")])
+def test_the_bits_of_one_process_on_spheres_and_with_narrow_momentum(workers, world, layout):
+    arguments = (layout, torch.float32, {}, ("muon_sphere",))
+    for different in workers.run(world, "equal_to_one_process", *arguments):
+        assert different == {"muon_sphere": []}
+
+
 # Gradients to owners and weights back, and along one dimension of the mesh after another.
 KEEPING, ALONG = {"keep_weights": True}, {"hops": "each"}
 

@@ -100,9 +100,11 @@ def test_import_changes_nothing_outside_and_loads_little():
         "import spectral_kernels\n"
         "assert flags() == before\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - loaded}\n"
-        "print(*sorted(new))\n"
+        "print(*sorted(new), len(set(sys.modules) - loaded))\n"
     )
-    assert out.split() == ["spectral_kernels"]
+    name, count = out.split()
+    # 59 when this was written, in 50 ms of a processor from byte code: what few use, comes later.
+    assert name == "spectral_kernels" and int(count) <= 66
 
 
 def test_F64_import_and_functions_without_compiled_part_and_triton():

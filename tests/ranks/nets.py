@@ -22,6 +22,13 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "deva_low_memory": partial(sk.optim.DeVA, lr=0.05, variant="low_memory"),
 }
 
+# Settings whose state or step has another form, for some tests.
+ALL = OPTIMIZERS | {
+    "muon_sphere": partial(
+        sk.optim.Muon, lr=0.02, hyperball=True, state_dtype=torch.bfloat16, beta2=0.9
+    )
+}
+
 # A run, and where it is interrupted, between two refreshes.
 STEPS, HALF = 6, 4
 
@@ -174,9 +181,7 @@ def made(
     if layout != "alone":
         {**LAYOUTS, **GRIDS}[layout](net)
     # Several buckets, so that two are in flight.
-    return net, OPTIMIZERS[name](
-        net.named_parameters(), **options(layout, bucket_bytes=2500, **more)
-    )
+    return net, ALL[name](net.named_parameters(), **options(layout, bucket_bytes=2500, **more))
 
 
 def stepped(net: nn.Module, optimizer: Any, steps: Iterable[int], dtype: torch.dtype) -> None:
@@ -193,7 +198,7 @@ def alone(name: str, dtype: torch.dtype = torch.float32, steps: int = STEPS) -> 
 @cache
 def _alone(name: str, dtype: torch.dtype, steps: int) -> dict[str, Tensor]:
     net = Net(weights(dtype))
-    stepped(net, OPTIMIZERS[name](net.named_parameters()), range(steps), dtype)
+    stepped(net, ALL[name](net.named_parameters()), range(steps), dtype)
     return {key: param.detach() for key, param in net.named_parameters()}
 
 

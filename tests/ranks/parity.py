@@ -39,10 +39,13 @@ from ranks.nets import (
 
 
 def equal_to_one_process(
-    layout: str, dtype: torch.dtype, how: Mapping[str, Any] = MappingProxyType({})
+    layout: str,
+    dtype: torch.dtype,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    names: Sequence[str] = tuple(OPTIMIZERS),
 ) -> dict[str, list[str]]:
     found = {}
-    for name in OPTIMIZERS:
+    for name in names:
         net, optimizer = made(name, layout, dtype, **how)
         stepped(net, optimizer, range(STEPS), dtype)
         found[name] = different(net, alone(name, dtype))

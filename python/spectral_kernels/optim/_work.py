@@ -31,6 +31,7 @@ class Part:
         staged: parameters that cannot be viewed as matrices, with the copies that stand for them.
         options: the operator's options.
         made_from: the values that they were made from.
+        seen: the parameters have been looked at, where a rule asks something of them.
     """
 
     lists: list[list[Tensor]]
@@ -40,6 +41,7 @@ class Part:
     staged: list[tuple[Tensor, Form, Tensor]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     made_from: Values | None = None
+    seen: bool = False
 
 
 @dataclass

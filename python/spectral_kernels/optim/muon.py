@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -77,7 +78,7 @@ class Muon(MatrixOptimizer):
         hyperball: matrices keep their Frobenius norms (MuonH): each goes lr times its norm in the
             direction of its update, and is brought back to its sphere. adjust_lr_fn has no effect
             then, nor has weight_decay on matrices; AdamW's tensors decay as ever. A matrix of zeros
-            has no sphere and is refused.
+            has no sphere and is refused; over ranks, where its owner finds it, there is a warning.
         state_dtype: None, or torch.bfloat16 for momentum in 2 bytes an element in place of 4
             (float64 parameters keep theirs). It is rounded at random, by a hash of step, row and
             column: its mean is that of exact momentum, and a resumed or repeated run has the same
@@ -184,9 +185,9 @@ class Muon(MatrixOptimizer):
         momenta = as_matrices("momentum_buffer", momentum, form)
         sizes = _split.sizes_of(form.shape[-2], values["split"])
         parts = self._cut(matrices, values)
-        if values["hyperball"]:
-            for part in parts:
-                _check_sphere(part)
+        # What comes from other ranks is not there yet.
+        if values["hyperball"] and self._spread is None and any(map(_has_zeros, parts)):
+            raise ValueError(f"hyperball=True {_NO_SPHERE.format(tuple(matrices.shape[-2:]))}")
         none = matrices.new_empty(0)
         columns = [
             parts,
@@ -197,6 +198,15 @@ class Muon(MatrixOptimizer):
             _split.cut_steps(state["step"], sizes, merged=matrices.ndim == 2),
         ]
         return [list(entry) for entry in zip(*columns, strict=True)]
+
+    def _call(self, part: Part, grads: list[Tensor], lr: Tensor, values: Values) -> None:
+        if values["hyperball"] and self._spread is not None and not part.seen:
+            part.seen = True
+            for name, matrices in zip(part.names, part.lists[0], strict=True):
+                if _has_zeros(matrices):
+                    shape = tuple(matrices.shape[-2:])
+                    warnings.warn(f"{name}: hyperball {_NO_SPHERE.format(shape)}", stacklevel=2)
+        super()._call(part, grads, lr, values)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -244,12 +254,15 @@ class Muon(MatrixOptimizer):
         return {"step": torch.zeros(form.shape[:-2], dtype=torch.float32, device="cpu"), **state}
 
 
-def _check_sphere(matrices: Tensor) -> None:
-    if bool((matrices == 0).flatten(-2).all(-1).any()):
-        raise ValueError(
-            f"hyperball=True keeps norms, and a matrix of shape {tuple(matrices.shape[-2:])} is "
-            "zero throughout: initialise it, or give its group hyperball=False"
-        )
+_NO_SPHERE = (
+    "keeps norms, and a matrix in one of shape {} is zero throughout: initialise it, or give its "
+    "group hyperball=False"
+)
+
+
+def _has_zeros(matrices: Tensor) -> bool:
+    """Whether a matrix of a batch has no other element."""
+    return bool((matrices == 0).flatten(-2).all(-1).any())
 
 
 def _rows(values: Values) -> _coefficients.Coefficients:
