@@ -46,6 +46,8 @@ def calls() -> Iterator[Callable[[], object]]:
                 yield partial(_muon, shape, dtype)
                 if short == _SHORT_SIDES[-1]:
                     yield partial(_muon, shape, dtype, neurons=True)
+                    yield partial(_muon, shape, dtype, neurons=True, sphere=True)
+                    yield partial(_muon, shape, dtype, sphere=True)
     for dtype in _DTYPES:
         for short in _SHORT_SIDES[3:]:
             yield partial(_factors, (short, 2 * short), dtype)
@@ -54,12 +56,15 @@ def calls() -> Iterator[Callable[[], object]]:
     yield partial(_deva, (60, 120))
 
 
-def _muon(shape: tuple[int, int], dtype: torch.dtype, neurons: bool = False) -> None:
+def _muon(
+    shape: tuple[int, int], dtype: torch.dtype, *, neurons: bool = False, sphere: bool = False
+) -> None:
+    """A step; those on spheres have their momentum in bfloat16."""
     param, grad = _zeros(*shape, dtype=dtype), _zeros(*shape, dtype=dtype)
     triton_kernels.operator("muon_step_")(
         [param],
         [grad],
-        [_zeros(*shape)],
+        [_zeros(*shape, dtype=torch.bfloat16 if sphere else torch.float32)],
         [_zeros(shape[0], 1) if neurons else _zeros(0)],
         [torch.zeros((), dtype=torch.float32, device="cpu")],
         torch.zeros((), dtype=torch.int64, device="cpu"),
@@ -68,8 +73,9 @@ def _muon(shape: tuple[int, int], dtype: torch.dtype, neurons: bool = False) -> 
         nesterov=True,
         beta2=0.95 if neurons else None,
         neuron_eps=1e-8,
-        weight_decay=0.1,
+        weight_decay=0.0 if sphere else 0.1,
         cautious=neurons,
+        hyperball=sphere,
         rows=_MUON,
         scales=[1.0],
         method="auto",
