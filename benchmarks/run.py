@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from spectral_kernels import _extension, _records, info
+from spectral_kernels import _extension, _operators, _records, info
 
-from . import deva, eigenbasis, inverse_root, kron_factor, newton_schulz, peers, symmetric_matmul
+from . import peers
 from .case import (
     DTYPES,
     MEMORY,
@@ -38,13 +39,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-FAMILIES: tuple[Family, ...] = (
-    symmetric_matmul.FAMILY,
-    newton_schulz.FAMILY,
-    kron_factor.FAMILY,
-    inverse_root.FAMILY,
-    eigenbasis.FAMILY,
-    deva.FAMILY,
+FAMILIES: tuple[Family, ...] = tuple(
+    importlib.import_module(f"{__package__}.{name}").FAMILY for name in _operators.FAMILIES
 )
 OPS = tuple(op for family in FAMILIES for op in family.ops)
 
@@ -261,7 +257,8 @@ def _bound(
     Products of several rates come one after the other, memory meanwhile.
     """
     forms = [_binding(form, place) for form in work]
-    if not forms or not all(rate in peaks for form in forms for rate in form):
+    # A form that the caches hold, and that multiplies nothing, has no bound.
+    if not forms or not all(form and all(rate in peaks for rate in form) for form in forms):
         return None, None
     bounds = []
     for form in forms:

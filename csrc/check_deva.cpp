@@ -32,23 +32,23 @@ Variance variance_of(const std::string& name) {
 
 }  // namespace
 
-Variance check_deva(at::TensorList params, at::TensorList exp_avg_sqs, at::ArrayRef<double> scales,
-                    const std::string& eps_mode, const std::string& norm,
-                    const std::string& variance, bool reference) {
+Variance check_deva(const BasisLists& lists, const DevaOptions& options) {
+  const std::string &norm = options.norm, &eps_mode = options.eps_mode;
   check_one_of(eps_mode, "eps_mode", {"relative", "outside", "inside"});
   check_one_of(norm, "norm", {"schatten", "linf"});
-  const Variance kind = variance_of(variance);
-  check_squares(exp_avg_sqs, params, kind);
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
-                    " entries, params has ", params.size());
+  const Variance kind = variance_of(options.variance);
+  check_squares(lists.exp_avg_sqs, lists.params, kind);
+  const std::vector<double>& scales = options.scales;
+  TORCH_CHECK_VALUE(scales.size() == lists.params.size(), "scales has ", scales.size(),
+                    " entries, params has ", lists.params.size());
   TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
                     "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
-  TORCH_CHECK_VALUE(!reference || eps_mode == "inside",
+  TORCH_CHECK_VALUE(!options.reference || eps_mode == "inside",
                     "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
-  TORCH_CHECK_VALUE(!reference || kind == Variance::kMomentum ||
+  TORCH_CHECK_VALUE(!options.reference || kind == Variance::kMomentum ||
                         (kind == Variance::kInstant && norm == "schatten"),
-                    "reference=True with norm='", norm, "' does not have variance='", variance,
-                    "'");
+                    "reference=True with norm='", norm, "' does not have variance='",
+                    options.variance, "'");
   return kind;
 }
 

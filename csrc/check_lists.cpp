@@ -33,36 +33,36 @@ void check_rate(const at::Tensor& lr) {
 
 }  // namespace
 
-void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr) {
-  check_list(grads, "grads", params.size());
-  check_list(step_counts, "step_counts", params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    check_matrix(params[i], "params");
-    check_device(params[i], "params", i, params);
-    check_device(grads[i], "grads", i, params);
-    check_matrix(grads[i], "grads");
-    check_writable(params[i], "params");
-    check_same_shape(params[i], "params", grads[i], "grads");
-    const at::Tensor& count = step_counts[i];
+void check_step(const StepLists& lists) {
+  check_list(lists.grads, "grads", lists.params.size());
+  check_list(lists.step_counts, "step_counts", lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); i++) {
+    check_matrix(lists.params[i], "params");
+    check_device(lists.params[i], "params", i, lists.params);
+    check_device(lists.grads[i], "grads", i, lists.params);
+    check_matrix(lists.grads[i], "grads");
+    check_writable(lists.params[i], "params");
+    check_same_shape(lists.params[i], "params", lists.grads[i], "grads");
+    const at::Tensor& count = lists.step_counts[i];
     TORCH_CHECK_TYPE(count.scalar_type() == at::kFloat || count.scalar_type() == at::kDouble ||
                          count.scalar_type() == at::kLong,
                      "step_counts must be float32, float64 or int64, got ", count.scalar_type());
     TORCH_CHECK_VALUE(
-        count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(params[i])),
-        "step_counts[", i, "] must have one element or one for each of the ", batch_of(params[i]),
-        " matrices, got shape ", count.sizes());
-    check_device(count, "step_counts", i, params);
+        count.is_contiguous() && (count.numel() == 1 || count.numel() == batch_of(lists.params[i])),
+        "step_counts[", i, "] must have one element or one for each of the ",
+        batch_of(lists.params[i]), " matrices, got shape ", count.sizes());
+    check_device(count, "step_counts", i, lists.params);
   }
-  TORCH_CHECK_TYPE(skipped.scalar_type() == at::kLong && skipped.numel() == 1,
-                   "skipped must be one int64, got ", skipped.scalar_type(), " of shape ",
-                   skipped.sizes());
-  check_rate(lr);
-  if (params.empty()) return;
-  TORCH_CHECK_VALUE(skipped.device() == params[0].device(), "skipped is on ", skipped.device(),
-                    ", the other tensors are on ", params[0].device());
-  TORCH_CHECK_VALUE(lr.is_cpu() || lr.device() == params[0].device(), "lr is on ", lr.device(),
-                    ", the other tensors are on ", params[0].device());
+  TORCH_CHECK_TYPE(lists.skipped.scalar_type() == at::kLong && lists.skipped.numel() == 1,
+                   "skipped must be one int64, got ", lists.skipped.scalar_type(), " of shape ",
+                   lists.skipped.sizes());
+  check_rate(lists.lr);
+  if (lists.params.empty()) return;
+  TORCH_CHECK_VALUE(lists.skipped.device() == lists.params[0].device(), "skipped is on ",
+                    lists.skipped.device(), ", the other tensors are on ",
+                    lists.params[0].device());
+  TORCH_CHECK_VALUE(lists.lr.is_cpu() || lists.lr.device() == lists.params[0].device(), "lr is on ",
+                    lists.lr.device(), ", the other tensors are on ", lists.params[0].device());
 }
 
 void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional) {
@@ -128,9 +128,9 @@ void check_factors(at::TensorList factors, const char* name, at::TensorList para
   }
 }
 
-void check_eigenbasis_lists(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                            at::TensorList left_bases, at::TensorList right_bases,
-                            at::IntArrayRef refresh) {
+void check_eigenbasis_lists(const BasisLists& lists) {
+  const at::TensorList params = lists.params, lefts = lists.lefts, rights = lists.rights;
+  const at::TensorList left_bases = lists.left_bases, right_bases = lists.right_bases;
   check_factors(lefts, "lefts", params, 0);
   check_factors(rights, "rights", params, 1);
   check_factors(left_bases, "left_bases", params, 0);
@@ -143,7 +143,7 @@ void check_eigenbasis_lists(at::TensorList params, at::TensorList lefts, at::Ten
                       "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ",
                       right_bases[i].sizes());
   }
-  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
+  TORCH_CHECK_VALUE(lists.refresh.size() == params.size(), "refresh has ", lists.refresh.size(),
                     " entries, params has ", params.size());
 }
 

@@ -4,12 +4,12 @@
 #include <initializer_list>
 
 #include "check.h"
+#include "step_calls.h"
 
 namespace spectral_kernels {
 
 // Params and gradients of one list step: shapes, dtypes, devices, aliases.
-void check_step(at::TensorList params, at::TensorList grads, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr);
+void check_step(const StepLists& lists);
 // A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
 // `optional`.
 void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
@@ -20,9 +20,7 @@ void check_rows_state(at::TensorList state, const char* name, at::TensorList par
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
 void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
 // Factors, bases on the same sides, and one flag an entry.
-void check_eigenbasis_lists(at::TensorList params, at::TensorList lefts, at::TensorList rights,
-                            at::TensorList left_bases, at::TensorList right_bases,
-                            at::IntArrayRef refresh);
+void check_eigenbasis_lists(const BasisLists& lists);
 // No tensor that is written overlaps another, or one that is read.
 void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
 // Flat restarts of a list: those of entry i end at ends[i]; no ends, no restarts.

@@ -1,6 +1,6 @@
 // Every operator of the library: its schema and what its arguments mean beyond the public
 // docstrings. Implementations register themselves: csrc/cpu at the foot of a family's file,
-// csrc/cuda in a family's operators.cpp; fakes stand in python/spectral_kernels/_fake.py.
+// csrc/cuda in a family's operators.cpp; fakes stand in python/spectral_kernels/_operators.py.
 //
 // Conventions
 //   - Leading dimensions are a batch; any strides; empty sizes are no-ops.
@@ -11,9 +11,9 @@
 //     (0-dim: it advances if any matrix of the entry was updated). `skipped` is an int64 counter of
 //     skipped matrices.
 //   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ... The restarts of a list are flat too:
-//   entry i
-//     has those from restart_ends[i - 1] up to restart_ends[i]; no ends, no restarts.
+//     entry i has those from restart_ends[i - 1] up to restart_ends[i]; no ends, no restarts.
 //   - nonfinite is "skip", "propagate" or "raise".
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
@@ -101,8 +101,8 @@ TORCH_LIBRARY(spectral_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(spectral_kernels, Autograd, m) {
-  for (const char* op : {"gram", "newton_schulz", "polar", "muon_step_", "kron_factors_update_",
-                         "kron_precondition", "inverse_root", "shampoo_step_", "eigenbasis",
-                         "refresh_eigenbasis", "soap_step_", "deva_step_"})
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_autograd>());
+  // Of what is defined above, so that none is forgotten.
+  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames())
+    if (op.getNamespace() == "spectral_kernels")
+      m.impl(op.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_autograd>());
 }

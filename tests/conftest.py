@@ -22,6 +22,9 @@ pytest.register_assert_rewrite("support")
 from optim_support import CONFIGS, FEW, Factory  # noqa: E402 (found by the path above)
 from support import refusal  # noqa: E402
 
+# A family that only test_new_family.py puts into a copy of the repository.
+collect_ignore = ["toy_family"]
+
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 # Sets that this processor lacks are no parameters: a skip of every test in every such set would
 # bury the other skips. The summary names them, and test_tiles.py skips them once.
@@ -175,7 +178,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # test` goes through this many cases of every test with the fixture `backend`, none of which takes
 # many seconds: of Triton's kernels, and of those in CUDA C++, whose edges of tiles, orders of
 # blocks and accesses outside of tensors are tested in test_cuda_*.py. 0 leaves a file to the long
-# run: what it tests is the same code for every backend, or stands in a file of the backend's own.
+# run: what it tests is the same code for every backend, or stands in a file of the backend's own. A
+# file may say its numbers itself, as SAMPLED_CASES = {"triton": 2, "cuda": 1}.
 SAMPLED_CASES = {
     "test_defaults.py": {"triton": 6, "cuda": 4},
     "test_deva.py": {"triton": 1, "cuda": 1},
@@ -224,6 +228,11 @@ _SLOW = (
 )
 
 
+def _sampled(item: pytest.Item) -> dict[str, int]:
+    own = getattr(getattr(item, "module", None), "SAMPLED_CASES", None)
+    return own or SAMPLED_CASES.get(item.path.name, {})
+
+
 def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
     functions: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
     sampled = set()
@@ -233,9 +242,10 @@ def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
         # Other tests have parameters of that name too.
         if not item.get_closest_marker(MARKS.get(name, "none")):
             continue
-        if item.path.name not in SAMPLED_CASES:
+        if not _sampled(item):
             raise pytest.UsageError(
-                f"{item.path.name} has tests of every backend, and no entry in SAMPLED_CASES"
+                f"{item.path.name} has tests of every backend, and no SAMPLED_CASES: how many cases"
+                " `make test` runs of each, see tests/conftest.py"
             )
         sampled.add(item)
         possible = torch.float64 not in params.params.values()
@@ -243,7 +253,7 @@ def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
             functions[name, item.nodeid.partition("[")[0]].append(item)
     kept = set()
     for (name, _), cases in functions.items():
-        most = SAMPLED_CASES[cases[0].path.name][name]
+        most = _sampled(cases[0])[name]
         if most:
             step = max(1, -(-len(cases) // most))
             kept.update(cases[step // 2 :: step])

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import mmap
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,15 +20,12 @@ import torch
 from spectral_kernels import _cuda, _dispatch, _extension, _native
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CUDA = ROOT / "csrc" / "cuda"
 
 # Of kernels and of the linker, such as sanitizers.
 FLAGS = tuple(os.environ.get("SPECTRAL_KERNELS_EMULATION_FLAGS", "").split())
-
-# The operators that the files operators.cpp of csrc/cuda implement.
-OPERATORS = _cuda.OPERATORS
 
 
 def compiler() -> str:
@@ -50,12 +48,10 @@ def compile_kernel(source: Path, to: Path) -> None:
 def compile_binding(source: Path, to: Path) -> None:
     """One file that includes torch, without its warnings."""
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    operators = "{" + ",".join(f'"{op}"' for op in OPERATORS) + "}"
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     run(
         [compiler(), "-std=c++20", "-O1", "-g0", "-fPIC", *includes, "-c", str(source)]
         + ["-DSPECTRAL_KERNELS_EMULATION", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-        + [f"-DSPECTRAL_KERNELS_EMULATED_OPERATORS=(std::initializer_list<const char*>{operators})"]
         + ["-o", str(to)]
     )
 
@@ -68,8 +64,21 @@ def run(command: Sequence[str]) -> None:
 def fingerprint(files: Iterable[Path], flags: Sequence[str]) -> str:
     digest = hashlib.sha256(" ".join((torch.__version__, *flags)).encode())
     for file in sorted(files):
-        digest.update(file.name.encode() + file.read_bytes())
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def including(source: Path) -> set[Path]:
+    """A source and the files of this repository that it includes."""
+    found, waiting = set[Path](), [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            named = re.findall(r'^ *#include "([^"]+)"', path.read_text(), re.MULTILINE)
+            beside = [(path.parent / name).resolve() for name in named]
+            waiting += [other for other in beside if other.exists()]
+    return found
 
 
 def _label(path: Path) -> str:
@@ -80,19 +89,20 @@ def _label(path: Path) -> str:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The operators in torch.ops.spectral_kernels_emulated; what did not change is kept built."""
-    headers = [*CUDA.glob("*/*.h"), *EMULATION.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
-    headers.append(Path(__file__))
+    shared = [Path(__file__).resolve(), *EMULATION.glob("*.h")]
     bindings = [*CUDA.glob("*/*.cpp"), EMULATION / "bind.cpp"]
     bindings += [
         ROOT / "csrc" / name
         for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
     ]
     sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
-    built = ROOT / "build" / "emulation" / f"{fingerprint([*headers, *sources], FLAGS)}.so"
+    included = {path: {*shared, *including(path)} for path in sources}
+    all_files = {path for files in included.values() for path in files}
+    built = ROOT / "build" / "emulation" / f"{fingerprint(all_files, FLAGS)}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         objects = {
-            path: built.parent / f"{_label(path)}-{fingerprint([*headers, path], flags)}.o"
+            path: built.parent / f"{_label(path)}-{fingerprint(included[path], flags)}.o"
             for paths, flags in ((kernels(), FLAGS), (bindings, ()))
             for path in paths
         }

@@ -59,16 +59,13 @@ def call_of(name: str) -> tuple[list[Any], dict[str, Any]]:
     if name in STEPS:
         return list(step_arguments(name)), {"lr": 0.1}
     calls: dict[str, list[Any]] = {
-        "gram": [gaussian(3, 4)],
-        "newton_schulz": [gaussian(3, 4)],
-        "polar": [gaussian(3, 4)],
         "inverse_root": [square(4), 2],
         "eigenbasis": [square(4)],
         "refresh_eigenbasis": [torch.eye(4), square(4)],
         "kron_factors_update_": [square(3), square(4), gaussian(3, 4), 0.9],
         "kron_precondition": [gaussian(3, 4), square(3), square(4)],
     }
-    return calls[name], {}
+    return calls.get(name, [gaussian(3, 4)]), {}
 
 
 def bad_calls() -> Iterator[tuple[str, str, int]]:

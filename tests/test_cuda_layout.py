@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from spectral_kernels import _operators
+
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
 # What files of a folder may include beside their own; a folder stands below those that name it.
+# A family that is not named stands on the base alone.
 STANDS_ON = {
     "base": (),
-    "symmetric_matmul": ("base",),
+    **dict.fromkeys(_operators.FAMILIES, ("base",)),
     "newton_schulz": ("base", "symmetric_matmul"),
     "kron_factor": ("base", "symmetric_matmul"),
     "eigenbasis": ("base", "kron_factor"),

@@ -195,14 +195,11 @@ def call(label: str, *, requires_grad: bool) -> object:
     """The public function of a case without derivative."""
     x, square = gaussian(4, 6), semidefinite(5, 10.0).float()
     inputs = {
-        "gram": (x,),
-        "newton_schulz": (x,),
-        "polar": (x,),
         "kron_precondition": (x, gaussian(4, 4), gaussian(6, 6)),
         "inverse_root": (square,),
         "eigenbasis": (square,),
         "refresh_eigenbasis": (orthogonal(5).float(), square),
-    }[label]
+    }.get(label, (x,))
     inputs = tuple(t.requires_grad_(requires_grad) for t in inputs)
     extra = (4,) if label == "inverse_root" else ()
     return getattr(sk, label)(*inputs, *extra)
@@ -237,8 +234,7 @@ def compiled_functions() -> dict[str, object]:
     q = torch.stack([orthogonal(5, seed) for seed in (1, 2)]).float()
     x = gaussian(2, 5, 7)
     return {
-        "gram": (sk.gram, (x,)),
-        "newton_schulz": (sk.newton_schulz, (x,)),
+        **{name: (getattr(sk, name), (x,)) for name in FUNCTIONS if "-" not in name},
         "newton_schulz-rows": (
             lambda x: sk.newton_schulz(x, coefficients=[(2.0, -1.5, 0.5)] * 3),
             (x,),
@@ -247,7 +243,6 @@ def compiled_functions() -> dict[str, object]:
             lambda x: sk.newton_schulz(x, coefficients="polar_express(1e-3, 6)"),
             (x,),
         ),
-        "polar": (sk.polar, (x,)),
         "kron_precondition": (sk.kron_precondition, (x, square, None)),
         "kron_factors_update_": (
             lambda a, x: sk.kron_factors_update_(a, None, x, 0.9),

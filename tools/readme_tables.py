@@ -6,8 +6,9 @@
 A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is
 relative to the Markdown file; keys (key, op, shape, dtype, threads, isa, variant) choose rows,
 `against` those that they are compared with; several values by comma, + for a space. Of a training's
-file all runs are shown, of the doctor's all faults; a Markdown file is shown as it is. `--check`
-writes nothing and fails where a table is not what its file says.
+file all runs are shown, of the doctor's all faults; a Markdown file is shown as it is, a folder as
+a line for each family that has its page there: what runs where. `--check` writes nothing and fails
+where a table is not what its file says.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spectral_kernels import _operators
 from spectral_kernels.benchmarks import demo, run
 from spectral_kernels.benchmarks.case import OURS
 from spectral_kernels.benchmarks.timing import seconds
@@ -71,6 +73,8 @@ def _choice(keys: str) -> dict[str, list[str]]:
 
 
 def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
+    if path.is_dir():
+        return "\n".join(_families(path)) + "\n"
     if path.suffix == ".md":
         return path.read_text()
     record = run.read(path)
@@ -95,6 +99,19 @@ def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
     place = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}"
     lines += ["", f"{place}, torch {facts['torch']}, {facts['date'][:10]}."]
     return "\n".join(lines) + "\n"
+
+
+def _families(pages: Path) -> Iterator[str]:
+    """What runs where."""
+    yield "| family | operators | CPU (C++) | Triton | CUDA C++ | reference |"
+    yield "|---|---|---|---|---|---|"
+    for family in _operators.FAMILIES:
+        own = {name: row for name, row in _operators.TABLE.items() if row.family == family}
+        left_out = [f"`{name}`" for name, row in own.items() if not row.cuda]
+        cuda = f"○ without {', '.join(left_out)}" if left_out else "○"
+        page = f"{pages.parent.name}/{pages.name}/{family}.md"
+        names = ", ".join(f"`{name}`" for name in own)
+        yield f"| [{family}]({page}) | {names} | ✓ | ○ | {cuda} | ✓ |"
 
 
 _MARKS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "by design": "by design"}

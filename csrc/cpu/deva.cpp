@@ -11,6 +11,7 @@
 #include "../check.h"
 #include "../check_deva.h"
 #include "../counters.h"
+#include "../step_calls.h"
 #include "eigenbasis/eigenbasis_step.h"
 #include "list_step.h"
 #include "newton_schulz.h"
@@ -20,18 +21,13 @@
 namespace spectral_kernels::cpu {
 namespace {
 
-struct DevaStep {
-  double lr, beta1, beta2, shampoo_beta, eps, weight_decay;
-  std::string eps_mode;
-  bool schatten;
-  Variance variance;
-  bool nesterov, sign, correct_bias, normalize_grads, reference, maximize, check;
+struct DevaStep : DevaOptions {
+  double lr;
+  Variance kind;
+  bool check;  // what is not finite
 
   bool relative() const { return eps_mode == "relative"; }
   EpsPlace place() const { return eps_mode == "outside" ? EpsPlace::kOutside : EpsPlace::kInside; }
-  bool public_schatten() const { return reference && schatten; }
-  // The public classes do not debias their moments.
-  bool debias() const { return correct_bias && !reference; }
 };
 
 std::vector<double> square_roots(std::vector<double> x, double scale) {
@@ -119,7 +115,7 @@ class DevaMatrix {
     Panels g = rotated_.rotated();
     if (step_.check && !(rotated_.squares_fit(g) && (first || rotated_.factors_fit())))
       return Outcome::kSkipped;
-    const Panels u = step_.schatten ? schatten(g) : sign_step(g);
+    const Panels u = step_.schatten() ? schatten(g) : sign_step(g);
     if (!u) return Outcome::kSkipped;
     const double decay = 1 - step_.lr * step_.weight_decay;
     double rate = step_.lr;
@@ -129,7 +125,7 @@ class DevaMatrix {
         rate *= std::sqrt(1 - std::pow(step_.beta2, t_)) / (1 - std::pow(step_.beta1, t_));
     }
     // After a 16-bit Newton-Schulz the way back adds a quarter of its error to it.
-    const bool halves = step_.schatten && kind_ == Kind::kF32 && ns_.kind() == Kind::kBF16;
+    const bool halves = step_.schatten() && kind_ == Kind::kF32 && ns_.kind() == Kind::kBF16;
     const Kind precision = halves ? Kind::kBF16 : kind_;
     rotated_.move(u, param_, rate, decay, step_.normalize_grads, precision);
     // The moment is an average of finite numbers; factors fit.
@@ -146,7 +142,7 @@ class DevaMatrix {
 
  private:
   bool has_squares() const {
-    return step_.variance != Variance::kLowMemory && step_.variance != Variance::kNone;
+    return step_.kind != Variance::kLowMemory && step_.kind != Variance::kNone;
   }
   double m_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta1, t_)) : 1; }
   double v_scale() const { return step_.debias() ? 1 / (1 - std::pow(step_.beta2, t_)) : 1; }
@@ -169,7 +165,7 @@ class DevaMatrix {
     momentum.nesterov = step_.nesterov;
     momentum.sign = step_.sign;
     momentum.out = mix;
-    if (step_.variance != Variance::kNone) {
+    if (step_.kind != Variance::kNone) {
       momentum.m_rows = m_rows.data();
       momentum.m_cols = m_cols.data();
       momentum.g_rows = g_rows.data();
@@ -192,11 +188,11 @@ class DevaMatrix {
     const std::vector<double> m_total = added(m_cols, blocks, n_),
                               g_total = added(g_cols, blocks, n_);
     std::vector<double> seen_row, seen_col, row, col;
-    if (step_.variance == Variance::kLowMemory) {
+    if (step_.kind == Variance::kLowMemory) {
       low_memory(m_rows, m_total, g_rows, g_total, row, col);
     } else if (has_squares()) {
-      const bool seen_m = step_.variance == Variance::kMomentum,
-                 top_m = step_.variance != Variance::kInstant;
+      const bool seen_m = step_.kind == Variance::kMomentum,
+                 top_m = step_.kind != Variance::kInstant;
       seen_row = square_roots(seen_m ? m_rows : g_rows, seen_m ? mhat : 1);
       seen_col = square_roots(seen_m ? m_total : g_total, seen_m ? mhat : 1);
       row = square_roots(top_m ? m_rows : g_rows, top_m ? mhat : 1);
@@ -289,8 +285,8 @@ class DevaMatrix {
     work.v_scale = v_scale();
     work.scale = scale_;
     work.nesterov = step_.nesterov;
-    work.seen_m = step_.variance == Variance::kMomentum;
-    work.top_m = step_.variance != Variance::kInstant;
+    work.seen_m = step_.kind == Variance::kMomentum;
+    work.top_m = step_.kind != Variance::kInstant;
     work.place = step_.place();
     work.eps = step_.eps;
     if (has_squares()) {
@@ -335,90 +331,75 @@ std::vector<at::Tensor> squares_as_matrices(at::TensorList states, Variance vari
   return list;
 }
 
-void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
-                at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
-                double shampoo_beta, double eps, c10::string_view eps_mode, double weight_decay,
-                c10::string_view norm, c10::string_view variance, bool nesterov, bool sign,
-                bool correct_bias, bool normalize_grads, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, at::ScalarType compute_dtype, bool reference,
-                bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
+void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   count_call("deva_step_", "cpu");
-  check_step(params, grads, step_counts, skipped, lr);
-  check_state(exp_avgs, "exp_avgs", params, false);
-  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
-  const Variance kind = check_deva(params, exp_avg_sqs, scales, std::string(eps_mode),
-                                   std::string(norm), std::string(variance), reference);
+  check_step(lists);
+  check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
+  check_eigenbasis_lists(lists);
+  const Variance kind = check_deva(lists, options);
   if (kind != Variance::kNone)
-    check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
+    check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
+                    lists.left_bases, lists.right_bases},
+                   lists.grads);
   else
-    check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases}, grads);
-  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const DevaStep step{scalar(lr),
-                      beta1,
-                      beta2,
-                      shampoo_beta,
-                      eps,
-                      weight_decay,
-                      std::string(eps_mode),
-                      norm == "schatten",
-                      kind,
-                      nesterov,
-                      sign,
-                      correct_bias,
-                      normalize_grads,
-                      reference,
-                      maximize,
-                      policy != NonFinite::kPropagate};
+    check_distinct({lists.params, lists.exp_avgs, lists.lefts, lists.rights, lists.left_bases,
+                    lists.right_bases},
+                   lists.grads);
+  const NonFinite policy = nonfinite_policy(options.nonfinite);
+  const DevaStep step{options, scalar(lists.lr), kind, policy != NonFinite::kPropagate};
   // Rows are not used by the elementwise norm, and may be empty there.
   const double identity[] = {1, 0, 0};
   const auto make = [&](at::ScalarType type) {
-    return NewtonSchulz(rows.empty() && !step.schatten ? at::ArrayRef<double>(identity) : rows,
+    return NewtonSchulz(options.rows.empty() && !step.schatten()
+                            ? at::ArrayRef<double>(identity)
+                            : at::ArrayRef<double>(options.rows),
                         "standard", {}, type, 0, "schatten8", 1);
   };
-  const NewtonSchulz ns = make(compute_dtype), ns64 = make(at::kDouble);
-  const std::vector<Item> items = items_of(params);
+  const NewtonSchulz ns = make(options.compute_dtype), ns64 = make(at::kDouble);
+  const std::vector<Item> items = items_of(lists.params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads},
-                            {"exp_avgs", exp_avgs},
-                            {"exp_avg_sqs", squares_as_matrices(exp_avg_sqs, kind)},
-                            {"lefts", lefts},
-                            {"rights", rights},
-                            {"left_bases", left_bases},
-                            {"right_bases", right_bases},
-                            {"params", params}});
-  std::vector<double> work = eigenbasis_work(items, params, lefts, rights, refresh);
+    raise_nonfinite(items, {{"grads", lists.grads},
+                            {"exp_avgs", lists.exp_avgs},
+                            {"exp_avg_sqs", squares_as_matrices(lists.exp_avg_sqs, kind)},
+                            {"lefts", lists.lefts},
+                            {"rights", lists.rights},
+                            {"left_bases", lists.left_bases},
+                            {"right_bases", lists.right_bases},
+                            {"params", lists.params}});
+  std::vector<double> work =
+      eigenbasis_work(items, lists.params, lists.lefts, lists.rights, lists.refresh);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
-    return params[e].scalar_type() == at::kDouble ? ns64 : ns;
+    return lists.params[e].scalar_type() == at::kDouble ? ns64 : ns;
   };
-  if (step.schatten)
+  if (step.schatten())
     for (size_t i = 0; i < items.size(); i++) {
       const size_t e = size_t(items[i].entry);
-      const int64_t m = params[e].size(-2), n = params[e].size(-1);
+      const int64_t m = lists.params[e].size(-2), n = lists.params[e].size(-1);
       work[i] += newton_schulz_of(e).work(std::min(m, n), std::max(m, n));
     }
   const auto tensors_of = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return DevaTensors{MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
-                       MatrixBatch(exp_avgs[e])[item.index], squares_of(exp_avg_sqs[e], item, kind),
-                       sides_of(item, lefts, rights, left_bases, right_bases)};
+    return DevaTensors{
+        MatrixBatch(lists.params[e])[item.index], MatrixBatch(lists.grads[e])[item.index],
+        MatrixBatch(lists.exp_avgs[e])[item.index], squares_of(lists.exp_avg_sqs[e], item, kind),
+        sides_of(item, lists.lefts, lists.rights, lists.left_bases, lists.right_bases)};
   };
   std::vector<size_t> bytes;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);
-    const NewtonSchulz* iteration = step.schatten ? &newton_schulz_of(e) : nullptr;
-    bytes.push_back(tensors_of(item).bytes(iteration, refresh[e] != 0));
+    const NewtonSchulz* iteration = step.schatten() ? &newton_schulz_of(e) : nullptr;
+    bytes.push_back(tensors_of(item).bytes(iteration, lists.refresh[e] != 0));
   }
-  Progress progress(step_counts, skipped);
+  Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    DevaMatrix matrix(step, newton_schulz_of(e), tensors_of(item), scales[e],
+    DevaMatrix matrix(step, newton_schulz_of(e), tensors_of(item), options.scales[e],
                       progress.step(item) + 1, threads);
-    const bool factors = lefts[e].numel() > 0 || rights[e].numel() > 0;
-    const bool bounded = !reference && step.relative() && (kind != Variance::kNone || factors);
-    const auto outcome = matrix.run_step(bounded, refresh[e] != 0);
+    const bool factors = lists.lefts[e].numel() > 0 || lists.rights[e].numel() > 0;
+    const bool bounded =
+        !options.reference && step.relative() && (kind != Variance::kNone || factors);
+    const auto outcome = matrix.run_step(bounded, lists.refresh[e] != 0);
     if (outcome == DevaMatrix::Outcome::kSkipped)
       progress.skip();
     else if (outcome == DevaMatrix::Outcome::kUpdated)
@@ -429,6 +410,8 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("deva_step_", &deva_step_); }
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("deva_step_", step<BasisLists, DevaOptions, &deva_step_>());
+}
 
 }  // namespace spectral_kernels::cpu

@@ -17,6 +17,7 @@
 
 #include "../check.h"
 #include "../counters.h"
+#include "../step_calls.h"
 #include "lapack.h"
 #include "list_step.h"
 #include "neurons.h"
@@ -415,11 +416,8 @@ at::Tensor polar(const at::Tensor& x) {
   return out;
 }
 
-struct MuonStep {
-  double lr, momentum, weight_decay;
-  bool nesterov, maximize, cautious, hyperball;
-  std::optional<double> beta2;
-  double neuron_eps;
+struct MuonStep : MuonOptions {
+  double lr;
 
   // Whether the update takes more than a multiple of the parameter and one of the polar factor.
   bool by_rows() const {
@@ -487,44 +485,35 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   run(rows, threads);
 }
 
-void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                at::TensorList second_moments, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
-                std::optional<double> beta2, double neuron_eps, double weight_decay, bool cautious,
-                bool hyperball, at::ArrayRef<double> rows, at::ArrayRef<double> scales,
-                c10::string_view method, at::IntArrayRef restarts, at::IntArrayRef restart_ends,
-                at::ScalarType compute_dtype, double eps, c10::string_view norm, double norm_factor,
-                bool maximize, c10::string_view nonfinite) {
+void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   count_call("muon_step_", "cpu");
-  check_step(params, grads, step_counts, skipped, lr);
-  check_momentum(momentum_buffers, "momentum_buffers", params);
-  TORCH_CHECK_VALUE(!hyperball || weight_decay == 0,
-                    "a hyperball undoes weight decay: weight_decay must be 0, got ", weight_decay);
-  check_rows_state(second_moments, "second_moments", params, beta2.has_value());
-  check_distinct({params, momentum_buffers, second_moments}, grads);
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
-                    " entries, params has ", params.size());
-  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const MuonStep step{scalar(lr), momentum,  weight_decay, nesterov,  maximize,
-                      cautious,   hyperball, beta2,        neuron_eps};
-  std::vector<Item> items = items_of(params);
-  check_restart_ends(restarts, restart_ends, params.size());
+  check_step(lists);
+  check_momentum(lists.momentum_buffers, "momentum_buffers", lists.params);
+  TORCH_CHECK_VALUE(!options.hyperball || options.weight_decay == 0,
+                    "a hyperball undoes weight decay: weight_decay must be 0, got ",
+                    options.weight_decay);
+  check_rows_state(lists.second_moments, "second_moments", lists.params, options.beta2.has_value());
+  check_distinct({lists.params, lists.momentum_buffers, lists.second_moments}, lists.grads);
+  TORCH_CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ",
+                    options.scales.size(), " entries, params has ", lists.params.size());
+  const NonFinite policy = nonfinite_policy(options.nonfinite);
+  const MuonStep step{options, scalar(lists.lr)};
+  std::vector<Item> items = items_of(lists.params);
+  check_restart_ends(options.restarts, options.restart_ends, lists.params.size());
   std::vector<NewtonSchulz> iterations;  // one an entry
-  for (size_t i = 0; i < params.size(); i++) {
-    const int64_t first = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
-    const int64_t past = restart_ends.empty() ? 0 : restart_ends[i];
+  for (size_t i = 0; i < lists.params.size(); i++) {
     // One rule for every dtype of parameter, fp64 excepted, which is always computed in itself.
-    const bool wide = params[i].scalar_type() == at::kDouble;
-    iterations.emplace_back(
-        rows, std::string(method), restarts.slice(size_t(first), size_t(past - first)),
-        wide ? at::kDouble : compute_dtype, eps, std::string(norm), norm_factor);
+    const bool wide = lists.params[i].scalar_type() == at::kDouble;
+    iterations.emplace_back(options.rows, options.method, options.restarts_of(i),
+                            wide ? at::kDouble : options.compute_dtype, options.eps, options.norm,
+                            options.norm_factor);
   }
   const bool check = policy != NonFinite::kPropagate;
   const auto written = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return std::tuple(MatrixBatch(params[e])[item.index],
-                      MatrixBatch(momentum_buffers[e])[item.index],
-                      optional_matrix(second_moments[e], item.index));
+    return std::tuple(MatrixBatch(lists.params[e])[item.index],
+                      MatrixBatch(lists.momentum_buffers[e])[item.index],
+                      optional_matrix(lists.second_moments[e], item.index));
   };
   std::vector<double> work;
   std::vector<size_t> bytes;
@@ -536,23 +525,23 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
                     (check ? Undo::bytes({param, buffer, second}) : 0));
   }
   const auto largest_of = [&](const Item& item, int threads) {
-    const double g = max_abs(MatrixBatch(grads[size_t(item.entry)])[item.index], threads);
+    const double g = max_abs(MatrixBatch(lists.grads[size_t(item.entry)])[item.index], threads);
     const double m =
-        max_abs(MatrixBatch(momentum_buffers[size_t(item.entry)])[item.index], threads);
+        max_abs(MatrixBatch(lists.momentum_buffers[size_t(item.entry)])[item.index], threads);
     return std::isnan(g) || std::isnan(m) ? std::numeric_limits<double>::quiet_NaN()
                                           : std::max(g, m);
   };
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads},
-                            {"momentum_buffers", momentum_buffers},
-                            {"second_moments", second_moments},
-                            {"params", params}});
-  Progress progress(step_counts, skipped);
+    raise_nonfinite(items, {{"grads", lists.grads},
+                            {"momentum_buffers", lists.momentum_buffers},
+                            {"second_moments", lists.second_moments},
+                            {"params", lists.params}});
+  Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
     const auto [param, buffer, second] = written(item);
-    const Matrix grad = MatrixBatch(grads[e])[item.index];
+    const Matrix grad = MatrixBatch(lists.grads[e])[item.index];
     const double largest = largest_of(item, threads);
     if (check && (std::isnan(largest) || !all_finite({second}, 1))) return progress.skip();
     Undo undo({param, buffer, second}, check);
@@ -561,7 +550,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
       if (second) scale_in_place(second, *step.beta2);
       scale_in_place(param, 1 - step.lr * step.weight_decay);
     } else {
-      muon_update(iterations[e], step, param, grad, buffer, second, largest, scales[e],
+      muon_update(iterations[e], step, param, grad, buffer, second, largest, options.scales[e],
                   progress.step(item), threads);
     }
     if (check && !all_finite({param}, threads)) return progress.skip();
@@ -576,7 +565,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
 TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
   m.impl("newton_schulz", &newton_schulz);
   m.impl("polar", &polar);
-  m.impl("muon_step_", &muon_step_);
+  m.impl("muon_step_", step<MuonLists, MuonOptions, &muon_step_>());
 }
 
 }  // namespace spectral_kernels::cpu

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from ._operators import TABLE
 
 MOST_ROWS = 128
 # Products keep 22 bits of an fp32 number. From 8 rows on the error is that of fp32 or below; with
@@ -31,10 +32,7 @@ _PRODUCTS = ("gram", "kron_factors_update_", "kron_precondition")
 _ANY_SIZE = ("eigenbasis", "refresh_eigenbasis", "soap_step_")
 _ROWS_OF_TILES = (16, 32, 64, 96, 128)
 
-OPERATORS = (
-    *("gram", "newton_schulz", "muon_step_", "kron_factors_update_", "kron_precondition"),
-    *("inverse_root", "eigenbasis", "refresh_eigenbasis", "soap_step_", "deva_step_"),
-)
+OPERATORS = tuple(name for name, operator in TABLE.items() if operator.cuda)
 
 _HALF = (torch.bfloat16, torch.float16)
 _THREE_PRODUCTS = (

@@ -13,14 +13,6 @@ from ._backend import check_device
 from ._operators import TABLE
 
 
-def _gram(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-2])
-
-
-def _like(x: Tensor, *args: object, **options: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _in_place(name: str) -> Callable[..., None]:
     """Nothing but a look at the devices.
 
@@ -50,44 +42,8 @@ def _in_place(name: str) -> Callable[..., None]:
     return fake
 
 
-def _kron_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    rows = left.shape[-2] if left.numel() else grad.shape[-2]
-    cols = right.shape[-1] if right.numel() else grad.shape[-1]
-    return grad.new_empty(*grad.shape[:-2], rows, cols)
-
-
-def _inverse_root(
-    a: Tensor, p: int, **options: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = a.shape[:-2]
-    return (
-        _like(a),
-        a.new_empty(batch, dtype=torch.int64),
-        a.new_empty(batch, dtype=torch.int64),
-        a.new_empty(batch),
-        a.new_empty(batch),
-    )
-
-
-def _eigenbasis(a: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape[:-1]), _like(a)
-
-
-def _refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape[:-1]), _like(q)
-
-
-_RESULTS: dict[str, Callable[..., Any]] = {
-    "gram": _gram,
-    "newton_schulz": _like,
-    "polar": _like,
-    "kron_precondition": _kron_precondition,
-    "inverse_root": _inverse_root,
-    "eigenbasis": _eigenbasis,
-    "refresh_eigenbasis": _refresh_eigenbasis,
-}
 FAKES: dict[str, Callable[..., Any]] = {
-    name: _in_place(name) if operator.in_place else _RESULTS[name]
+    name: _in_place(name) if operator.in_place else operator.result
     for name, operator in TABLE.items()
 }
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ._options import (
     BasisLists,
@@ -16,12 +21,49 @@ from ._options import (
 )
 
 
+def _like(x: Tensor, *args: object, **options: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-2])
+
+
+def _kron_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    rows = left.shape[-2] if left.numel() else grad.shape[-2]
+    cols = right.shape[-1] if right.numel() else grad.shape[-1]
+    return grad.new_empty(*grad.shape[:-2], rows, cols)
+
+
+def _inverse_root(
+    a: Tensor, p: int, **options: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = a.shape[:-2]
+    return (
+        _like(a),
+        a.new_empty(batch, dtype=torch.int64),
+        a.new_empty(batch, dtype=torch.int64),
+        a.new_empty(batch),
+        a.new_empty(batch),
+    )
+
+
+def _eigenbasis(a: Tensor) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:-1]), _like(a)
+
+
+def _refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:-1]), _like(q)
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator.
 
     Attributes:
         family: the file that holds it in every folder, and the public function of its name.
+        result: empty tensors of the shapes and dtypes of what a function returns.
+        cuda: whether it is written in CUDA C++ too.
         options: of a list step, what it takes beside its lists.
         lists: of a list step, its tensors in their order.
         home: the module of a backend in Python, where that is not the family's.
@@ -29,6 +71,8 @@ class Operator:
     """
 
     family: str
+    result: Callable[..., Any] = _like
+    cuda: bool = True
     options: type[Options] | None = None
     lists: type[MuonLists] | type[ShampooLists] | type[BasisLists] | None = None
     home: str = ""
@@ -51,21 +95,26 @@ def _step(
     lists: type[MuonLists] | type[ShampooLists] | type[BasisLists],
     options: type[Options],
     home: str = "",
+    *,
+    cuda: bool = True,
 ) -> Operator:
-    return Operator(family, options, lists, home, in_place=True)
+    return Operator(family, options=options, lists=lists, home=home, cuda=cuda, in_place=True)
 
 
 TABLE = {
-    "gram": Operator("symmetric_matmul"),
+    "gram": Operator("symmetric_matmul", _gram),
     "newton_schulz": Operator("newton_schulz"),
-    "polar": Operator("newton_schulz"),
+    "polar": Operator("newton_schulz", cuda=False),
     "muon_step_": _step("newton_schulz", MuonLists, MuonOptions),
     "kron_factors_update_": Operator("kron_factor", in_place=True),
-    "kron_precondition": Operator("kron_factor"),
-    "inverse_root": Operator("inverse_root"),
-    "shampoo_step_": _step("inverse_root", ShampooLists, ShampooOptions, "inverse_root_step"),
-    "eigenbasis": Operator("eigenbasis"),
-    "refresh_eigenbasis": Operator("eigenbasis"),
+    "kron_precondition": Operator("kron_factor", _kron_precondition),
+    "inverse_root": Operator("inverse_root", _inverse_root),
+    "shampoo_step_": _step(
+        "inverse_root", ShampooLists, ShampooOptions, "inverse_root_step", cuda=False
+    ),
+    "eigenbasis": Operator("eigenbasis", _eigenbasis),
+    "refresh_eigenbasis": Operator("eigenbasis", _refresh_eigenbasis),
     "soap_step_": _step("eigenbasis", BasisLists, SoapOptions),
     "deva_step_": _step("deva", BasisLists, DevaOptions),
 }
+FAMILIES = tuple(dict.fromkeys(operator.family for operator in TABLE.values()))

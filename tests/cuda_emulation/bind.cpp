@@ -79,9 +79,12 @@ extern "C" int64_t set_slice_elements(int64_t elements) {
 }
 
 TORCH_LIBRARY(spectral_kernels_emulated, m) {
-  for (const char* op : SPECTRAL_KERNELS_EMULATED_OPERATORS)
-    m.def(c10::Dispatcher::singleton()
-              .findSchemaOrThrow((std::string("spectral_kernels::") + op).c_str(), "")
-              .schema()
-              .cloneWithName(std::string("spectral_kernels_emulated::") + op, ""));
+  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames())
+    if (op.getNamespace() == "spectral_kernels")
+      m.def(c10::Dispatcher::singleton()
+                .findSchemaOrThrow(op.name.c_str(), op.overload_name.c_str())
+                .schema()
+                .cloneWithName(std::string("spectral_kernels_emulated::") +
+                                   op.name.substr(op.name.find("::") + 2),
+                               ""));
 }

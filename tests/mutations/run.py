@@ -68,10 +68,11 @@ def copy_of_the_sources() -> Iterator[Path]:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy = Path(folder)
-        for name in ("csrc", "tests", "docs", "examples", "benchmarks"):
+        for name in ("csrc", "tests", "docs", "examples", "tools"):
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        for name in ("pyproject.toml", "README.md", "Makefile", "setup.py", "mkdocs.yml"):
-            shutil.copy(ROOT / name, copy / name)
+        for pattern in ("*.md", "*.yml", "pyproject.toml", "Makefile", "setup.py"):
+            for path in ROOT.glob(pattern):
+                shutil.copy(path, copy / path.name)
         for source, place in _PARTS.items():
             shutil.copytree(ROOT / source, copy / "site" / place, ignore=ignored)
             target = copy / source

@@ -459,8 +459,37 @@ def _factors(dtype: torch.dtype, batch: Sequence[int] = (), **sides: bool) -> Ca
     return Case("kron_factors_update_", (*args, torch.zeros((), dtype=torch.int64)), options)
 
 
+# Operators with cases of their own below; all others are tried as their schema says.
+_CHOSEN = {
+    *("gram", "newton_schulz", "polar", "kron_factors_update_", "kron_precondition"),
+    *("inverse_root", "eigenbasis", "refresh_eigenbasis", *STEPS),
+}
+
+
 def cases(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Case]]:
     """Label and case, for every operator that takes tensors of this dtype."""
+    yield from _chosen(dtype)
+    for op in _dispatch.OPERATORS:
+        if op not in _CHOSEN:
+            yield op, _from_schema(op, dtype)
+
+
+def _from_schema(op: str, dtype: torch.dtype) -> Case:
+    """What an operator whose tensors may be any matrices of one shape is tried on."""
+    values = {"Tensor": gaussian(2, 5, 37, dtype=dtype), "float": 0.5, "int": 2, "bool": True}
+    args, options = [], {}
+    for argument in schemas()[op].arguments:
+        kind = str(argument.type)
+        if kind not in values:
+            raise KeyError(f"{op} takes a {kind}, {argument.name}: it needs a case of its own")
+        if argument.kwarg_only:
+            options[argument.name] = values[kind]
+        else:
+            args.append(_copied(values[kind]))
+    return Case(op, tuple(args), options)
+
+
+def _chosen(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     full = dtype in FULL
     # Wide enough that the Gram form is chosen, tall, batched, and odd.
     yield "gram", Case("gram", (gaussian(2, 5, 37, dtype=dtype),), {})

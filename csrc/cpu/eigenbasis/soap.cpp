@@ -5,6 +5,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../step_calls.h"
 #include "../list_step.h"
 #include "../parallel.h"
 #include "../views.h"
@@ -13,9 +14,9 @@
 namespace spectral_kernels::cpu {
 namespace {
 
-struct SoapStep {
-  double lr, beta1, beta2, shampoo_beta, eps, weight_decay;
-  bool correct_bias, normalize_grads, skip_first, permute_squares, maximize, check;
+struct SoapStep : SoapOptions {
+  double lr;
+  bool check;  // what is not finite
 };
 
 enum class Outcome { kSkipped, kIdle, kUpdated };
@@ -84,57 +85,55 @@ Outcome soap_update(const SoapStep& step, const SoapMatrix& matrix, double t, bo
   return Outcome::kUpdated;
 }
 
-void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
-                at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
-                double shampoo_beta, double eps, double weight_decay, bool correct_bias,
-                bool normalize_grads, bool skip_first, bool permute_squares, bool maximize,
-                c10::string_view nonfinite, at::IntArrayRef refresh) {
+void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   count_call("soap_step_", "cpu");
-  check_step(params, grads, step_counts, skipped, lr);
-  check_state(exp_avgs, "exp_avgs", params, false);
-  check_state(exp_avg_sqs, "exp_avg_sqs", params, false);
-  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
-  check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
-  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const SoapStep step{scalar(lr), beta1,           beta2,        shampoo_beta,
-                      eps,        weight_decay,    correct_bias, normalize_grads,
-                      skip_first, permute_squares, maximize,     policy != NonFinite::kPropagate};
-  const std::vector<Item> items = items_of(params);
+  check_step(lists);
+  check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
+  check_state(lists.exp_avg_sqs, "exp_avg_sqs", lists.params, false);
+  check_eigenbasis_lists(lists);
+  check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
+                  lists.left_bases, lists.right_bases},
+                 lists.grads);
+  const NonFinite policy = nonfinite_policy(options.nonfinite);
+  const SoapStep step{options, scalar(lists.lr), policy != NonFinite::kPropagate};
+  const std::vector<Item> items = items_of(lists.params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads},
-                            {"exp_avgs", exp_avgs},
-                            {"exp_avg_sqs", exp_avg_sqs},
-                            {"lefts", lefts},
-                            {"rights", rights},
-                            {"left_bases", left_bases},
-                            {"right_bases", right_bases},
-                            {"params", params}});
+    raise_nonfinite(items, {{"grads", lists.grads},
+                            {"exp_avgs", lists.exp_avgs},
+                            {"exp_avg_sqs", lists.exp_avg_sqs},
+                            {"lefts", lists.lefts},
+                            {"rights", lists.rights},
+                            {"left_bases", lists.left_bases},
+                            {"right_bases", lists.right_bases},
+                            {"params", lists.params}});
   const auto matrix_of = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return SoapMatrix{MatrixBatch(params[e])[item.index], MatrixBatch(grads[e])[item.index],
-                      MatrixBatch(exp_avgs[e])[item.index], MatrixBatch(exp_avg_sqs[e])[item.index],
-                      sides_of(item, lefts, rights, left_bases, right_bases)};
+    return SoapMatrix{
+        MatrixBatch(lists.params[e])[item.index], MatrixBatch(lists.grads[e])[item.index],
+        MatrixBatch(lists.exp_avgs[e])[item.index], MatrixBatch(lists.exp_avg_sqs[e])[item.index],
+        sides_of(item, lists.lefts, lists.rights, lists.left_bases, lists.right_bases)};
   };
   std::vector<size_t> bytes;
   for (const Item& item : items)
-    bytes.push_back(matrix_of(item).bytes(refresh[size_t(item.entry)] != 0));
-  Progress progress(step_counts, skipped);
+    bytes.push_back(matrix_of(item).bytes(lists.refresh[size_t(item.entry)] != 0));
+  Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const Outcome outcome = soap_update(step, matrix_of(item), progress.step(item) + 1,
-                                        refresh[size_t(item.entry)] != 0, threads);
+                                        lists.refresh[size_t(item.entry)] != 0, threads);
     if (outcome == Outcome::kSkipped)
       progress.skip();
     else if (outcome == Outcome::kUpdated)
       progress.updated(item);
   };
-  parallel_matrices(eigenbasis_work(items, params, lefts, rights, refresh), update, bytes);
+  parallel_matrices(eigenbasis_work(items, lists.params, lists.lefts, lists.rights, lists.refresh),
+                    update, bytes);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("soap_step_", &soap_step_); }
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("soap_step_", step<BasisLists, SoapOptions, &soap_step_>());
+}
 
 }  // namespace spectral_kernels::cpu

@@ -9,6 +9,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../step_calls.h"
 #include "../kron_factor.h"
 #include "../list_step.h"
 #include "../parallel.h"
@@ -20,14 +21,14 @@ namespace {
 
 enum class Graft { kNone, kSgd, kAdagrad, kRmsprop, kAdam };
 
-struct ShampooStep {
-  double lr, beta1, beta2, graft_beta2;
-  RootOptions root;
-  double weight_decay;
-  Graft graft;
-  double graft_eps;
-  bool relative_eps, kl, sequential, debias, maximize, check;
+struct ShampooStep : ShampooOptions {
+  double lr;
+  RootOptions roots;
+  Graft kind;
+  bool check;  // what is not finite
 
+  bool relative_eps() const { return graft_eps_mode == "relative"; }
+  bool sequential() const { return kl_order == "sequential"; }
   double weight() const { return beta2 < 1 ? 1 - beta2 : 1; }
 };
 
@@ -88,13 +89,13 @@ class ShampooMatrix {
     largest_ = max_abs(grad_, threads_);
     const bool outside =
         largest_ != 0 && (largest_ < 0x1p-50 || largest_ > 0x1p50);  // false for NaN
-    if ((step_.root.relative_ridge > 0 || step_.kl) && outside) return false;
+    if ((step_.roots.relative_ridge > 0 || step_.kl) && outside) return false;
     if (step_.check &&
         (std::isnan(largest_) || std::isnan(max_abs(state_.momentum, threads_)) || !squares_fit()))
       return false;
     // Without a refresh the factors come last, when it is known that they will be kept.
     const bool factors_last = !refresh && !(step_.kl && unstarted());
-    const bool grafts = step_.graft != Graft::kNone && step_.graft != Graft::kSgd;
+    const bool grafts = step_.kind != Graft::kNone && step_.kind != Graft::kSgd;
     Undo undo({param_, state_.momentum, grafts ? state_.squares : Matrix{}}, step_.check);
     Undo undo_factors({state_.left, state_.right, state_.left_root, state_.right_root},
                       step_.check && !factors_last);
@@ -119,7 +120,7 @@ class ShampooMatrix {
   }
 
   bool squares_fit() const {
-    if (step_.graft == Graft::kNone || step_.graft == Graft::kSgd) return true;
+    if (step_.kind == Graft::kNone || step_.kind == Graft::kSgd) return true;
     const double most = kind_ == Kind::kF64 ? std::numeric_limits<double>::max()
                                             : double(std::numeric_limits<float>::max());
     return largest_ * largest_ + max_abs(state_.squares, threads_) <= most;  // false for NaN
@@ -159,7 +160,7 @@ class ShampooMatrix {
     if (!factor || max_abs(factor, threads_) == 0) return;
     // What stands there at first is no root, nor need it be one after a failure.
     const Matrix old = t_ > 1 && state_.failures[side] == 0 ? root : Matrix{};
-    const RootResult result = inverse_root(factor, bias, step_.root, old, root, false, threads_);
+    const RootResult result = inverse_root(factor, bias, step_.roots, old, root, false, threads_);
     if (result.status == RootStatus::kStagnated || result.status == RootStatus::kNonFinite)
       state_.failures[side]++;
   }
@@ -168,7 +169,7 @@ class ShampooMatrix {
   bool update_kl(bool refresh, const F& before) {
     const Matrix &left = state_.left, &right = state_.right;
     start_kl();
-    const bool shorter_left = m_ <= n_, roots_between = refresh && step_.sequential;
+    const bool shorter_left = m_ <= n_, roots_between = refresh && step_.sequential();
     bool fits = true;
     if (roots_between) {
       for (const bool left_side : {shorter_left, !shorter_left}) {
@@ -203,7 +204,7 @@ class ShampooMatrix {
     double sum = 0;
     for (double value : values) sum += value * value;
     const double lam0 = std::ldexp(std::sqrt(sum / double(m_ * n_)), exponent_of(largest_));
-    const double delta = std::max(step_.root.ridge, step_.root.relative_ridge * lam0);
+    const double delta = std::max(step_.roots.ridge, step_.roots.relative_ridge * lam0);
     for (const Matrix& factor : {state_.left, state_.right})
       if (factor) set_identity(factor, lam0);
     for (const Matrix& root : {state_.left_root, state_.right_root})
@@ -302,7 +303,7 @@ class ShampooMatrix {
     if (shape.has_left) operands.left_t = packed(state_.left_root, m_);
     if (shape.has_right) operands.right = packed(state_.right_root, n_);
     const double decay = 1 - step_.lr * step_.weight_decay;
-    if (step_.graft == Graft::kNone && sides) {
+    if (step_.kind == Graft::kNone && sides) {
       Product last;
       last.alpha = -step_.lr * mhat;
       last.beta = decay;
@@ -316,7 +317,7 @@ class ShampooMatrix {
       precondition(shape, operands, last, workspace, threads_);
     }
     double scale = mhat;
-    if (step_.graft != Graft::kNone) {
+    if (step_.kind != Graft::kNone) {
       const double length = std::sqrt(sum_of_squares(p, threads_));
       const double graft = graft_length(mhat);
       scale = length > 0 ? graft / length : (length == 0 ? 0 : length);
@@ -335,7 +336,7 @@ class ShampooMatrix {
     AdaptedLength length;
     length.m = state_.momentum;
     length.m_scale = mhat;
-    if (step_.graft == Graft::kSgd) {
+    if (step_.kind == Graft::kSgd) {
       Workspace workspace(panel_bytes(m_, n_, kind_));
       Pack pack;
       pack.x = state_.momentum;
@@ -346,14 +347,14 @@ class ShampooMatrix {
     SquareAverage average;
     average.g = grad_;
     average.v = state_.squares;
-    const bool sum = step_.graft == Graft::kAdagrad;
+    const bool sum = step_.kind == Graft::kAdagrad;
     average.beta = sum ? 1 : step_.graft_beta2;
     average.weight = sum ? 1 : 1 - step_.graft_beta2;
     const double total = run(average, threads_);
     length.v = state_.squares;
-    length.v_scale = step_.graft == Graft::kAdam ? 1 / (1 - std::pow(step_.graft_beta2, t_)) : 1;
+    length.v_scale = step_.kind == Graft::kAdam ? 1 / (1 - std::pow(step_.graft_beta2, t_)) : 1;
     length.eps = step_.graft_eps;
-    if (step_.relative_eps) length.eps *= std::sqrt(total * length.v_scale / elements);
+    if (step_.relative_eps()) length.eps *= std::sqrt(total * length.v_scale / elements);
     return std::sqrt(run(length, threads_));
   }
 
@@ -382,110 +383,94 @@ void check_roots(at::TensorList factors, at::TensorList roots, const char* name)
                       factors[i].sizes());
 }
 
-void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                   at::TensorList lefts, at::TensorList rights, at::TensorList left_roots,
-                   at::TensorList right_roots, at::TensorList graft_squares,
-                   at::TensorList root_failures, at::TensorList step_counts,
-                   const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
-                   double graft_beta2, int64_t root, double ridge, double relative_ridge,
-                   c10::string_view root_method, double weight_decay, c10::string_view graft,
-                   double graft_eps, c10::string_view graft_eps_mode, bool kl,
-                   c10::string_view kl_order, bool debias, bool maximize,
-                   c10::string_view nonfinite, at::IntArrayRef refresh) {
+void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
   count_call("shampoo_step_", "cpu");
-  check_step(params, grads, step_counts, skipped, lr);
-  check_state(momentum_buffers, "momentum_buffers", params, false);
-  check_factors(lefts, "lefts", params, 0);
-  check_factors(rights, "rights", params, 1);
-  check_factors(left_roots, "left_roots", params, 0);
-  check_factors(right_roots, "right_roots", params, 1);
-  check_roots(lefts, left_roots, "left");
-  check_roots(rights, right_roots, "right");
-  const Graft kind = graft_of(std::string(graft));
-  check_state(graft_squares, "graft_squares", params, kind == Graft::kNone || kind == Graft::kSgd);
-  check_list(root_failures, "root_failures", params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    auto expected = params[i].sizes().vec();
+  check_step(lists);
+  check_state(lists.momentum_buffers, "momentum_buffers", lists.params, false);
+  check_factors(lists.lefts, "lefts", lists.params, 0);
+  check_factors(lists.rights, "rights", lists.params, 1);
+  check_factors(lists.left_roots, "left_roots", lists.params, 0);
+  check_factors(lists.right_roots, "right_roots", lists.params, 1);
+  check_roots(lists.lefts, lists.left_roots, "left");
+  check_roots(lists.rights, lists.right_roots, "right");
+  const Graft kind = graft_of(options.graft);
+  check_state(lists.graft_squares, "graft_squares", lists.params,
+              kind == Graft::kNone || kind == Graft::kSgd);
+  check_list(lists.root_failures, "root_failures", lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); i++) {
+    auto expected = lists.params[i].sizes().vec();
     expected.pop_back();
     expected.back() = 2;
-    TORCH_CHECK_TYPE(root_failures[i].scalar_type() == at::kLong,
-                     "root_failures must be int64, got ", root_failures[i].scalar_type());
-    TORCH_CHECK_VALUE(root_failures[i].device() == params[i].device(), "root_failures[", i,
-                      "] is on ", root_failures[i].device(), ", the other tensors are on ",
-                      params[i].device());
-    TORCH_CHECK_VALUE(root_failures[i].sizes() == expected && root_failures[i].is_contiguous(),
-                      "root_failures[", i, "] must be contiguous, of shape ",
-                      at::IntArrayRef(expected), ", got ", root_failures[i].sizes());
+    TORCH_CHECK_TYPE(lists.root_failures[i].scalar_type() == at::kLong,
+                     "root_failures must be int64, got ", lists.root_failures[i].scalar_type());
+    TORCH_CHECK_VALUE(lists.root_failures[i].device() == lists.params[i].device(), "root_failures[",
+                      i, "] is on ", lists.root_failures[i].device(), ", the other tensors are on ",
+                      lists.params[i].device());
+    TORCH_CHECK_VALUE(
+        lists.root_failures[i].sizes() == expected && lists.root_failures[i].is_contiguous(),
+        "root_failures[", i, "] must be contiguous, of shape ", at::IntArrayRef(expected), ", got ",
+        lists.root_failures[i].sizes());
   }
-  check_distinct({params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares},
-                 grads);
-  check_one_of(std::string(graft_eps_mode), "graft_eps_mode", {"relative", "absolute"});
-  check_one_of(std::string(kl_order), "kl_order", {"sequential", "simultaneous"});
-  TORCH_CHECK_VALUE(!kl || root == 2,
-                    "kl weights its factors by inverse square roots: root must be 2, not ", root);
-  TORCH_CHECK_VALUE(refresh.size() == params.size(), "refresh has ", refresh.size(),
-                    " entries, params has ", params.size());
-  const NonFinite policy = nonfinite_policy(std::string(nonfinite));
-  const RootOptions options{int(root), ridge, relative_ridge, std::string(root_method)};
-  check_root_options(options);
-  const ShampooStep step{scalar(lr),
-                         beta1,
-                         beta2,
-                         graft_beta2,
-                         options,
-                         weight_decay,
-                         kind,
-                         graft_eps,
-                         graft_eps_mode == "relative",
-                         kl,
-                         kl_order == "sequential",
-                         debias,
-                         maximize,
-                         policy != NonFinite::kPropagate};
-  const std::vector<Item> items = items_of(params);
+  check_distinct({lists.params, lists.momentum_buffers, lists.lefts, lists.rights, lists.left_roots,
+                  lists.right_roots, lists.graft_squares},
+                 lists.grads);
+  check_one_of(options.graft_eps_mode, "graft_eps_mode", {"relative", "absolute"});
+  check_one_of(options.kl_order, "kl_order", {"sequential", "simultaneous"});
+  TORCH_CHECK_VALUE(!options.kl || options.root == 2,
+                    "kl weights its factors by inverse square roots: root must be 2, not ",
+                    options.root);
+  TORCH_CHECK_VALUE(options.refresh.size() == lists.params.size(), "refresh has ",
+                    options.refresh.size(), " entries, params has ", lists.params.size());
+  const NonFinite policy = nonfinite_policy(options.nonfinite);
+  const RootOptions roots{int(options.root), options.ridge, options.relative_ridge,
+                          options.root_method};
+  check_root_options(roots);
+  const ShampooStep step{options, scalar(lists.lr), roots, kind, policy != NonFinite::kPropagate};
+  const std::vector<Item> items = items_of(lists.params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", grads},
-                            {"momentum_buffers", momentum_buffers},
-                            {"lefts", lefts},
-                            {"rights", rights},
-                            {"left_roots", left_roots},
-                            {"right_roots", right_roots},
-                            {"graft_squares", graft_squares},
-                            {"params", params}});
+    raise_nonfinite(items, {{"grads", lists.grads},
+                            {"momentum_buffers", lists.momentum_buffers},
+                            {"lefts", lists.lefts},
+                            {"rights", lists.rights},
+                            {"left_roots", lists.left_roots},
+                            {"right_roots", lists.right_roots},
+                            {"graft_squares", lists.graft_squares},
+                            {"params", lists.params}});
   const auto state_of = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return ShampooState{MatrixBatch(momentum_buffers[e])[item.index],
-                        optional_matrix(lefts[e], item.index),
-                        optional_matrix(rights[e], item.index),
-                        optional_matrix(left_roots[e], item.index),
-                        optional_matrix(right_roots[e], item.index),
-                        optional_matrix(graft_squares[e], item.index),
-                        root_failures[e].data_ptr<int64_t>() + 2 * item.index};
+    return ShampooState{MatrixBatch(lists.momentum_buffers[e])[item.index],
+                        optional_matrix(lists.lefts[e], item.index),
+                        optional_matrix(lists.rights[e], item.index),
+                        optional_matrix(lists.left_roots[e], item.index),
+                        optional_matrix(lists.right_roots[e], item.index),
+                        optional_matrix(lists.graft_squares[e], item.index),
+                        lists.root_failures[e].data_ptr<int64_t>() + 2 * item.index};
   };
   std::vector<double> work;
   std::vector<size_t> bytes;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);
-    const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
+    const double m = double(lists.params[e].size(-2)), n = double(lists.params[e].size(-1));
     double sum = m * n;
-    if (lefts[e].numel() > 0)
-      sum +=
-          (kl ? 2.5 : 1.5) * m * m * n + (refresh[e] != 0 ? root_work(int64_t(m), int(root)) : 0);
-    if (rights[e].numel() > 0)
-      sum +=
-          (kl ? 2.5 : 1.5) * m * n * n + (refresh[e] != 0 ? root_work(int64_t(n), int(root)) : 0);
+    if (lists.lefts[e].numel() > 0)
+      sum += (options.kl ? 2.5 : 1.5) * m * m * n +
+             (options.refresh[e] != 0 ? root_work(int64_t(m), int(options.root)) : 0);
+    if (lists.rights[e].numel() > 0)
+      sum += (options.kl ? 2.5 : 1.5) * m * n * n +
+             (options.refresh[e] != 0 ? root_work(int64_t(n), int(options.root)) : 0);
     work.push_back(sum);
-    bytes.push_back(state_of(item).bytes(MatrixBatch(params[e])[item.index],
-                                         MatrixBatch(grads[e])[item.index], refresh[e] != 0));
+    bytes.push_back(state_of(item).bytes(MatrixBatch(lists.params[e])[item.index],
+                                         MatrixBatch(lists.grads[e])[item.index],
+                                         options.refresh[e] != 0));
   }
-  Progress progress(step_counts, skipped);
+  Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    ShampooMatrix matrix(step, MatrixBatch(params[e])[item.index],
-                         MatrixBatch(grads[e])[item.index], state_of(item), progress.step(item) + 1,
-                         threads);
-    if (matrix.run_step(refresh[e] != 0))
+    ShampooMatrix matrix(step, MatrixBatch(lists.params[e])[item.index],
+                         MatrixBatch(lists.grads[e])[item.index], state_of(item),
+                         progress.step(item) + 1, threads);
+    if (matrix.run_step(options.refresh[e] != 0))
       progress.updated(item);
     else
       progress.skip();
@@ -495,6 +480,8 @@ void shampoo_step_(at::TensorList params, at::TensorList grads, at::TensorList m
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("shampoo_step_", &shampoo_step_); }
+TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
+  m.impl("shampoo_step_", step<ShampooLists, ShampooOptions, &shampoo_step_>());
+}
 
 }  // namespace spectral_kernels::cpu

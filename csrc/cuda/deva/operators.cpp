@@ -59,61 +59,55 @@ class Directions {
   DevaBuffers buffers_;
 };
 
-void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
-                at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
-                double shampoo_beta, double eps, c10::string_view eps_mode, double weight_decay,
-                c10::string_view norm, c10::string_view variance, bool nesterov, bool sign,
-                bool correct_bias, bool normalize_grads, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, at::ScalarType compute_dtype, bool reference,
-                bool maximize, c10::string_view nonfinite, at::IntArrayRef refresh) {
+void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   constexpr const char* kOp = "deva_step_";
   count_call(kOp, "cuda");
-  const EigenbasisLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
-                              left_bases, right_bases, step_counts, skipped,     lr,    refresh};
-  lists.check(kOp);
+  check_lists(lists, kOp);
   Deva deva;
-  deva.variance = check_deva(params, exp_avg_sqs, scales, std::string(eps_mode), std::string(norm),
-                             std::string(variance), reference);
-  const bool schatten = norm == "schatten", none = deva.variance == Variance::kNone;
+  deva.variance = check_deva(lists, options);
+  const bool none = deva.variance == Variance::kNone;
   if (none)
-    check_distinct({params, exp_avgs, lefts, rights, left_bases, right_bases}, grads);
+    check_distinct({lists.params, lists.exp_avgs, lists.lefts, lists.rights, lists.left_bases,
+                    lists.right_bases},
+                   lists.grads);
   else
-    check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
-  deva.adam = {Average(beta1), Average(beta2), float(eps), maximize};
-  deva.nesterov = nesterov;
-  deva.sign = sign;
-  deva.relative = eps_mode == "relative";
-  deva.outside = eps_mode == "outside";
-  EigenbasisOptions options;
-  options.squares = none                                    ? Squares::kNone
-                    : deva.variance == Variance::kLowMemory ? Squares::kLine
-                                                            : Squares::kMatrix;
-  options.new_squares = !none;
-  options.bounded = !reference && deva.relative;
-  options.scales = scales;
-  options.shampoo_beta = shampoo_beta;
-  options.idle_first = options.permute_squares = reference && schatten;
-  options.normalize = normalize_grads;
-  options.adam = deva.adam;
-  options.schedule.beta1 = beta1;
-  options.schedule.beta2 = beta2;
-  options.schedule.weight_decay = weight_decay;
-  options.schedule.debias = correct_bias && !reference;
-  options.schedule.correct_bias = correct_bias && reference && schatten;
-  options.schedule.decay_last = reference && schatten;
-  options.nonfinite = std::string(nonfinite);
-  EigenbasisStep step(lists, options, kOp);
+    check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
+                    lists.left_bases, lists.right_bases},
+                   lists.grads);
+  deva.adam = {Average(options.beta1), Average(options.beta2), float(options.eps),
+               options.maximize};
+  deva.nesterov = options.nesterov;
+  deva.sign = options.sign;
+  deva.relative = options.eps_mode == "relative";
+  deva.outside = options.eps_mode == "outside";
+  EigenbasisOptions basis;
+  basis.squares = none                                    ? Squares::kNone
+                  : deva.variance == Variance::kLowMemory ? Squares::kLine
+                                                          : Squares::kMatrix;
+  basis.new_squares = !none;
+  basis.bounded = !options.reference && deva.relative;
+  basis.scales = options.scales;
+  basis.shampoo_beta = options.shampoo_beta;
+  basis.idle_first = basis.permute_squares = options.public_schatten();
+  basis.normalize = options.normalize_grads;
+  basis.adam = deva.adam;
+  basis.schedule.beta1 = options.beta1;
+  basis.schedule.beta2 = options.beta2;
+  basis.schedule.weight_decay = options.weight_decay;
+  basis.schedule.debias = options.debias();
+  basis.schedule.correct_bias = options.correct_bias && options.public_schatten();
+  basis.schedule.decay_last = options.public_schatten();
+  basis.nonfinite = options.nonfinite;
+  EigenbasisStep step(lists, basis, kOp);
   if (step.empty()) return;
-  const c10::DeviceGuard guard(params[0].device());
+  const c10::DeviceGuard guard(lists.params[0].device());
   step.begin();
   while (step.next_slice()) {
     step.rotate();
     if (!step.moment_entries().empty()) {
       Directions directions(step, kOp);
-      if (schatten)
-        directions.schatten(deva, rows, compute_dtype);
+      if (options.schatten())
+        directions.schatten(deva, options.rows, options.compute_dtype);
       else
         directions.signs(deva);
     }
@@ -124,6 +118,8 @@ void deva_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
 
 }  // namespace
 
-SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("deva_step_", &deva_step_); }
+SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
+  m.impl("deva_step_", step<BasisLists, DevaOptions, &deva_step_>());
+}
 
 }  // namespace spectral_kernels::cuda

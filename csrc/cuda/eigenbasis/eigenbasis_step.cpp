@@ -67,18 +67,21 @@ std::vector<EigenbasisItem> single_matrices(const EigenbasisItem& item) {
 
 }  // namespace
 
-void EigenbasisLists::check(const char* op) const {
-  check_step(params, grads, step_counts, skipped, lr);
-  check_state(exp_avgs, "exp_avgs", params, false);
-  check_eigenbasis_lists(params, lefts, rights, left_bases, right_bases, refresh);
-  if (params.empty()) return;
-  for (const at::TensorList& list :
-       {params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases})
+void check_lists(const BasisLists& lists, const char* op) {
+  check_step(lists);
+  check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
+  check_eigenbasis_lists(lists);
+  if (lists.params.empty()) return;
+  for (const at::TensorList list :
+       {at::TensorList(lists.params), at::TensorList(lists.grads), at::TensorList(lists.exp_avgs),
+        at::TensorList(lists.exp_avg_sqs), at::TensorList(lists.lefts),
+        at::TensorList(lists.rights), at::TensorList(lists.left_bases),
+        at::TensorList(lists.right_bases)})
     for (const at::Tensor& t : list)
       if (t.numel() > 0) check_not_double(t, op);
 }
 
-EigenbasisStep::EigenbasisStep(const EigenbasisLists& lists, const EigenbasisOptions& options,
+EigenbasisStep::EigenbasisStep(const BasisLists& lists, const EigenbasisOptions& options,
                                const char* op)
     : lists_(lists), options_(options), op_(op) {
   check_one_of(options.nonfinite, "nonfinite", {"skip", "propagate", "raise"});
@@ -215,7 +218,7 @@ void EigenbasisStep::begin() {
     raise_nonfinite(entries, lists_.params, "exp_avgs",
                     at::zeros({last.first + last.count}, items_[0].param.options().dtype(at::kInt)),
                     op_);
-    std::vector<at::Tensor> squares = lists_.exp_avg_sqs.vec();
+    std::vector<at::Tensor> squares = lists_.exp_avg_sqs;
     for (at::Tensor& t : squares)
       if (options_.squares == Squares::kLine) t = t.unsqueeze(-2);
     if (options_.squares == Squares::kNone) squares.clear();

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../../step_calls.h"
 #include "../kron_factor/products.h"
 #include "moments.h"
 
@@ -15,15 +16,8 @@ namespace spectral_kernels::cuda {
 // Elements of the parameters in a slice, 128 MB of every workspace; tests make it smaller.
 extern int64_t slice_elements;
 
-struct EigenbasisLists {
-  at::TensorList params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases,
-      step_counts;
-  const at::Tensor &skipped, &lr;
-  at::IntArrayRef refresh;
-
-  // All but the squares, whose shape is the step's own.
-  void check(const char* op) const;
-};
+// All but the squares, whose shape is the step's own.
+void check_lists(const BasisLists& lists, const char* op);
 
 // What exp_avg_sqs holds for every matrix.
 enum class Squares : int {
@@ -68,7 +62,7 @@ struct EigenbasisItem {
 
 class EigenbasisStep {
  public:
-  EigenbasisStep(const EigenbasisLists& lists, const EigenbasisOptions& options, const char* op);
+  EigenbasisStep(const BasisLists& lists, const EigenbasisOptions& options, const char* op);
 
   bool empty() const { return items_.empty(); }
   // First calls, numbers, and which matrices are not finite.
@@ -99,7 +93,7 @@ class EigenbasisStep {
   void keep(const at::Tensor& now, const at::Tensor& old, const EigenbasisItem& item);
   void check_kept(size_t from);
 
-  const EigenbasisLists& lists_;
+  const BasisLists& lists_;
   const EigenbasisOptions& options_;
   const char* op_;
   void* stream_ = nullptr;

@@ -58,39 +58,34 @@ std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis(const at::Tensor& q, const
   return {values, basis};
 }
 
-void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                at::TensorList exp_avg_sqs, at::TensorList lefts, at::TensorList rights,
-                at::TensorList left_bases, at::TensorList right_bases, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double beta1, double beta2,
-                double shampoo_beta, double eps, double weight_decay, bool correct_bias,
-                bool normalize_grads, bool skip_first, bool permute_squares, bool maximize,
-                c10::string_view nonfinite, at::IntArrayRef refresh) {
+void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   constexpr const char* kOp = "soap_step_";
   count_call(kOp, "cuda");
-  const EigenbasisLists lists{params,     grads,       exp_avgs,    exp_avg_sqs, lefts, rights,
-                              left_bases, right_bases, step_counts, skipped,     lr,    refresh};
-  lists.check(kOp);
-  check_state(exp_avg_sqs, "exp_avg_sqs", params, false);
-  check_distinct({params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases}, grads);
-  EigenbasisOptions options;
-  options.shampoo_beta = shampoo_beta;
-  options.idle_first = skip_first;
-  options.permute_squares = permute_squares;
-  options.normalize = normalize_grads;
-  options.adam = {Average(beta1), Average(beta2), float(eps), maximize};
-  options.schedule.beta1 = beta1;
-  options.schedule.beta2 = beta2;
-  options.schedule.weight_decay = weight_decay;
-  options.schedule.correct_bias = correct_bias;
-  options.schedule.decay_last = true;
-  options.nonfinite = std::string(nonfinite);
-  EigenbasisStep step(lists, options, kOp);
+  check_lists(lists, kOp);
+  check_state(lists.exp_avg_sqs, "exp_avg_sqs", lists.params, false);
+  check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
+                  lists.left_bases, lists.right_bases},
+                 lists.grads);
+  EigenbasisOptions basis;
+  basis.shampoo_beta = options.shampoo_beta;
+  basis.idle_first = options.skip_first;
+  basis.permute_squares = options.permute_squares;
+  basis.normalize = options.normalize_grads;
+  basis.adam = {Average(options.beta1), Average(options.beta2), float(options.eps),
+                options.maximize};
+  basis.schedule.beta1 = options.beta1;
+  basis.schedule.beta2 = options.beta2;
+  basis.schedule.weight_decay = options.weight_decay;
+  basis.schedule.correct_bias = options.correct_bias;
+  basis.schedule.decay_last = true;
+  basis.nonfinite = options.nonfinite;
+  EigenbasisStep step(lists, basis, kOp);
   if (step.empty()) return;
-  const c10::DeviceGuard guard(params[0].device());
+  const c10::DeviceGuard guard(lists.params[0].device());
   step.begin();
   while (step.next_slice()) {
     step.rotate();
-    check_launch(launch_adam(step.moment_entries(), options.adam, step.largest(), step.stream()),
+    check_launch(launch_adam(step.moment_entries(), basis.adam, step.largest(), step.stream()),
                  kOp);
     step.finish();
   }
@@ -102,7 +97,8 @@ void soap_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
   m.impl("eigenbasis", &eigenbasis);
   m.impl("refresh_eigenbasis", &refresh_eigenbasis);
-  m.impl("soap_step_", &soap_step_);
+
+  m.impl("soap_step_", step<BasisLists, SoapOptions, &soap_step_>());
 }
 
 }  // namespace spectral_kernels::cuda

@@ -35,87 +35,78 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   return out;
 }
 
-void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                at::TensorList second_moments, at::TensorList step_counts,
-                const at::Tensor& skipped, const at::Tensor& lr, double momentum, bool nesterov,
-                std::optional<double> beta2, double /*neuron_eps*/, double weight_decay,
-                bool cautious, bool hyperball, at::ArrayRef<double> rows,
-                at::ArrayRef<double> scales, c10::string_view method, at::IntArrayRef restarts,
-                at::IntArrayRef restart_ends, at::ScalarType compute_dtype, double eps,
-                c10::string_view norm, double norm_factor, bool maximize,
-                c10::string_view nonfinite) {
+void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   constexpr const char* kOp = "muon_step_";
   count_call(kOp, "cuda");
-  check_step(params, grads, step_counts, skipped, lr);
-  check_state(momentum_buffers, "momentum_buffers", params, false);
+  check_step(lists);
+  check_state(lists.momentum_buffers, "momentum_buffers", lists.params, false);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !beta2.has_value() && !cautious && !hyperball, kOp,
+      !options.beta2.has_value() && !options.cautious && !options.hyperball, kOp,
       ": the CUDA C++ kernels have no second moments of neurons, no cautious weight decay and no "
       "hyperball");
-  check_rows_state(second_moments, "second_moments", params, false);
-  check_distinct({params, momentum_buffers}, grads);
-  TORCH_CHECK_VALUE(scales.size() == params.size(), "scales has ", scales.size(),
-                    " entries, params has ", params.size());
-  const std::string policy(nonfinite);
+  check_rows_state(lists.second_moments, "second_moments", lists.params, false);
+  check_distinct({lists.params, lists.momentum_buffers}, lists.grads);
+  TORCH_CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ",
+                    options.scales.size(), " entries, params has ", lists.params.size());
+  const std::string& policy = options.nonfinite;
   check_one_of(policy, "nonfinite", {"skip", "propagate", "raise"});
-  const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
-  check_restart_ends(restarts, restart_ends, params.size());
-  if (params.empty()) return;
-  const c10::DeviceGuard guard(params[0].device());
-  Lists lists(plan, params[0]);
+  const Plan plan(options.rows, options.method, options.compute_dtype, options.eps, options.norm,
+                  options.norm_factor, kOp);
+  check_restart_ends(options.restarts, options.restart_ends, lists.params.size());
+  if (lists.params.empty()) return;
+  const c10::DeviceGuard guard(lists.params[0].device());
+  Lists served(plan, lists.params[0]);
   std::vector<Counter> counters;
   int64_t matrices = 0;
-  for (size_t i = 0; i < params.size(); i++) {
-    if (params[i].numel() == 0) continue;
-    counters.push_back(counter_of(step_counts[i], matrices, leading(params[i])));
-    matrices += leading(params[i]);
-    check_not_double(params[i], kOp);
-    const int64_t begin = i == 0 || restart_ends.empty() ? 0 : restart_ends[i - 1];
-    const int64_t end = restart_ends.empty() ? 0 : restart_ends[i];
-    lists.add(grads[i], momentum_buffers[i], params[i], float(scales[i]),
-              restarts.slice(size_t(begin), size_t(end - begin)));
+  for (size_t i = 0; i < lists.params.size(); i++) {
+    if (lists.params[i].numel() == 0) continue;
+    counters.push_back(counter_of(lists.step_counts[i], matrices, leading(lists.params[i])));
+    matrices += leading(lists.params[i]);
+    check_not_double(lists.params[i], kOp);
+    served.add(lists.grads[i], lists.momentum_buffers[i], lists.params[i], float(options.scales[i]),
+               options.restarts_of(i));
   }
-  if (lists.entries.empty()) return;
-  lists.place();
-  Scratch& scratch = *lists.scratch;
-  void* stream = stream_of(params[0]);
+  if (served.entries.empty()) return;
+  served.place();
+  Scratch& scratch = *served.scratch;
+  void* stream = stream_of(lists.params[0]);
 
   Prologue prologue;
-  prologue.nesterov = nesterov;
-  prologue.maximize = maximize;
-  prologue.momentum = Average(momentum);
+  prologue.nesterov = options.nesterov;
+  prologue.maximize = options.maximize;
+  prologue.momentum = Average(options.momentum);
   prologue.nonfinite = policy == "skip" ? NonFinite::kSkip : NonFinite::kPropagate;
   prologue.f16 = plan.f16;
   prologue.planes = plan.planes;
   Update update;
   update.in_place = true;
-  update.weight_decay = float(weight_decay);
+  update.weight_decay = float(options.weight_decay);
   update.nonfinite = prologue.nonfinite;
   at::Tensor rate;  // kept alive until the kernels are launched
-  if (lr.is_cpu()) {
-    update.lr = lr.scalar_type() == at::kFloat ? *lr.const_data_ptr<float>()
-                                               : float(*lr.const_data_ptr<double>());
+  if (lists.lr.is_cpu()) {
+    update.lr = lists.lr.scalar_type() == at::kFloat ? *lists.lr.const_data_ptr<float>()
+                                                     : float(*lists.lr.const_data_ptr<double>());
   } else {
-    rate = lr.to(at::kFloat);
+    rate = lists.lr.to(at::kFloat);
     update.device_lr = rate.const_data_ptr<float>();
   }
 
   if (policy == "raise") {
-    raise_nonfinite(lists.entries, params, "momentum_buffers", scratch.largest_bits(), kOp);
-    raise_nonfinite(params, "params", kOp);
+    raise_nonfinite(served.entries, lists.params, "momentum_buffers", scratch.largest_bits(), kOp);
+    raise_nonfinite(lists.params, "params", kOp);
   } else {
     const Of of = policy == "skip" ? Of::kAll : Of::kBoth;
-    check_launch(launch_largest(lists.entries, of, scratch.largest(), stream), kOp);
+    check_launch(launch_largest(served.entries, of, scratch.largest(), stream), kOp);
     if (rate.defined() && policy == "skip")
       scratch.largest_bits().masked_fill_(at::isfinite(rate.view({})).logical_not(),
                                           int32_t(kRefused));
   }
-  check_launch(launch_prologue(lists.entries, prologue, scratch.largest(), scratch.buffers.packed,
+  check_launch(launch_prologue(served.entries, prologue, scratch.largest(), scratch.buffers.packed,
                                scratch.norms, stream),
                kOp);
-  lists.iterate(update, stream);
+  served.iterate(update, stream);
   check_launch(launch_count(counters, update.nonfinite, scratch.largest(),
-                            static_cast<unsigned long long*>(skipped.data_ptr()), stream),
+                            static_cast<unsigned long long*>(lists.skipped.data_ptr()), stream),
                kOp);
 }
 
@@ -123,7 +114,7 @@ void muon_step_(at::TensorList params, at::TensorList grads, at::TensorList mome
 
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
   m.impl("newton_schulz", &newton_schulz);
-  m.impl("muon_step_", &muon_step_);
+  m.impl("muon_step_", step<MuonLists, MuonOptions, &muon_step_>());
 }
 
 }  // namespace spectral_kernels::cuda

@@ -5,25 +5,22 @@ coefficients are (a, b, c) triples. It is what the tests hold the kernels agains
 "reference" where there is no compiled one: any float dtype, any device, one matrix after another.
 """
 
-from .deva import deva_step_
-from .eigenbasis import eigenbasis, refresh_eigenbasis, soap_step_
-from .inverse_root import inverse_root
-from .inverse_root_step import shampoo_step_
-from .kron_factor import kron_factors_update_, kron_precondition
-from .newton_schulz import muon_step_, newton_schulz, polar
-from .symmetric_matmul import gram
+from __future__ import annotations
 
-__all__ = [
-    "deva_step_",
-    "eigenbasis",
-    "gram",
-    "inverse_root",
-    "kron_factors_update_",
-    "kron_precondition",
-    "muon_step_",
-    "newton_schulz",
-    "polar",
-    "refresh_eigenbasis",
-    "shampoo_step_",
-    "soap_step_",
-]
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from .._operators import TABLE
+
+__all__ = list(TABLE)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """For type checkers, which do not see the assignments below."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_modules = {op: importlib.import_module(f".{row.module}", __name__) for op, row in TABLE.items()}
+# After all of them: a module may have the name of an operator.
+globals().update({op: getattr(module, op) for op, module in _modules.items()})
