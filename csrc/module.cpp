@@ -5,6 +5,7 @@
 
 #include <array>
 #include <chrono>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,7 +19,8 @@
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
 #include "cuda/base/device.h"
 #include "cuda/base/kernel_list.h"
-#include "cuda/newton_schulz/on_chip.h"
+#include "cuda/base/switches.h"
+#include "cuda/newton_schulz/segments.h"
 #endif
 
 namespace {
@@ -60,11 +62,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = SPECTRAL_KERNELS_CUDA_ARCHITECTURES;
   m.def("cuda_shared_memory", &cuda::shared_memory_limit, pybind11::arg("device"),
         "Bytes of shared memory that one block may have; 0 without such a device.");
-  m.def("cuda_prefer_wgmma", &cuda::prefer_wgmma, pybind11::arg("on"),
-        "Products of large 16-bit matrices by wgmma on sm_90, which no card has run yet.");
-  m.def("cuda_prefer_queue", &cuda::prefer_queue, pybind11::arg("on"),
-        "All products of large matrices in one launch (True), in one each (False), or as the cost "
-        "model says (None). No bit depends on it.");
+  m.def(
+      "cuda_prefer_wgmma", [](bool on) { cuda::switches().wgmma = on; }, pybind11::arg("on"),
+      "Products of large 16-bit matrices by wgmma on sm_90, which no card has run yet.");
+  m.def(
+      "cuda_prefer_queue", [](std::optional<bool> on) { cuda::switches().queue = on; },
+      pybind11::arg("on"),
+      "All products of large matrices in one launch (True), in one each (False), or as the cost "
+      "model says (None). No bit depends on it.");
   m.def("cuda_rows_fit", &cuda_rows_fit, pybind11::arg("rows"), pybind11::arg("norm_factor"),
         "Whether the on-chip kernels can hold the numbers that these coefficients lead to.");
   m.def(

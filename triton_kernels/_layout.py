@@ -52,7 +52,7 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else 0
 
 
-def kept(most: int | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def kept(most: int = 1024) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """functools.lru_cache for functions whose results hold what `upload` brought to a device.
 
     A result is used on the stream that it was uploaded on, which has it when later work runs, and
@@ -77,7 +77,7 @@ def kept(most: int | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 by_stream[stream] = function(*args, **kwargs)
                 known[key] = by_stream
             known.move_to_end(key)
-            if most is not None and len(known) > most:
+            if len(known) > most:
                 known.popitem(last=False)
             return by_stream[stream]
 
@@ -296,7 +296,7 @@ def matrices_of(x: Tensor) -> list[Place]:
     return [(start, *x.stride()[-2:], *x.shape[-2:]) for start in starts]
 
 
-@kept(1024)
+@kept()
 def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
     return upload(table[:, : PLACE_COLUMNS.value], device)

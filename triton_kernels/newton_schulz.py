@@ -207,7 +207,7 @@ def _rows(rows: tuple[tuple[float, float, float], ...], device: torch.device) ->
     return upload(torch.tensor(rows, dtype=torch.float32, device="cpu"), device)
 
 
-@kept(1024)
+@kept()
 def _indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
     return upload(torch.tensor(chosen, dtype=torch.int32, device="cpu"), device)
 

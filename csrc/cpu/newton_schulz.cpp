@@ -275,14 +275,7 @@ class Iteration {
 
   void combine(const Panels& out, const Panels& a, double alpha, const Panels& b, double beta,
                double gamma) {
-    Combine c;
-    c.out = out;
-    c.a = a;
-    c.alpha = alpha;
-    c.b = b;
-    c.beta = beta;
-    c.gamma = gamma;
-    run(c, threads_);
+    run(Combine{a, b, out, {}, alpha, beta, gamma, 0, {}, {}}, threads_);
   }
 
   // out = b R + c R², from R² where that is known already.

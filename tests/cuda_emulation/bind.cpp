@@ -6,8 +6,7 @@
 #include <utility>
 
 #include "../../csrc/cuda/base/device.h"
-#include "../../csrc/cuda/eigenbasis/eigenbasis_step.h"
-#include "../../csrc/cuda/kron_factor/products.h"
+#include "../../csrc/cuda/base/switches.h"
 #include "emulation.h"
 // What kernels include needs the emulation before it.
 #include "../../csrc/cuda/symmetric_matmul/product.h"
@@ -18,7 +17,8 @@ extern "C" void set_emulation(int order, int truncation, const char* left_out, i
   emulation::shared_limit = limit;
   emulation::residents = residents;
   emulation::multiprocessors = multiprocessors;
-  spectral_kernels::cuda::prefer_queue(queue < 0 ? std::nullopt : std::optional<bool>(queue > 0));
+  spectral_kernels::cuda::switches().queue =
+      queue < 0 ? std::nullopt : std::optional<bool>(queue > 0);
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::leave_out(left_out);
@@ -70,12 +70,14 @@ extern "C" int product_with_c(int64_t rows, int64_t line, int tile, int64_t chun
   return launch_product({e}, p, tile, buffers, nullptr);
 }
 
-extern "C" void limit_workspace(int64_t bytes) { spectral_kernels::cuda::limit_workspace(bytes); }
+extern "C" void limit_workspace(int64_t bytes) {
+  spectral_kernels::cuda::switches().product_workspace = bytes;
+}
 
 extern "C" long count_launches() { return std::exchange(emulation::launches, 0); }
 
 extern "C" int64_t set_slice_elements(int64_t elements) {
-  return std::exchange(spectral_kernels::cuda::slice_elements, elements);
+  return spectral_kernels::cuda::switches().slice_elements.exchange(elements);
 }
 
 TORCH_LIBRARY(spectral_kernels_emulated, m) {

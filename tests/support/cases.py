@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from spectral_kernels import _dispatch, reference
+from spectral_kernels._operators import TABLE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -133,78 +134,25 @@ def _copied(x: Any) -> Any:
 
 # List steps.
 
-_STATES = {
-    "muon_step_": ("momentum_buffers", "second_moments"),
-    "shampoo_step_": (
-        *("momentum_buffers", "lefts", "rights", "left_roots", "right_roots"),
-        *("graft_squares", "root_failures"),
-    ),
-    "soap_step_": ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases"),
-    "deva_step_": ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases"),
-}
+STEPS = tuple(name for name, operator in TABLE.items() if operator.options is not None)
 
-STEPS = tuple(_STATES)
-
+# Where they differ from the defaults.
 _STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "muon_step_": {
         "momentum": 0.9,
-        "nesterov": True,
-        "beta2": None,
-        "neuron_eps": 1e-8,
         "weight_decay": 0.1,
-        "cautious": False,
-        "hyperball": False,
         "rows": MUON,
-        "method": "auto",
         "compute_dtype": torch.float32,
-        "eps": 0.0,
-        "norm": "frobenius",
-        "norm_factor": 1.0,
     },
-    "shampoo_step_": {
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "graft_beta2": 0.95,
-        "root": 4,
-        "ridge": 0.0,
-        # Roots err by some u / relative_ridge, whatever computes them.
-        "relative_ridge": 1e-2,
-        "root_method": "auto",
-        "weight_decay": 0.1,
-        "graft": "adam",
-        "graft_eps": 1e-8,
-        "graft_eps_mode": "relative",
-        "kl": False,
-        "kl_order": "sequential",
-        "debias": True,
-    },
-    "soap_step_": {
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "shampoo_beta": 0.9,
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "correct_bias": True,
-        "normalize_grads": False,
-        "skip_first": True,
-        "permute_squares": False,
-    },
+    # Roots err by some u / relative_ridge, whatever computes them.
+    "shampoo_step_": {"relative_ridge": 1e-2, "weight_decay": 0.1},
+    "soap_step_": {"beta1": 0.9, "shampoo_beta": 0.9, "weight_decay": 0.1},
     "deva_step_": {
         "beta1": 0.9,
-        "beta2": 0.95,
         "shampoo_beta": 0.9,
-        "eps": 1e-8,
-        "eps_mode": "relative",
         "weight_decay": 0.1,
-        "norm": "schatten",
-        "variance": "momentum",
-        "nesterov": True,
-        "sign": False,
-        "correct_bias": True,
-        "normalize_grads": False,
         "rows": MUON,
         "compute_dtype": torch.float32,
-        "reference": False,
     },
 }
 
@@ -222,7 +170,9 @@ def new_step(
 ) -> Case:
     """The first step of a list of matrices: Gaussian params and gradients, fresh state."""
     dtypes = [dtype] * len(shapes) if isinstance(dtype, torch.dtype) else list(dtype)
-    merged: dict[str, Any] = {**_STEP_OPTIONS[op], "maximize": False, "nonfinite": "skip"}
+    record = TABLE[op].options
+    assert record is not None
+    merged: dict[str, Any] = {**record.defaults, **_STEP_OPTIONS[op]}
     assert not set(options) - {*merged, "refresh", "restarts", "scales"}, (
         f"{op} has no {set(options) - {*merged}}"
     )
@@ -242,7 +192,7 @@ def new_step(
             _fresh(name, s, state_dtype(d), merged, sides)
             for s, d in zip(shapes, dtypes, strict=True)
         ]
-        for name in _STATES[op]
+        for name in TABLE[op].states
     ]
     counts = [torch.zeros(s[:-2] if per_matrix_counts else ()) for s in shapes]
     skipped = torch.zeros((), dtype=torch.int64)

@@ -12,6 +12,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../root_results.h"
 #include "../../root_rows.h"
 #include "../lapack.h"
 #include "../parallel.h"
@@ -174,14 +175,7 @@ class RootProblem {
 
   void combine(const Panels& out, const Panels& a, double alpha, const Panels& b, double beta,
                double gamma) const {
-    Combine c;
-    c.out = out;
-    c.a = a;
-    c.alpha = alpha;
-    c.b = b;
-    c.beta = beta;
-    c.gamma = gamma;
-    run(c, threads_);
+    run(Combine{a, b, out, {}, alpha, beta, gamma, 0, {}, {}}, threads_);
   }
 
   void symmetric(const Panels& a, const Panels& b, double alpha, const Panels& out) {
@@ -537,20 +531,15 @@ double root_work(int64_t n, int p) {
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_root_op(
-    const at::Tensor& a, int64_t p, double ridge, double relative_ridge, c10::string_view method) {
+RootTuple inverse_root_op(const at::Tensor& a, int64_t p, double ridge, double relative_ridge,
+                          c10::string_view method) {
   count_call("inverse_root", "cpu");
   check_full_precision(a, "a");
   check_square(a, "a");
   const RootOptions options{int(p), ridge, relative_ridge, std::string(method)};
   check_root_options(options);
-  const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
-  const at::Tensor root =
-      at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
-  const at::Tensor status = at::empty(batch, a.options().dtype(at::kLong));
-  const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
-  const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
-  const MatrixBatch as(a), roots(root);
+  const RootTensors out(a);
+  const MatrixBatch as(a), roots(out.root);
   std::vector<RootResult> results(size_t(as.count()));
   if (a.numel() > 0)
     parallel_matrices(std::vector<double>(results.size(), root_work(a.size(-1), options.p)),
@@ -565,12 +554,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
       t.data_ptr<float>()[i] = float(value);
   };
   for (size_t i = 0; i < results.size(); i++) {
-    status.data_ptr<int64_t>()[i] = int64_t(results[i].status);
-    steps.data_ptr<int64_t>()[i] = results[i].steps;
-    put(residual, i, results[i].residual);
-    put(delta, i, results[i].delta);
+    out.status.data_ptr<int64_t>()[i] = int64_t(results[i].status);
+    out.steps.data_ptr<int64_t>()[i] = results[i].steps;
+    put(out.residual, i, results[i].residual);
+    put(out.delta, i, results[i].delta);
   }
-  return {root, status, steps, residual, delta};
+  return out;
 }
 
 }  // namespace

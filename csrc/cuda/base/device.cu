@@ -1,7 +1,7 @@
 #include <algorithm>
-#include <atomic>
 
 #include "device.h"
+#include "switches.h"
 
 #ifndef CUDA_EMULATION
 #include <cuda_runtime.h>
@@ -13,9 +13,6 @@
 
 namespace spectral_kernels::cuda {
 namespace {
-
-std::atomic<bool> wgmma_preferred{false};
-std::atomic<std::optional<bool>> queue_wish{};
 
 #ifndef CUDA_EMULATION
 int attribute(cudaDeviceAttr which, int device, int otherwise) {
@@ -32,10 +29,6 @@ int capability(int device) {
 #endif
 
 }  // namespace
-
-void prefer_wgmma(bool on) { wgmma_preferred = on; }
-void prefer_queue(std::optional<bool> on) { queue_wish = on; }
-bool queue_preferred(bool by_model) { return queue_wish.load().value_or(by_model); }
 
 bool names_wgmma(std::string_view architectures) {
   for (size_t begin = 0; begin <= architectures.size();) {
@@ -59,7 +52,7 @@ int64_t shared_memory_limit(int device) {
 }
 
 int wgmma_multiprocessors(int device) {
-  return wgmma_preferred && names_wgmma(SPECTRAL_KERNELS_CUDA_ARCHITECTURES) &&
+  return switches().wgmma && names_wgmma(SPECTRAL_KERNELS_CUDA_ARCHITECTURES) &&
                  capability(device) == 90
              ? attribute(cudaDevAttrMultiProcessorCount, device, 132)
              : 0;

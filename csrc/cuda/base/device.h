@@ -1,8 +1,7 @@
-// Properties of a device, and the switches of the products, for files that do not know torch.
+// Properties of a device, for files that do not know torch.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 
 namespace spectral_kernels::cuda {
@@ -17,13 +16,7 @@ int multiprocessors_of_kind(int device);
 // Whether a list of built architectures, as "80,90a", has the one with wgmma: plain 90 is without.
 bool names_wgmma(std::string_view architectures);
 // Multiprocessors of a device whose processors have wgmma and that this library holds the machine
-// code for, if `prefer_wgmma` asked for it; else 0.
+// code for, if the switch of that name is on; else 0.
 int wgmma_multiprocessors(int device);
-// The wgmma products have run on no card yet: off by default, for the checks of `make gpu`.
-void prefer_wgmma(bool on);
-// Whether products of a list run in one launch: what `prefer_queue` said, or else the cost model.
-// For tests and `make gpu`; no bit depends on it.
-bool queue_preferred(bool by_model);
-void prefer_queue(std::optional<bool> on);
 
 }  // namespace spectral_kernels::cuda

@@ -74,30 +74,22 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
     check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
                     lists.left_bases, lists.right_bases},
                    lists.grads);
-  deva.adam = {Average(options.beta1), Average(options.beta2), float(options.eps),
-               options.maximize};
   deva.nesterov = options.nesterov;
   deva.sign = options.sign;
   deva.relative = options.eps_mode == "relative";
   deva.outside = options.eps_mode == "outside";
-  EigenbasisOptions basis;
+  EigenbasisOptions basis(options);
+  deva.adam = basis.adam;
   basis.squares = none                                    ? Squares::kNone
                   : deva.variance == Variance::kLowMemory ? Squares::kLine
                                                           : Squares::kMatrix;
   basis.new_squares = !none;
   basis.bounded = !options.reference && deva.relative;
   basis.scales = options.scales;
-  basis.shampoo_beta = options.shampoo_beta;
   basis.idle_first = basis.permute_squares = options.public_schatten();
-  basis.normalize = options.normalize_grads;
-  basis.adam = deva.adam;
-  basis.schedule.beta1 = options.beta1;
-  basis.schedule.beta2 = options.beta2;
-  basis.schedule.weight_decay = options.weight_decay;
   basis.schedule.debias = options.debias();
   basis.schedule.correct_bias = options.correct_bias && options.public_schatten();
   basis.schedule.decay_last = options.public_schatten();
-  basis.nonfinite = options.nonfinite;
   EigenbasisStep step(lists, basis, kOp);
   if (step.empty()) return;
   const c10::DeviceGuard guard(lists.params[0].device());

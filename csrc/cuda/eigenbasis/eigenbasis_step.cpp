@@ -10,12 +10,11 @@
 
 #include "../../check.h"
 #include "../../check_lists.h"
+#include "../base/switches.h"
 #include "../base/tensors.h"
 #include "refresh.h"
 
 namespace spectral_kernels::cuda {
-
-int64_t slice_elements = 1 << 25;
 
 namespace {
 
@@ -316,13 +315,14 @@ void EigenbasisStep::place(EigenbasisItem& item, const at::Tensor& slab, int64_t
 }
 
 bool EigenbasisStep::next_slice() {
+  const int64_t most = switches().slice_elements;
   for (size_t i = begin_; i < end_; i++) items_[i] = {};
   begin_ = end_;
   if (begin_ == items_.size()) return false;
   int64_t elements = 0, size = 0;
   for (; end_ < items_.size(); end_++) {
     const EigenbasisItem& item = items_[end_];
-    if (end_ > begin_ && size + item.param.numel() > slice_elements) break;
+    if (end_ > begin_ && size + item.param.numel() > most) break;
     size += item.param.numel();
     elements += elements_of(item, options_.new_squares);
   }

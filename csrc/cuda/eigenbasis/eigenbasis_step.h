@@ -13,9 +13,6 @@
 
 namespace spectral_kernels::cuda {
 
-// Elements of the parameters in a slice, 128 MB of every workspace; tests make it smaller.
-extern int64_t slice_elements;
-
 // All but the squares, whose shape is the step's own.
 void check_lists(const BasisLists& lists, const char* op);
 
@@ -27,6 +24,18 @@ enum class Squares : int {
 };
 
 struct EigenbasisOptions {
+  // What SOAP's and DeVA's options have in common.
+  template <class Options>
+  explicit EigenbasisOptions(const Options& options)
+      : shampoo_beta(options.shampoo_beta),
+        normalize(options.normalize_grads),
+        adam{Average(options.beta1), Average(options.beta2), float(options.eps), options.maximize},
+        nonfinite(options.nonfinite) {
+    schedule.beta1 = options.beta1;
+    schedule.beta2 = options.beta2;
+    schedule.weight_decay = options.weight_decay;
+  }
+
   Squares squares = Squares::kMatrix;
   bool new_squares = false;  // the step's own passes write V' to a workspace, and check it
   // A matrix with factors or second moments is skipped if its largest gradient is outside 2^±50:

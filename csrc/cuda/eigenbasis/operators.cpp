@@ -66,19 +66,11 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
                   lists.left_bases, lists.right_bases},
                  lists.grads);
-  EigenbasisOptions basis;
-  basis.shampoo_beta = options.shampoo_beta;
+  EigenbasisOptions basis(options);
   basis.idle_first = options.skip_first;
   basis.permute_squares = options.permute_squares;
-  basis.normalize = options.normalize_grads;
-  basis.adam = {Average(options.beta1), Average(options.beta2), float(options.eps),
-                options.maximize};
-  basis.schedule.beta1 = options.beta1;
-  basis.schedule.beta2 = options.beta2;
-  basis.schedule.weight_decay = options.weight_decay;
   basis.schedule.correct_bias = options.correct_bias;
   basis.schedule.decay_last = true;
-  basis.nonfinite = options.nonfinite;
   EigenbasisStep step(lists, basis, kOp);
   if (step.empty()) return;
   const c10::DeviceGuard guard(lists.params[0].device());

@@ -129,6 +129,8 @@ at::Tensor orthonormal(const at::Tensor& start, const at::Tensor& q, const char*
 // Weak references keep a TensorImpl's address from being used again.
 using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
+// The tensors of this process that were seen not to be zero: as many as live, and up to as many
+// again that do not, of which only the shell is kept, without memory on a device.
 struct Seen {
   std::mutex mutex;
   std::unordered_map<const c10::TensorImpl*, Weak> tensors;

@@ -10,11 +10,11 @@
 #include <array>
 #include <cmath>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../root_results.h"
 #include "../../root_rows.h"
 #include "../base/list_step.h"
 #include "../base/registration.h"
@@ -47,8 +47,8 @@ const RootSchedules& schedules_of(int64_t p) {
   return all[size_t(p - 1)];
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_root(
-    const at::Tensor& a, int64_t p, double ridge, double relative_ridge, c10::string_view method) {
+RootTuple inverse_root(const at::Tensor& a, int64_t p, double ridge, double relative_ridge,
+                       c10::string_view method) {
   constexpr const char* kOp = "inverse_root";
   count_call(kOp, "cuda");
   check_square_onchip(a, kOp);
@@ -59,20 +59,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   const std::string how(method);
   check_one_of(how, "method", {"auto", "iteration", "eigen"});
   const c10::DeviceGuard guard(a.device());
-  const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
-  const at::Tensor root =
-      at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous));
-  const at::Tensor status = at::empty(batch, a.options().dtype(at::kLong));
-  const at::Tensor steps = at::empty(batch, a.options().dtype(at::kLong));
-  const at::Tensor residual = at::empty(batch, a.options()), delta = at::empty(batch, a.options());
-  if (a.numel() == 0) return {root, status, steps, residual, delta};
+  const RootTensors out(a);
+  if (a.numel() == 0) return out;
   const int side = int(a.size(-1));
   const int64_t bytes = std::max(root_onchip_bytes(side), jacobi_bytes(side)),
                 limit = shared_memory_of(a);
   TORCH_CHECK_NOT_IMPLEMENTED(bytes <= limit, kOp, ": a side of ", a.size(-1), " needs ", bytes,
                               " bytes of shared memory, and this device has ", limit);
   std::vector<Entry> entries;
-  append(entries, a, {}, root, 1);
+  append(entries, a, {}, out.root, 1);
   number(entries);
   const at::Tensor largest = at::zeros({leading(a)}, a.options().dtype(at::kInt));
   uint32_t* bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
@@ -81,8 +76,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
   call.relative_ridge = float(relative_ridge);
   call.always = how == "iteration";
   call.never = how == "eigen" || (how == "auto" && side <= kMostRootRowsDecomposed);
-  const RootResults results{status.data_ptr<int64_t>(), steps.data_ptr<int64_t>(),
-                            residual.data_ptr<float>(), delta.data_ptr<float>()};
+  const RootResults results{out.status.data_ptr<int64_t>(), out.steps.data_ptr<int64_t>(),
+                            out.residual.data_ptr<float>(), out.delta.data_ptr<float>()};
   const RootSchedules& schedules = schedules_of(p);
   check_launch(launch_largest(entries, Of::kSource, bits, stream_of(a)), kOp);
   check_launch(launch_inverse_root(entries, schedules, call, bits, results, stream_of(a)), kOp);
@@ -105,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverse_r
     check_launch(launch_eigenbasis(part, bits, results.status, eigen, stream_of(a)), kOp);
     check_launch(launch_eigen_root(part, schedules, eigen, results, stream_of(a)), kOp);
   });
-  return {root, status, steps, residual, delta};
+  return out;
 }
 
 }  // namespace

@@ -4,18 +4,16 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "../base/device.h"
 #include "../base/slices.h"
+#include "../base/switches.h"
 #include "../base/tensors.h"
 #include "../symmetric_matmul/product.h"
 
 namespace spectral_kernels::cuda {
 namespace {
-
-std::atomic<int64_t> workspace_limit{int64_t(256) << 20};
 
 // Matrices of one shape and with common strides; a side without data is the identity.
 struct Run {
@@ -149,8 +147,6 @@ void multiply(const std::vector<Run>& runs, const at::Tensor& like, const char* 
 
 }  // namespace
 
-void limit_workspace(int64_t bytes) { workspace_limit = bytes; }
-
 void two_sided(const std::vector<TwoSided>& list, const char* op) {
   std::vector<Run> runs;
   for (const TwoSided& given : list) {
@@ -172,7 +168,7 @@ void two_sided(const std::vector<TwoSided>& list, const char* op) {
       runs.push_back(run);
     }
   }
-  in_slices(runs, workspace_limit.load(), bytes_of,
+  in_slices(runs, switches().product_workspace, bytes_of,
             [&](const std::vector<Run>& slice) { multiply(slice, list[0].x, op); });
 }
 
@@ -210,7 +206,7 @@ void Accumulation::run(const std::vector<Entry>& list, int planes, NonFinite non
   const auto bytes = [](const Entry& e) {
     return e.rows * (packed_line(e.columns) * 4 + packed_line(e.rows) * 8);
   };
-  in_slices(list, workspace_limit.load(), bytes, [&](std::vector<Entry> slice) {
+  in_slices(list, switches().product_workspace, bytes, [&](std::vector<Entry> slice) {
     const int64_t packed = place_packed(slice, planes);
     const Tiling tiling =
         place_products(slice, planes, planes, multiprocessors_of_kind(device_number(largest)));

@@ -47,7 +47,4 @@ class Accumulation {
   const char* op_;
 };
 
-// Bytes of workspace that a list is cut for, on which no bit depends; for tests.
-void limit_workspace(int64_t bytes);
-
 }  // namespace spectral_kernels::cuda

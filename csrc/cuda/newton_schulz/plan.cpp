@@ -13,6 +13,7 @@
 
 #include "../../check.h"
 #include "../base/device.h"
+#include "../base/switches.h"
 #include "../base/tensors.h"
 #include "orthogonalize.h"
 #include "schatten_norm.h"
@@ -208,7 +209,8 @@ void Lists::place_products(const Route& route, const std::vector<size_t>& indice
     const int device = device_number(like_);
     if (route.square_planes == 1) part.wgmma = wgmma_multiprocessors(device);
     cuda::place(part, multiprocessors_of_kind(device));
-    part.queue = part.wgmma == 0 && queue_preferred(part.tiling.clocks <= kMostQueueClocks);
+    part.queue =
+        part.wgmma == 0 && switches().queue.load().value_or(part.tiling.clocks <= kMostQueueClocks);
     products_.push_back(std::move(part));
     product_routes_.push_back(route);
   }
