@@ -30,8 +30,8 @@ def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
 
 
-def _build(sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    x = gaussian(sizes, dtype)
+def _build(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    x = gaussian(sizes, dtype, device=device)
     contenders = [
         Contender(OURS, lambda: scaled_sign(x, scale=0.5)),
         Contender("torch.sign", lambda: 0.5 * x.sign(), torch=True),
