@@ -10,16 +10,18 @@ from spectral_kernels import _operators
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
 # What files of a folder may include beside their own; a folder stands below those that name it.
-# A family that is not named stands on the base alone.
-STANDS_ON = {
+STANDS_ON: dict[str, tuple[str, ...]] = {
     "base": (),
-    **dict.fromkeys(_operators.FAMILIES, ("base",)),
+    "symmetric_matmul": ("base",),
     "newton_schulz": ("base", "symmetric_matmul"),
     "kron_factor": ("base", "symmetric_matmul"),
     "eigenbasis": ("base", "kron_factor"),
     "inverse_root": ("base", "symmetric_matmul", "eigenbasis"),
     "deva": ("base", "newton_schulz", "eigenbasis"),
 }
+# A family that is not named stands on the base alone.
+for _family in _operators.FAMILIES:
+    STANDS_ON.setdefault(_family, ("base",))
 
 
 def sources() -> list[Path]:

@@ -137,7 +137,6 @@ TESTS = (
     "tests/test_public.py::test_public_names",
     "tests/test_public.py::test_every_operator_has_a_public_function",
     f"tests/test_public.py::test_docstrings_say_what_callers_need[{FAMILY}]",
-    "tests/test_cuda_layout.py",
     "tests/test_benchmarks.py::test_every_operator_is_measured_by_one_family",
 )
 
@@ -182,5 +181,5 @@ def test_every_test_of_all_operators_passes_with_it(copy):
     tried("-m", "not emulated", *TESTS)
     of_all = ("tests/test_ops.py", "tests/test_bad_arguments.py")
     tried("-k", f"{FAMILY} or everywhere or schemas", "-m", "long or not long", *of_all)
-    tried("-m", "emulated", TESTS[0])
+    tried("-m", "emulated", TESTS[0], "tests/test_cuda_layout.py")
     tried("-m", "triton", TESTS[0], TRITON_INTERPRET="1")
