@@ -9,7 +9,7 @@ TRITON ?= triton==3.6.0
 BIN := $(VENV)/bin
 RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
-CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*)
+CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*) $(wildcard tests/toy_family/csrc/*/*.cpp tests/toy_family/csrc/*/*/*.c*)
 
 .PHONY: demo test test-rest test-triton test-cuda test-ranks test-long sanitize mutations lint format bench gpu cuda-torch papers parity docs clean setup
 

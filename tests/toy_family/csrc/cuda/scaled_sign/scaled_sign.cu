@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = begin + kElements < all ? begin + kElements : all;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const int64_t row = i / e.columns, column = i % e.columns;
-    const float x = read(
-        e.source, at.matrix * e.source.batch + row * e.source.row + column * e.source.column);
+    const float x =
+        read(e.source, at.matrix * e.source.batch + row * e.source.row + column * e.source.column);
     const float sign = float(x > 0) - float(x < 0);
     write(e.target, at.matrix * e.target.batch + row * e.target.row + column * e.target.column,
           usable ? e.scale * sign : float_of(0x7fc00000u));
