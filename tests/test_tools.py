@@ -134,6 +134,7 @@ def test_pre_commit_runs_what_make_lint_runs():
             ("csrc", {".cpp", ".h", ".inl", ".cu"}),
             ("tests/tiles", {".cpp", ".h"}),
             ("tests/cuda_emulation", {".cpp", ".h"}),
+            ("tests/toy_family/csrc", {".cpp", ".cu"}),
         )
         for path in (ROOT / folder).rglob("*.*")
         if path.suffix in suffixes
