@@ -19,8 +19,7 @@ from rich.text import Text
 
 from . import distributed_costs, report, run
 from .distributed_costs import Bucket, Costs, Layout, Prediction, Shape
-from .distributed_ranks import CPU, WALL, Campaign, Found, Sample, layouts
-from .distributed_ranks import run as run_ranks
+from .distributed_ranks import CPU, WALL, Campaign, Found, Sample, layouts, run as run_ranks
 from .inputs import parameter_shapes
 from .timing import Load
 

@@ -137,8 +137,12 @@ def _build_step(
     contenders += steps.specification(ours, every=every)
     public = peers.find("distributed-shampoo") is not None
     if public:
-        from distributed_shampoo import CoupledNewtonConfig, DistributedShampoo, EigenConfig
-        from distributed_shampoo import RootInvShampooPreconditionerConfig as Config
+        from distributed_shampoo import (
+            CoupledNewtonConfig,
+            DistributedShampoo,
+            EigenConfig,
+            RootInvShampooPreconditionerConfig as Config,
+        )
 
         def theirs(config: object) -> Callable[[int], Make]:
             return lambda every: lambda params: DistributedShampoo(

@@ -103,6 +103,22 @@ def native() -> None:
 
 
 @pytest.fixture
+def seeded() -> None:
+    """Random inputs are the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_peers(one_thread: None) -> Iterator[None]:
+    """Benchmarks have no contenders but torch, whatever is installed."""
+    from spectral_kernels.benchmarks import peers
+
+    peers.point(["none"])
+    yield
+    peers.point([])
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """What is small gains nothing from a second thread."""
     threads = torch.get_num_threads()

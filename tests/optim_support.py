@@ -153,6 +153,19 @@ def needs_kernels() -> None:
         pytest.skip("the reference's bits depend on strides")
 
 
+def assert_go_on_alike(
+    one: tuple[torch.optim.Optimizer, list[nn.Parameter]],
+    other: tuple[torch.optim.Optimizer, list[nn.Parameter]],
+    seeds: Iterable[int],
+) -> None:
+    """Two optimizers with their own copies of the same parameters, after every step."""
+    for seed in seeds:
+        for optimizer, params in (one, other):
+            with_grads(params, seed)
+            optimizer.step()
+        assert_same([p.detach().contiguous() for p in one[1]], [p.detach() for p in other[1]])
+
+
 def assert_same(one: Any, other: Any) -> None:
     """The same structure, bit for bit."""
     assert type(one) is type(other)

@@ -30,7 +30,7 @@ def factor(old: Tensor, x: Tensor, beta: float, weight: float) -> np.ndarray:
     return beta * wide(old) + weight * gram(x)
 
 
-def two_sided(x: Tensor, left: Tensor, right: Tensor) -> np.ndarray:
+def from_both_sides(x: Tensor, left: Tensor, right: Tensor) -> np.ndarray:
     return np.einsum("pi,ij,jq->pq", wide(left), wide(x), wide(right), optimize=True)
 
 

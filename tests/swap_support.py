@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, _muon
 
 DOUBLES = Path(__file__).parent / "swap_doubles"
 PEERS = "SPECTRAL_KERNELS_PEERS"
@@ -73,6 +73,16 @@ def doubles() -> Iterator[None]:
     """SOAP, DeVA and Distributed Shampoo as small stand-ins, not imported yet."""
     with modules_of([DOUBLES]):
         yield
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """A test puts back what it replaced."""
+    before = dict(vars(_muon))
+    finders = list(sys.meta_path)
+    yield
+    assert vars(_muon) == before
+    assert sys.meta_path == finders
 
 
 @functools.cache

@@ -29,15 +29,7 @@ from spectral_kernels.benchmarks import (  # noqa: E402
 )
 from test_benchmarks import rendered, training
 
-
-@pytest.fixture(autouse=True)
-def alone_and_on_one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    peers.point(["none"])
-    yield
-    peers.point([])
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("without_peers")
 
 
 def test_costs_over_ranks_are_those_of_the_committed_page():

@@ -20,7 +20,6 @@ from spectral_kernels.benchmarks import (  # noqa: E402
     inverse_root,
     isa_comparison,
     newton_schulz,
-    peers,
     plots,
     report,
     run,
@@ -48,14 +47,7 @@ _PAGES = ("benchmarks", "distributed", "doctor")
 BUDGET = 0.01  # little more than the least number of rounds
 
 
-@pytest.fixture(autouse=True)
-def alone_and_on_one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    peers.point(["none"])
-    yield
-    peers.point([])
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("without_peers")
 
 
 def small_case(op: str, dtype: torch.dtype = torch.float32) -> Case:

@@ -22,7 +22,7 @@ from support import (
     same_bits,
     semidefinite,
 )
-from test_kron_factor import assert_product, assert_updated, plain, two_sided, updated
+from test_kron_factor import assert_product, assert_updated, from_both_sides, plain, updated
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 
@@ -174,7 +174,7 @@ def test_integers_give_the_exact_product(shape):
     m, n = shape
     grad, left, right = (integers(2, p, q, seed=p) for p, q in ((m, n), (m, m), (n, n)))
     for sides in ((left, right), (left, None), (None, right)):
-        wide = two_sided(grad, *sides)
+        wide = from_both_sides(grad, *sides)
         assert torch.equal(kron_precondition(grad, *sides).double(), torch.from_numpy(wide))
     assert same_bits(kron_precondition(grad, None, None), grad)
 

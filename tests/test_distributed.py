@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 import spectral_kernels as sk
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from ranks.nets import GRIDS, LAYOUTS, OPTIMIZERS
 from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire

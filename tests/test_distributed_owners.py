@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 import spectral_kernels as sk
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from spectral_kernels.optim._distributed.owners import Cost, Load, assign, buckets, cost
 from support import CAMPAIGN
 

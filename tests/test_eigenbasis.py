@@ -17,7 +17,7 @@ from support import (
     LEAST_JITTER,
     Placed,
     assert_step_rule,
-    assert_written,
+    assert_writes_nothing_around,
     decaying,
     displacement_noise,
     error,
@@ -522,17 +522,7 @@ def test_zero_gradients_from_the_start(skip_first, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_soap_step_in_any_layout_writes_nothing_around(layout, backend):
     case = later_step("soap_step_", ((2, 5, 5), (4, 4)), torch.float64)
-    placed = {
-        name: [Placed(x, layout) for x in case[name]]
-        for name in ("grads", *case.names(write=True))
-        if name not in ("step_counts", "skipped")
-    }
-    moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
-    moved.run(backend.name)
-    for xs in placed.values():
-        for x in xs:
-            x.assert_untouched_around()
-    assert_written(moved, case, [name for name in placed if name != "grads"])
+    assert_writes_nothing_around(case, layout, backend.name)
 
 
 @st.composite

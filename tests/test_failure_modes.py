@@ -18,6 +18,7 @@ from support import (
     FULL,
     MUON,
     STEPS,
+    Wrapped,
     case,
     error,
     exact_newton_schulz,
@@ -303,28 +304,6 @@ def test_F57_offsets_beyond_32_bits(dtype, backend):
     one = new_step("muon_step_", ((3, 4, 5),), dtype)
     expected = one.clone().with_(params=[batch.clone()]).run(backend.name)
     assert same_bits(one.with_(params=[batch]).run(backend.name)[0], expected[0])
-
-
-class Wrapped(torch.Tensor):
-    """A wrapper subclass, which has no storage of its own."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, context, size, stride):
-        return Wrapped(inner["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} was called on a wrapper")
 
 
 @needs_backend

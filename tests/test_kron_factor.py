@@ -282,7 +282,7 @@ def test_any_update(drawn):
 # kron_precondition
 
 
-def two_sided(grad, left, right):
+def from_both_sides(grad, left, right):
     """left @ grad @ right in the precision that errors are measured in."""
     dtypes = {x.dtype for x in (grad, left, right) if x is not None}
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -291,7 +291,7 @@ def two_sided(grad, left, right):
     return x if right is None else x @ exact(right.to(widest))
 
 
-def plain_two_sided(grad, left, right):
+def plain_from_both_sides(grad, left, right):
     """Plain torch in the widest dtype of the arguments, rounded to the gradient's."""
     dtype = grad.dtype
     for x in (left, right):
@@ -304,12 +304,12 @@ def plain_two_sided(grad, left, right):
 
 def assert_product(result, grad, left, right):
     """The accuracy rule, and one rounding of every term where terms of a product cancel."""
-    expected = two_sided(grad, left, right)
-    magnitude = two_sided(*(None if x is None else x.abs() for x in (grad, left, right)))
+    expected = from_both_sides(grad, left, right)
+    magnitude = from_both_sides(*(None if x is None else x.abs() for x in (grad, left, right)))
     lost = rms(np.linalg.norm(magnitude, axis=(-2, -1)) / np.linalg.norm(expected, axis=(-2, -1)))
     wide = torch.promote_types(result.dtype, torch.float32)
     noise = unit_roundoff(wide) * lost
-    assert_rule(result, plain_two_sided(grad, left, right), expected, noise=noise)
+    assert_rule(result, plain_from_both_sides(grad, left, right), expected, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)

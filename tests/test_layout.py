@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_no_list_of_parameters_is_too_long():
         if not explicit(path, node) and parameters(node) > MOST_PARAMETERS
     }
     assert long == {}
+
+
+def test_every_environment_variable_is_documented():
+    name = r"SPECTRAL_KERNELS_[A-Z0-9_]*[A-Z0-9]"
+    # In quotes in Python and C++, anywhere in scripts; macros of C++ are something else.
+    used, macros = set(), set()
+    scripts = [ROOT / "Makefile", *(path for path in (ROOT / ".ci").iterdir() if path.is_file())]
+    for path in (*sources(*SOURCES), *scripts):
+        text = path.read_text()
+        used.update(re.findall(rf"""["']({name})["'=]""", text))
+        if path in scripts:
+            used.update(re.findall(name, text))
+        macros.update(re.findall(rf"^#\s*(?:ifn?def|define) ({name})\b", text, re.MULTILINE))
+    assert {"SPECTRAL_KERNELS_BACKEND", "SPECTRAL_KERNELS_BUILD"} <= used - macros
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    words = "\n".join(page.read_text() for page in pages)
+    assert {name for name in used - macros if not re.search(rf"`{name}\b", words)} == set()
 
 
 def test_what_is_too_long_is_seen():

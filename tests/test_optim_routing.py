@@ -11,6 +11,7 @@ from optim_support import (
     parameter,
     with_grads,
 )
+from support import Wrapped
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,22 +158,8 @@ def test_F23_table_and_wrong_overrides(capsys):
         sk.optim.param_groups(nn.ReLU())
 
 
-class Wrapped(torch.Tensor):
-    """A tensor without storage of its own."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, meta, size, stride):
-        return Wrapped(inner["inner"])
+class Unwrapped(Wrapped):
+    """One that can be computed with."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -183,8 +170,8 @@ class Wrapped(torch.Tensor):
 
 
 def test_F34_F47_wrapped_and_flattened_parameters_are_refused(make_few):
-    with pytest.raises(TypeError, match=r"\(w\) is a Wrapped, which has no storage of its own"):
-        make_few([("w", Wrapped(torch.ones(3, 3)))])
+    with pytest.raises(TypeError, match=r"\(w\) is a Unwrapped, which has no storage of its own"):
+        make_few([("w", Unwrapped(torch.ones(3, 3)))])
     flat = parameter(9)
     flat._is_flat_param = True
     with pytest.raises(TypeError, match="flattened or partitioned by a wrapper"):

@@ -9,6 +9,7 @@ import spectral_kernels as sk
 import torch
 from optim_support import (
     CONFIGS,
+    assert_go_on_alike,
     assert_same,
     batches,
     model,
@@ -100,12 +101,7 @@ def test_F38_resumption_after_skipped_steps(make_few):
     copies = [nn.Parameter(param.detach().clone()) for param in params]
     other = make_few(copies)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in range(5, 10):
-        with_grads(params, seed)
-        with_grads(copies, seed)
-        optimizer.step()
-        other.step()
-    assert_same(copies, params)
+    assert_go_on_alike((optimizer, params), (other, copies), range(5, 10))
 
 
 def test_F39_state_made_early_is_that_of_the_first_step(make):

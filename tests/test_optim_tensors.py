@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from optim_support import assert_same, needs_kernels, parameter, snapshot, stepped, with_grads
+from optim_support import (
+    assert_go_on_alike,
+    assert_same,
+    needs_kernels,
+    parameter,
+    snapshot,
+    stepped,
+    with_grads,
+)
 from spectral_kernels.optim import _adamw
 from torch import nn
 
@@ -228,12 +236,7 @@ def test_memory_that_changes_between_steps(make, move):
     ]
     other = make(plain)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in range(3, 6):
-        with_grads(params, seed)
-        with_grads(plain, seed)
-        optimizer.step()
-        other.step()
-        assert_same([p.detach().contiguous() for p in params], [p.detach() for p in plain])
+    assert_go_on_alike((optimizer, params), (other, plain), range(3, 6))
 
 
 @pytest.mark.parametrize("how", ["restrided", "replaced"])
@@ -255,12 +258,7 @@ def test_state_that_is_restrided_or_replaced_between_steps(make, how):
     plain = [nn.Parameter(param.detach().clone()) for param in params]
     other = make(plain)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in range(3, 6):
-        with_grads(params, seed)
-        with_grads(plain, seed)
-        optimizer.step()
-        other.step()
-        assert_same(params, plain)
+    assert_go_on_alike((optimizer, params), (other, plain), range(3, 6))
     assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
 
 

@@ -17,8 +17,7 @@ import oracles
 import pytest
 import spectral_kernels as sk
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import recipes, structured
 from spectral_kernels import _extension
 from spectral_kernels.coefficients import resolve
@@ -179,10 +178,10 @@ def test_precondition(drawn, ensemble):
     (m, n), dtype, seed = x.shape, x.dtype, recipe[4]
     left = structured("gaussian", p, m, seed + 1).to(dtype)
     right = structured("graded", n, q, seed + 2).to(dtype)
-    expected = oracles.two_sided(x, left, right)
+    expected = oracles.from_both_sides(x, left, right)
     full = state_dtype(dtype)
     plain = (left.to(full) @ x.to(full) @ right.to(full)).to(dtype)
-    sizes = oracles.two_sided(x.abs(), left.abs(), right.abs())
+    sizes = oracles.from_both_sides(x.abs(), left.abs(), right.abs())
     norm = float(np.linalg.norm(expected))
     lost = float(np.linalg.norm(sizes)) / norm if norm > 0.0 else 0.0
     noise = lost * unit_roundoff(full)

@@ -11,19 +11,14 @@ from spectral_kernels.reference import (
     refresh_eigenbasis,
     soap_step_,
 )
+from support import step_options
 
 F64 = torch.float64
 MUON = resolve("muon").rows
 NONE = torch.empty(0)
 
 
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
 
 def relative(x, y):
@@ -223,38 +218,9 @@ def test_refresh_errors(q, a, error, words):
 
 # Steps
 
-SOAP = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "shampoo_beta": 0.8,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "correct_bias": True,
-    "normalize_grads": False,
-    "skip_first": True,
-    "permute_squares": False,
-    "maximize": False,
-    "nonfinite": "skip",
-}
-DEVA = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "shampoo_beta": 0.8,
-    "eps": 1e-8,
-    "eps_mode": "relative",
-    "weight_decay": 0.0,
-    "norm": "schatten",
-    "variance": "momentum",
-    "nesterov": True,
-    "sign": False,
-    "correct_bias": True,
-    "normalize_grads": False,
-    "rows": MUON,
-    "compute_dtype": torch.float32,
-    "reference": False,
-    "maximize": False,
-    "nonfinite": "skip",
-}
+_HERE = {"shampoo_beta": 0.8, "weight_decay": 0.0}
+SOAP = {**step_options("soap_step_"), **_HERE}
+DEVA = {**step_options("deva_step_"), **_HERE}
 
 
 class Rotated:

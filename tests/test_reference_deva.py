@@ -9,14 +9,13 @@ from spectral_kernels.reference import (
 )
 from test_reference_bases import F64, MUON, PUBLIC_DEVA, PUBLIC_LINF, Rotated, relative
 
+pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    yield
-    torch.set_num_threads(threads)
+
+def orthogonal(x):
+    """The iteration of a step, in float64."""
+    options = {"method": "standard", "restarts": (), "compute_dtype": F64, "eps": 0.0}
+    return newton_schulz(x, MUON, **options, norm="schatten8", norm_factor=1.0)
 
 
 # DeVA's own
@@ -67,16 +66,7 @@ def test_deva_without_variance_is_muon():
     for g in grads:
         m = 0.9 * m + 0.1 * g
         update = opt.step(g, refresh=1, scale=0.5)
-        expected = newton_schulz(
-            0.1 * g + 0.9 * m,
-            MUON,
-            method="standard",
-            restarts=(),
-            compute_dtype=F64,
-            eps=0.0,
-            norm="schatten8",
-            norm_factor=1.0,
-        )
+        expected = orthogonal(0.1 * g + 0.9 * m)
         assert relative(update, 0.5 * expected) < 1e-11
 
 
@@ -150,16 +140,7 @@ def test_deva_gamma(variance, eps_mode):
         update = opt.step(g)
         ql, qr = opt.left_basis, opt.right_basis
         gamma = one_step_by_hand(variance, eps_mode, 0.1, opt.m, v, ql.mT @ g @ qr, t)
-        plain = newton_schulz(
-            opt.m,
-            MUON,
-            method="standard",
-            restarts=(),
-            compute_dtype=F64,
-            eps=0.0,
-            norm="schatten8",
-            norm_factor=1.0,
-        )
+        plain = orthogonal(opt.m)
         assert relative(ql.mT @ update @ qr, gamma * plain) < 1e-12
         assert relative(opt.v, v) < 1e-13
 
@@ -182,16 +163,7 @@ def test_deva_low_memory():
             return (norms / (v + 0.1 * v.mean()).sqrt()).sqrt()
 
         gamma = ratio(mhat.norm(dim=1), rows)[:, None] * ratio(mhat.norm(dim=0), columns)
-        plain = newton_schulz(
-            (0.9 * opt.m + 0.1 * g).sign(),
-            MUON,
-            method="standard",
-            restarts=(),
-            compute_dtype=F64,
-            eps=0.0,
-            norm="schatten8",
-            norm_factor=1.0,
-        )
+        plain = orthogonal((0.9 * opt.m + 0.1 * g).sign())
         assert relative(ql.mT @ update @ qr, gamma * plain) < 1e-12
 
 

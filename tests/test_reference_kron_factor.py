@@ -10,14 +10,7 @@ from spectral_kernels.reference import (
 )
 from test_reference_shampoo import F64, NONE, counter, graded, relative
 
-
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
 
 def update_factors(left, right, grad, *, beta=0.9, weight=0.1, left_root=NONE, right_root=NONE):

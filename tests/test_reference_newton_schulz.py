@@ -6,6 +6,7 @@ import pytest
 import torch
 from spectral_kernels.coefficients import gram_restarts, names, resolve
 from spectral_kernels.reference import gram, muon_step_, newton_schulz, polar
+from support import step_options
 
 F64 = torch.float64
 MUON = resolve("muon").rows
@@ -19,13 +20,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
 
 def ns(x, rows=MUON, **options):
@@ -260,17 +255,10 @@ def test_polar_of_zero_nan_and_16_bit():
 # Muon
 
 MUON_OPTIONS = {
-    "momentum": 0.95,
-    "nesterov": True,
-    "beta2": None,
-    "neuron_eps": 1e-8,
-    "weight_decay": 0.1,
-    "cautious": False,
-    "rows": MUON,
+    **step_options("muon_step_"),
     **OPTIONS,
+    "momentum": 0.95,
     "compute_dtype": torch.bfloat16,
-    "maximize": False,
-    "nonfinite": "skip",
 }
 
 
@@ -429,7 +417,7 @@ def test_empty_list_and_empty_matrices():
         ({"weight_decay": -0.1}, ValueError, "-0.1"),
         ({"nonfinite": "ignore"}, ValueError, "'ignore'"),
         ({"grad": torch.zeros(3, 4)}, ValueError, "\\(3, 4\\)"),
-        ({"buffer": torch.zeros(4, 5).bfloat16()}, TypeError, "bfloat16"),
+        ({"buffer": torch.zeros(4, 5).half()}, TypeError, "float16"),
         ({"param": torch.zeros(1, 5).expand(4, 5)}, ValueError, "strides"),
         ({"count": torch.zeros(3)}, ValueError, "step_counts\\[0\\]"),
         ({"skipped": torch.zeros(())}, TypeError, "skipped"),

@@ -17,13 +17,7 @@ F64 = torch.float64
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 
 
 def relative(x, y):

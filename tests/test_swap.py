@@ -18,26 +18,16 @@ import pytest
 import torch
 from spectral_kernels import swap_in
 from spectral_kernels.swap import ADAPTERS
-from swap_support import DOUBLES, doubles, gradient, parameters, steps
+from swap_support import DOUBLES, doubles, gradient, nothing_left_behind, parameters, steps
 from torch import Tensor
 from torch.optim import _muon
 
-__all__ = ["doubles"]
+__all__ = ["doubles", "nothing_left_behind"]
 
-pytestmark = pytest.mark.usefixtures("native", "one_thread")
+pytestmark = pytest.mark.usefixtures("native", "one_thread", "nothing_left_behind")
 
 MUON = ["torch.optim._muon._single_tensor_muon", "torch.optim._muon._zeropower_via_newtonschulz"]
 METHODS = ["project", "project_back", "update_preconditioner", "get_orthogonal_matrix_QR"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Any:
-    """Every test puts back what it replaced."""
-    before = dict(vars(_muon))
-    finders = list(sys.meta_path)
-    yield
-    assert vars(_muon) == before
-    assert sys.meta_path == finders
 
 
 def module_of(name: str, **contents: Any) -> ModuleType:

@@ -9,23 +9,13 @@ from typing import Any
 import pytest
 import torch
 from spectral_kernels import _dispatch, swap_in
-from swap_support import doubles, parameters, steps
+from swap_support import doubles, nothing_left_behind, parameters, steps
 from torch import Tensor
 from torch.optim import _muon
 
-__all__ = ["doubles"]
+__all__ = ["doubles", "nothing_left_behind"]
 
-pytestmark = pytest.mark.usefixtures("native", "one_thread")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Any:
-    """Every test puts back what it replaced."""
-    before = dict(vars(_muon))
-    finders = list(sys.meta_path)
-    yield
-    assert vars(_muon) == before
-    assert sys.meta_path == finders
+pytestmark = pytest.mark.usefixtures("native", "one_thread", "nothing_left_behind")
 
 
 # What is refused.

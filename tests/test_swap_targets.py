@@ -14,25 +14,15 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch, swap_in
-from swap_support import doubles, gradient, parameters, steps
+from swap_support import doubles, gradient, nothing_left_behind, parameters, steps
 from test_swap import METHODS, MUON
 from torch import Tensor
 from torch.optim import _muon
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["doubles"]
+__all__ = ["doubles", "nothing_left_behind"]
 
-pytestmark = pytest.mark.usefixtures("native", "one_thread")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Any:
-    """Every test puts back what it replaced."""
-    before = dict(vars(_muon))
-    finders = list(sys.meta_path)
-    yield
-    assert vars(_muon) == before
-    assert sys.meta_path == finders
+pytestmark = pytest.mark.usefixtures("native", "one_thread", "nothing_left_behind")
 
 
 # Targets.

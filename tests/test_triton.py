@@ -200,6 +200,16 @@ class TestTables:
         state["stream"] = 0
         assert table(1) is made[0]
 
+    def test_tables_of_streams_that_come_and_go_are_dropped(self, tables):
+        table, state, made = tables
+        for stream in range(50):
+            state["stream"] = stream
+            last = table(1)
+        first = weakref.ref(made[0])
+        assert len(made) == 50
+        made.clear()
+        assert first() is None and table(1) is last
+
     def test_a_graph_keeps_what_it_reads(self, tables):
         table, state, made = tables
         table(1)

@@ -87,7 +87,7 @@ def muon_step(shapes: Sequence[tuple[int, int, int]], steps: int) -> list[Floor]
     ]
 
 
-def two_sided(count: int, m: int, n: int) -> list[Floor]:
+def from_both_sides(count: int, m: int, n: int) -> list[Floor]:
     """L G R in fp32: three products of fp16 halves each."""
     x, left, right = (4.0 * count * elements for elements in (m * n, m * m, n * n))
     return [
@@ -116,9 +116,9 @@ def soap_step(count: int, m: int, n: int) -> list[Floor]:
     x, factors = 4.0 * count * m * n, 4.0 * count * (m * m + n * n)
     return [
         Floor("largest_kernel", 2 * x + factors),
-        *two_sided(count, m, n),
+        *from_both_sides(count, m, n),
         Floor("adam_kernel", 4 * x),
-        *two_sided(count, m, n),
+        *from_both_sides(count, m, n),
         *kron_factors(count, m, n),
         Floor("commit_kernel", 8 * x),
         Floor("copy_kernel", 2 * factors),
@@ -210,7 +210,7 @@ WORKLOADS = {
     "muon_step_, matrices of GPT-2 124M, 5 steps": muon_step(GPT_124M, 5),
     "gram, 2048 x 2048 bf16": symmetric_product(2048, 2048),
     "gram, 4096 x 4096 bf16": symmetric_product(4096, 4096),
-    "kron_precondition, 24 x (768 x 3072) fp32": two_sided(24, 768, 3072),
+    "kron_precondition, 24 x (768 x 3072) fp32": from_both_sides(24, 768, 3072),
     "kron_factors_update_, 24 x (768 x 3072) fp32": kron_factors(24, 768, 3072),
     "soap_step_, 24 x (768 x 3072) fp32": soap_step(24, 768, 3072),
     "deva_step_, 24 x (768 x 3072) fp32, 5 steps": deva_step(24, 768, 3072, 5),

@@ -87,7 +87,7 @@ def _layout(count: int, rows: int, inner: int, cols: int, device: torch.device) 
     return _ProductLayout(shapes, (1, 1), device, numbers, sizes, nothing, nothing)
 
 
-def two_sided(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def from_both_sides(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """left X right in the cheaper order; None stands for the identity."""
     if left is None or right is None:
         x = x if left is None else product(left, x)

@@ -16,12 +16,17 @@ from spectral_kernels._backend import (
 from torch import Tensor
 
 
+def check_float32(name: str, x: Tensor) -> None:
+    """What a state is kept in here."""
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, not {x.dtype}")
+
+
 def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """A float32 state of the parameters' shapes."""
     check_list(name, state, len(params))
     for i, (x, param) in enumerate(zip(state, params, strict=True)):
-        if x.dtype != torch.float32:
-            raise TypeError(f"{name}[{i}] must be float32, not {x.dtype}")
+        check_float32(f"{name}[{i}]", x)
         check_device(f"{name}[{i}]", x, param)
         if x.shape != param.shape:
             raise ValueError(
@@ -37,39 +42,15 @@ def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor])
     check_state(name, [state[i] for i in full], [params[i] for i in full])
 
 
-def check_sides(
-    params: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_partners: Sequence[Tensor],
-    right_partners: Sequence[Tensor],
-    partner: str,
-) -> None:
-    """Factors and, on the same sides, their partners: "roots" or "bases"; size 0 where absent."""
-    for side, dim, factors, partners in (
-        ("left", -2, lefts, left_partners),
-        ("right", -1, rights, right_partners),
-    ):
-        for name, tensors in ((f"{side}s", factors), (f"{side}_{partner}", partners)):
-            check_list(name, tensors, len(params))
-            for i, (x, param) in enumerate(zip(tensors, params, strict=True)):
-                expected = (*param.shape[:-2], param.shape[dim], param.shape[dim])
-                if not x.numel():
-                    continue
-                if x.dtype != torch.float32:
-                    raise TypeError(f"{name}[{i}] must be float32, not {x.dtype}")
-                check_device(f"{name}[{i}]", x, param)
-                if x.shape != expected:
-                    raise ValueError(
-                        f"{name}[{i}] must have shape {expected}, not {tuple(x.shape)}"
-                    )
-                check_writable(f"{name}[{i}]", x)
-        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
-            if bool(factor.numel()) != bool(other.numel()):
-                raise ValueError(
-                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
-                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
-                )
+def check_side(name: str, x: Tensor, like: Tensor, side: int) -> None:
+    """A float32 factor over rows (side -2) or columns (-1) of a batch; size 0 where absent."""
+    if not x.numel():
+        return
+    check_float32(name, x)
+    check_device(name, x, like)
+    expected = (*like.shape[:-2], like.shape[side], like.shape[side])
+    if x.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, not {tuple(x.shape)}")
 
 
 def check_number(name: str, value: float) -> None:

@@ -52,6 +52,10 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else 0
 
 
+# Streams that a table is kept for; work on others uploads it anew.
+_MOST_STREAMS = 16
+
+
 def kept(most: int = 1024) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """functools.lru_cache for functions whose results hold what `upload` brought to a device.
 
@@ -76,6 +80,8 @@ def kept(most: int = 1024) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if stream not in by_stream:
                 by_stream[stream] = function(*args, **kwargs)
                 known[key] = by_stream
+                if len(by_stream) > _MOST_STREAMS:
+                    del by_stream[next(iter(by_stream))]
             known.move_to_end(key)
             if len(known) > most:
                 known.popitem(last=False)

@@ -6,24 +6,23 @@ the variance, its adaptation and the scaling of the direction are one pass over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from spectral_kernels._backend import (
-    check_device,
     check_distinct,
-    check_list,
+    check_factors,
     check_step_lists,
-    check_writable,
+    check_variances,
+    computed_with,
     operator,
 )
 from spectral_kernels._options import BasisLists, DevaOptions, takes
 from torch import Tensor
 
 from ._checks import (
-    check_sides,
+    check_float32,
+    check_side,
     check_state,
     raise_nonfinite,
 )
@@ -135,21 +134,14 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
-    check_sides(params, lefts, rights, left_bases, right_bases, "bases")
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
     options.check(len(params))
-    _check_squares(exp_avg_sqs, params, variance)
+    check_variances(exp_avg_sqs, params, variance, check_state, check_float32)
     kept_lists = [params, exp_avgs, lefts, rights, left_bases, right_bases]
     check_distinct(kept_lists + ([] if variance == "none" else [exp_avg_sqs]), grads)
     raise_nonfinite(
         options.nonfinite,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=() if variance == "none" else exp_avg_sqs,
-        lefts=lefts,
-        rights=rights,
-        left_bases=left_bases,
-        right_bases=right_bases,
-        params=params,
+        **computed_with(lists, exp_avg_sqs=() if variance == "none" else exp_avg_sqs),
     )
     public_schatten = options.public_schatten
     bounded = not options.reference and options.eps_mode == "relative"
@@ -318,20 +310,3 @@ def _ratio(top: Tensor, v: Tensor, step: DevaOptions) -> Tensor:
     else:
         bottom = (v + step.eps).sqrt()
     return torch.where((bottom == 0.0) & (top == 0.0), 1.0, top / bottom)
-
-
-def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance: str) -> None:
-    check_list("exp_avg_sqs", squares, len(params))
-    if variance == "none":
-        return
-    if variance != "low_memory":
-        check_state("exp_avg_sqs", squares, params)
-        return
-    for i, (v, param) in enumerate(zip(squares, params, strict=True)):
-        expected = (*param.shape[:-2], param.shape[-2] + param.shape[-1])
-        if v.shape != expected:
-            raise ValueError(
-                f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, not {tuple(v.shape)}"
-            )
-        check_writable(f"exp_avg_sqs[{i}]", v)
-        check_device(f"exp_avg_sqs[{i}]", v, param)

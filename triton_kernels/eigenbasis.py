@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import check_distinct, check_step_lists, is_capturing, operator
+from spectral_kernels._backend import (
+    check_distinct,
+    check_factors,
+    check_step_lists,
+    computed_with,
+    is_capturing,
+    operator,
+)
 from spectral_kernels._options import BasisLists, SoapOptions, takes
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._batch import flattened, gram, product, scaled_by, two_sided
+from ._batch import flattened, from_both_sides, gram, product, scaled_by
 from ._checks import (
-    check_sides,
+    check_side,
     check_state,
     raise_nonfinite,
 )
@@ -158,13 +165,13 @@ class Bases(NamedTuple):
 def rotate(x: Tensor, bases: Bases) -> Tensor:
     """Q_L^T X Q_R."""
     left = bases.left_basis
-    return two_sided(x, None if left is None else left.mT, bases.right_basis)
+    return from_both_sides(x, None if left is None else left.mT, bases.right_basis)
 
 
 def rotate_back(x: Tensor, bases: Bases) -> Tensor:
     """Q_L X Q_R^T."""
     right = bases.right_basis
-    return two_sided(x, bases.left_basis, None if right is None else right.mT)
+    return from_both_sides(x, bases.left_basis, None if right is None else right.mT)
 
 
 def accumulated(bases: Bases, g: Tensor, beta: float) -> Bases:
@@ -284,20 +291,10 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
-    check_sides(params, lefts, rights, left_bases, right_bases, "bases")
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
     options.check(len(params))
     check_distinct([params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases], grads)
-    raise_nonfinite(
-        options.nonfinite,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        lefts=lefts,
-        rights=rights,
-        left_bases=left_bases,
-        right_bases=right_bases,
-        params=params,
-    )
+    raise_nonfinite(options.nonfinite, **computed_with(lists))
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
     flags = [bool(flag) for flag in options.refresh]

@@ -9,15 +9,17 @@ import torch
 from spectral_kernels._backend import (
     check_device,
     check_distinct,
+    check_factors,
     check_list,
     check_step_lists,
+    computed_with,
     operator,
 )
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 from torch import Tensor
 
-from ._batch import two_sided
-from ._checks import check_sides, check_state, raise_nonfinite
+from ._batch import from_both_sides
+from ._checks import check_side, check_state, raise_nonfinite
 from ._list_step import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
 from .inverse_root import NON_FINITE, STAGNATED, roots_of
 from .kron_factor import updated
@@ -44,7 +46,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
-    check_sides(params, lefts, rights, left_roots, right_roots, "roots")
+    check_factors(params, lefts, rights, left_roots, right_roots, "roots", check_side)
     options.check(len(params))
     if options.squares:
         check_state("graft_squares", graft_squares, params)
@@ -56,14 +58,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     )
     raise_nonfinite(
         options.nonfinite,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        lefts=lefts,
-        rights=rights,
-        left_roots=left_roots,
-        right_roots=right_roots,
-        graft_squares=graft_squares if options.squares else (),
-        params=params,
+        **computed_with(lists, graft_squares=graft_squares if options.squares else ()),
     )
     bounded = options.relative_ridge > 0.0 or options.kl
     checked = options.nonfinite != "propagate"
@@ -153,13 +148,13 @@ def _kl(
     bias = torch.ones(len(g), dtype=torch.float64, device=g.device)
 
     def new_left(root: Tensor | None) -> Tensor | None:
-        x = two_sided(g, None, root)
+        x = from_both_sides(g, None, root)
         return (
             left if left is None else updated(left, x, -2, beta=step.beta2, weight=step.weight / n)
         )
 
     def new_right(root: Tensor | None) -> Tensor | None:
-        x = two_sided(g, root, None)
+        x = from_both_sides(g, root, None)
         return (
             right
             if right is None
@@ -230,7 +225,7 @@ def _update(
     m: Tensor, squares: Tensor | None, factors: _Factors, t: Tensor, step: ShampooOptions
 ) -> Tensor:
     mhat = m / column(1.0 - step.beta1**t, m) if step.debias else m
-    p = two_sided(mhat, factors.left_root, factors.right_root)
+    p = from_both_sides(mhat, factors.left_root, factors.right_root)
     if step.graft == "none":
         return p
     size = length(p)

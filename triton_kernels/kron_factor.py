@@ -8,7 +8,7 @@ import torch
 from spectral_kernels._backend import check_device, check_writable, operator
 from torch import Tensor
 
-from ._batch import Packed, flattened, product, two_sided
+from ._batch import Packed, flattened, from_both_sides, product
 from ._device import NONFINITE
 
 _MOST = torch.finfo(torch.float32).max
@@ -127,6 +127,6 @@ def kron_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not grad.numel() or not math.prod(shape):
         return grad.new_zeros(shape)
     operands = [flattened(x) if x.numel() else None for x in (grad, left, right)]
-    x = two_sided(*operands)  # type: ignore[arg-type]
+    x = from_both_sides(*operands)  # type: ignore[arg-type]
     finite = torch.stack([y.isfinite().all(-1).all(-1) for y in operands if y is not None]).all(0)
     return torch.where(finite[:, None, None], x, math.nan).to(grad.dtype).reshape(shape)

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from spectral_kernels._backend import check_distinct, check_rows_state, check_step_lists, operator
+from spectral_kernels._backend import (
+    check_distinct,
+    check_rows_state,
+    check_step_lists,
+    computed_with,
+    operator,
+)
 from spectral_kernels._options import (
     MuonLists,
     MuonOptions,
@@ -504,13 +510,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
     options.check(len(params))
     check_distinct([params, momentum_buffers, second_moments], grads)
-    raise_nonfinite(
-        options.nonfinite,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        second_moments=second_moments,
-        params=params,
-    )
+    raise_nonfinite(options.nonfinite, **computed_with(lists))
     if not params:
         return
     device = params[0].device

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -197,6 +197,74 @@ def check_rows_state(
         if x.dtype != full:
             raise TypeError(f"{name}[{i}] must be {full}, not {x.dtype}")
         check_writable(f"{name}[{i}]", x)
+
+
+def check_factors(
+    params: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    left_partners: Sequence[Tensor],
+    right_partners: Sequence[Tensor],
+    partner: str,
+    check_side: Callable[[str, Tensor, Tensor, int], None],
+) -> None:
+    """Factors and, on the same sides, their partners: "roots" or "bases"; size 0 where absent.
+
+    `check_side` is what a backend asks of one of them, over rows (-2) or columns (-1).
+    """
+    for side, dim, factors, partners in (
+        ("left", -2, lefts, left_partners),
+        ("right", -1, rights, right_partners),
+    ):
+        for name, tensors in ((f"{side}s", factors), (f"{side}_{partner}", partners)):
+            check_list(name, tensors, len(params))
+            for i, (x, param) in enumerate(zip(tensors, params, strict=True)):
+                check_side(f"{name}[{i}]", x, param, dim)
+                check_writable(f"{name}[{i}]", x)
+        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
+            if bool(factor.numel()) != bool(other.numel()):
+                raise ValueError(
+                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
+                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
+                )
+
+
+def check_variances(
+    squares: Sequence[Tensor],
+    params: Sequence[Tensor],
+    variance: str,
+    check_state: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None],
+    check_dtype: Callable[[str, Tensor], None],
+) -> None:
+    """DeVA's V: of the parameters' shapes, nothing, or for "low_memory" a number a row and column.
+
+    `check_state` and `check_dtype` are what a backend asks of any state and of its dtype.
+    """
+    check_list("exp_avg_sqs", squares, len(params))
+    if variance == "low_memory":
+        for i, (v, param) in enumerate(zip(squares, params, strict=True)):
+            expected = (*param.shape[:-2], param.shape[-2] + param.shape[-1])
+            if v.shape != expected:
+                raise ValueError(
+                    f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, "
+                    f"not {tuple(v.shape)}"
+                )
+            check_dtype(f"exp_avg_sqs[{i}]", v)
+            check_writable(f"exp_avg_sqs[{i}]", v)
+            check_device(f"exp_avg_sqs[{i}]", v, param)
+    elif variance != "none":
+        check_state("exp_avg_sqs", squares, params)
+
+
+def computed_with(lists: NamedTuple, **instead: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """The lists of a step whose numbers enter it: gradients first, then state, parameters last.
+
+    `instead` has what is looked at in place of some of them.
+    """
+    counters = ("params", "grads", "root_failures", "step_counts", "skipped", "lr")
+    state = [name for name in lists._fields if name not in counters]
+    given = lists._asdict() | instead
+    return {name: given[name] for name in ("grads", *state, "params")}
 
 
 def check_distinct(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
-from . import coefficients as _coefficients
+from . import _checks, coefficients as _coefficients
 
 _GROWTH = {
     torch.float64: _coefficients.FULL_GROWTH,

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _options
-from . import coefficients as _coefficients
+from . import _checks, _dispatch, _options, coefficients as _coefficients
 from ._lists import counters, scales_of
 from ._options import EPS_MODES, DevaOptions, check_variant
 from .newton_schulz import CoefficientsLike

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .inputs import FLOATS, FULL, MUON, gaussian, orthogonal, semidefinite, state_dtype
+from .layouts import Placed, same_bits
 from .rule import ONE_DRAW, allowed_error, draws, error, errors, jittered, rms, unit_roundoff
 
 
@@ -134,27 +135,27 @@ def _copied(x: Any) -> Any:
 
 # List steps.
 
-STEPS = tuple(name for name, operator in TABLE.items() if operator.options is not None)
+STEPS = tuple(op for op, row in TABLE.items() if row.options is not None)
 
-# Where they differ from the defaults.
-_STEP_OPTIONS: dict[str, dict[str, Any]] = {
-    "muon_step_": {
-        "momentum": 0.9,
-        "weight_decay": 0.1,
-        "rows": MUON,
-        "compute_dtype": torch.float32,
-    },
+_ITERATION = {"rows": MUON, "compute_dtype": torch.float32}
+# What these tests have otherwise than the public defaults.
+_OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "muon_step_": {**_ITERATION, "momentum": 0.9, "weight_decay": 0.1},
     # Roots err by some u / relative_ridge, whatever computes them.
     "shampoo_step_": {"relative_ridge": 1e-2, "weight_decay": 0.1},
     "soap_step_": {"beta1": 0.9, "shampoo_beta": 0.9, "weight_decay": 0.1},
-    "deva_step_": {
-        "beta1": 0.9,
-        "shampoo_beta": 0.9,
-        "weight_decay": 0.1,
-        "rows": MUON,
-        "compute_dtype": torch.float32,
-    },
+    "deva_step_": {**_ITERATION, "beta1": 0.9, "shampoo_beta": 0.9, "weight_decay": 0.1},
 }
+
+
+def step_options(op: str) -> dict[str, Any]:
+    """Every option of a step but those with a value an entry."""
+    record = TABLE[op].options
+    assert record is not None
+    found = {
+        name: value for name, value in record.defaults.items() if name not in record.entry_lists
+    }
+    return found | _OWN_OPTIONS[op]
 
 
 def new_step(
@@ -170,9 +171,7 @@ def new_step(
 ) -> Case:
     """The first step of a list of matrices: Gaussian params and gradients, fresh state."""
     dtypes = [dtype] * len(shapes) if isinstance(dtype, torch.dtype) else list(dtype)
-    record = TABLE[op].options
-    assert record is not None
-    merged: dict[str, Any] = {**record.defaults, **_STEP_OPTIONS[op]}
+    merged = step_options(op)
     assert not set(options) - {*merged, "refresh", "restarts", "scales"}, (
         f"{op} has no {set(options) - {*merged}}"
     )
@@ -327,6 +326,33 @@ def assert_step_rule(case: Case, backend: str, *, roundings: float = _OPERATIONS
     ours = case.clone()
     ours.run(backend)
     assert_written(ours, case, case.names(write=True), roundings)
+
+
+def assert_writes_nothing_around(case: Case, layout: str, backend: str) -> None:
+    """A step whose tensors lie otherwise in memory, with margins that stay, obeys the rule."""
+    placed = {
+        name: [Placed(x, layout) for x in case[name]]
+        for name in ("grads", *case.names(write=True))
+        if name not in ("root_failures", "step_counts", "skipped")
+    }
+    moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
+    moved.run(backend)
+    for xs in placed.values():
+        for x in xs:
+            x.assert_untouched_around()
+    assert_written(moved, case, [name for name in placed if name != "grads"])
+
+
+def assert_skips_the_second(op: str, scale: float, backend: str) -> None:
+    """Of two matrices the one whose gradient is so large keeps every bit, and is counted."""
+    case = later_step(op, ((4, 6), (4, 6)))
+    case["grads"][1].mul_(scale)
+    before = case.clone()
+    case.run(backend)
+    assert int(case["skipped"]) == 1
+    for name in case.names(write=True)[:-1]:
+        assert same_bits(case[name][1], before[name][1]), name
+        assert name == "root_failures" or not same_bits(case[name][0], before[name][0]), name
 
 
 def assert_written(

@@ -67,3 +67,25 @@ def same_bits(a: Any, b: Any) -> bool:
         for x, y in pairs
         if isinstance(x, Tensor)
     )
+
+
+class Wrapped(Tensor):
+    """A wrapper subclass, which has no storage of its own, and lets nothing be done with it."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} was called on a wrapper")

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _lists, _options
-from .. import coefficients as _coefficients
-from .. import newton_schulz as _newton_schulz
+from .. import _lists, _options, coefficients as _coefficients, newton_schulz as _newton_schulz
 from .._options import DevaOptions, chosen
 from . import _rules
 from ._base import Params

@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _lists, _restarts
-from .. import coefficients as _coefficients
-from .. import newton_schulz as _newton_schulz
+from .. import _lists, _restarts, coefficients as _coefficients, newton_schulz as _newton_schulz
 from .._options import MuonOptions, chosen
 from . import _rules, _split
 from ._base import MatrixOptimizer, Params

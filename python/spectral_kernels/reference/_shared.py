@@ -136,37 +136,6 @@ def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) ->
             )
 
 
-def check_sides(name: str, sides: Sequence[Tensor], params: Sequence[Tensor], side: int) -> None:
-    """A list of factors over rows (side -2) or columns (-1)."""
-    check_list(name, sides, len(params))
-    for i, (x, param) in enumerate(zip(sides, params, strict=True)):
-        check_side(f"{name}[{i}]", x, param, side)
-        check_writable(f"{name}[{i}]", x)
-
-
-def check_factors(
-    params: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_partners: Sequence[Tensor],
-    right_partners: Sequence[Tensor],
-    partner: str,
-) -> None:
-    """Factors and, on the same sides, their partners: "roots" or "bases"."""
-    for side, dim, factors, partners in (
-        ("left", -2, lefts, left_partners),
-        ("right", -1, rights, right_partners),
-    ):
-        check_sides(f"{side}s", factors, params, dim)
-        check_sides(f"{side}_{partner}", partners, params, dim)
-        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
-            if absent(factor) != absent(other):
-                raise ValueError(
-                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
-                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
-                )
-
-
 def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """A state of the parameter's shape in float32, float64 or, rounded at random, bfloat16."""
     narrow = _backend.check_momentum(name, state, params)

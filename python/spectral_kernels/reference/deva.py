@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from spectral_kernels._backend import (
-    check_device,
-    check_list,
-    check_writable,
     operator,
 )
 from spectral_kernels._options import BasisLists, DevaOptions, takes
 
-from .._backend import check_step_lists
+from .._backend import check_factors, check_step_lists, check_variances, computed_with
 from ._shared import (
     Progress,
     absent,
-    check_factors,
     check_full_precision,
+    check_side,
     check_state,
     finite,
     matrices,
@@ -127,19 +122,15 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     variance = options.variance
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases")
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
     options.check(len(params))
-    _check_squares(exp_avg_sqs, params, variance)
+    check_variances(exp_avg_sqs, params, variance, check_state, check_full_precision)
     raise_nonfinite(
         options.nonfinite,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=() if variance == "none" else [_rows(v, variance) for v in exp_avg_sqs],
-        lefts=lefts,
-        rights=rights,
-        left_bases=left_bases,
-        right_bases=right_bases,
-        params=params,
+        **computed_with(
+            lists,
+            exp_avg_sqs=() if variance == "none" else [_rows(v, variance) for v in exp_avg_sqs],
+        ),
     )
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
@@ -254,20 +245,3 @@ def _ratio(energy: Tensor, v: Tensor, step: DevaOptions) -> Tensor:
         eps = step.eps * v.mean() if step.eps_mode == "relative" else step.eps
         top, bottom = energy.sqrt(), (v + eps).sqrt()
     return torch.where((bottom == 0.0) & (top == 0.0), 1.0, top / bottom)
-
-
-def _check_squares(squares: Sequence[Tensor], params: Sequence[Tensor], variance: str) -> None:
-    if variance != "low_memory":
-        if variance != "none":
-            check_state("exp_avg_sqs", squares, params)
-        return check_list("exp_avg_sqs", squares, len(params))
-    check_list("exp_avg_sqs", squares, len(params))
-    for i, (v, param) in enumerate(zip(squares, params, strict=True)):
-        expected = (*param.shape[:-2], param.shape[-2] + param.shape[-1])
-        if v.shape != expected:
-            raise ValueError(
-                f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, not {tuple(v.shape)}"
-            )
-        check_full_precision(f"exp_avg_sqs[{i}]", v)
-        check_writable(f"exp_avg_sqs[{i}]", v)
-        check_device(f"exp_avg_sqs[{i}]", v, param)

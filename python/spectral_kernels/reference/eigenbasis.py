@@ -11,11 +11,11 @@ from torch import Tensor
 from spectral_kernels._backend import operator
 from spectral_kernels._options import BasisLists, SoapOptions, takes
 
-from .._backend import check_step_lists
+from .._backend import check_factors, check_step_lists, computed_with
 from ._shared import (
     Progress,
     absent,
-    check_factors,
+    check_side,
     check_square,
     check_state,
     exponent_of,
@@ -29,7 +29,7 @@ from ._shared import (
     scaled,
     unit_roundoff,
 )
-from .kron_factor import two_sided, updated_factors
+from .kron_factor import from_both_sides, updated_factors
 from .symmetric_matmul import identity_like, product
 
 
@@ -196,12 +196,12 @@ def _orthogonality(q: Tensor) -> float:
 
 def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Q_L^T X Q_R."""
-    return two_sided(x, left if absent(left) else left.mT, right)
+    return from_both_sides(x, left if absent(left) else left.mT, right)
 
 
 def rotate_back(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Q_L X Q_R^T."""
-    return two_sided(x, left, right if absent(right) else right.mT)
+    return from_both_sides(x, left, right if absent(right) else right.mT)
 
 
 class Bases(NamedTuple):
@@ -319,19 +319,9 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("exp_avgs", exp_avgs, params)
     check_state("exp_avg_sqs", exp_avg_sqs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases")
+    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
     options.check(len(params))
-    raise_nonfinite(
-        options.nonfinite,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        lefts=lefts,
-        rights=rights,
-        left_bases=left_bases,
-        right_bases=right_bases,
-        params=params,
-    )
+    raise_nonfinite(options.nonfinite, **computed_with(lists))
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta

@@ -12,11 +12,11 @@ from torch import Tensor
 from spectral_kernels._backend import check_device, check_list, operator
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 
-from .._backend import check_step_lists
+from .._backend import check_factors, check_step_lists, computed_with
 from ._shared import (
     Progress,
     absent,
-    check_factors,
+    check_side,
     check_state,
     finite,
     matrices,
@@ -28,7 +28,7 @@ from ._shared import (
     raise_nonfinite,
 )
 from .inverse_root import NON_FINITE, STAGNATED, root_of
-from .kron_factor import two_sided, updated_factor, updated_factors
+from .kron_factor import from_both_sides, updated_factor, updated_factors
 from .symmetric_matmul import identity_like
 
 
@@ -105,19 +105,12 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
     check_step_lists(params, grads, step_counts, skipped, lr)
     check_state("momentum_buffers", momentum_buffers, params)
-    check_factors(params, lefts, rights, left_roots, right_roots, "roots")
+    check_factors(params, lefts, rights, left_roots, right_roots, "roots", check_side)
     options.check(len(params))
     _check_shampoo_state(params, graft_squares, root_failures, options)
     raise_nonfinite(
         options.nonfinite,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        lefts=lefts,
-        rights=rights,
-        left_roots=left_roots,
-        right_roots=right_roots,
-        graft_squares=graft_squares if options.squares else (),
-        params=params,
+        **computed_with(lists, graft_squares=graft_squares if options.squares else ()),
     )
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
@@ -207,13 +200,13 @@ def _kl_factors(
     def new_left(right_root: Tensor) -> Tensor:
         if absent(left):
             return left
-        x = two_sided(g, g.new_empty(0), right_root)
+        x = from_both_sides(g, g.new_empty(0), right_root)
         return updated_factor(left, x, beta=step.beta2, weight=step.weight / n)
 
     def new_right(left_root: Tensor) -> Tensor:
         if absent(right):
             return right
-        x = two_sided(g, left_root, g.new_empty(0))
+        x = from_both_sides(g, left_root, g.new_empty(0))
         return updated_factor(right, x.mT, beta=step.beta2, weight=step.weight / m)
 
     if not refresh:
@@ -274,7 +267,7 @@ def _shampoo_update(
     m: Tensor, squares: Tensor, factors: _Factors, t: float, step: ShampooOptions
 ) -> Tensor:
     mhat = m / (1.0 - step.beta1**t) if step.debias else m
-    p = two_sided(mhat, factors.left_root.to(m.dtype), factors.right_root.to(m.dtype))
+    p = from_both_sides(mhat, factors.left_root.to(m.dtype), factors.right_root.to(m.dtype))
     if step.graft == "none":
         return p
     length = norm(p)

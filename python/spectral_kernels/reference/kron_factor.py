@@ -125,13 +125,13 @@ def kron_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     for index in matrices(grad):
         operands = grad[index], optional(left, index), optional(right, index)
         if finite(*operands):
-            out[index] = two_sided(*(x.to(dtype) for x in operands)).to(grad.dtype)
+            out[index] = from_both_sides(*(x.to(dtype) for x in operands)).to(grad.dtype)
         else:
             out[index] = math.nan
     return out
 
 
-def two_sided(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def from_both_sides(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """(left @ x) @ right; an absent side is the identity."""
     if not absent(left):
         x = left @ x

@@ -28,7 +28,7 @@ from spectral_kernels._options import (
     takes,
 )
 
-from .._backend import check_step_lists
+from .._backend import check_step_lists, computed_with
 from ._shared import (
     Progress,
     check_momentum,
@@ -210,13 +210,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     present = options.beta2 is not None
     check_rows_state("second_moments", second_moments, params, present=present)
     options.check(len(params))
-    raise_nonfinite(
-        options.nonfinite,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        second_moments=second_moments,
-        params=params,
-    )
+    raise_nonfinite(options.nonfinite, **computed_with(lists))
     rate, propagate = float(lr), options.nonfinite == "propagate"
     momentum, beta2 = options.momentum, options.beta2
     entries = zip(*lists[:5], options.scales, options.restarts_of(len(params)), strict=True)
