@@ -285,6 +285,12 @@ def test_swapped_kernels_under_other_people_s_distributors(workers, target):
         assert sum(calls for _, calls, _ in found) == found[0][2] == 3 * 4
 
 
+def test_checkpoints_of_torchtitan_s_container(workers, tmp_path):
+    workers.run(2, "save_from_a_container", "fsdp", str(tmp_path))
+    for different in workers.run(3, "resume_in_a_container", "columns", str(tmp_path)):
+        assert different == dict.fromkeys(OPTIMIZERS, [])
+
+
 @pytest.mark.parametrize("package", ["accelerate", "lightning"])
 def test_a_training_under_a_trainer(workers, package):
     pytest.importorskip(package, reason=f"{package} is not installed")

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from spectral_kernels import call_counts, swap_in
 from swap_support import DOUBLES, modules_of
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import Shard
 
 from ranks.nets import (
+    HALF,
+    LAYOUTS,
     OPTIMIZERS,
+    STEPS,
     Net,
+    alone,
     different,
     full,
     give,
     gradients,
     mesh_of_all,
     place,
+    stepped,
     weights,
 )
 from ranks.trainings import classifier, loss_of
@@ -110,3 +118,79 @@ def trained_by(package: str) -> list[str] | None:
     assert any(isinstance(x, parallel) for x in model.modules())
     assert any(row.owner == 1 for row in optimizer.plan().rows)
     return different(net, dict(one.named_parameters()))
+
+
+# torchtitan's container keeps the state of optimizers in one flat dict: "state.NAME.KEY" and
+# "param_groups.NAME.KEY". Into an optimizer it loads what the optimizer's own state has names for.
+
+
+def _flattened(found: dict[str, Any], prefix: str, tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _flattened(found, f"{prefix}.{key}", value)
+        else:
+            found[f"{prefix}.{key}"] = value
+
+
+def _flat_state(optimizer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    given = optimizer.state_dict()
+    for group in given["param_groups"]:
+        values = {key: x for key, x in group.items() if key not in ("params", "param_names")}
+        for number, name in zip(group["params"], group["param_names"], strict=True):
+            _flattened(found, f"state.{name}", given["state"][number])
+            _flattened(found, f"param_groups.{name}", values)
+    return found
+
+
+def _taken(flat: Mapping[str, Any], prefix: str) -> Any:
+    if prefix in flat:
+        return flat[prefix]
+    inner = {key[len(prefix) + 1 :].split(".")[0] for key in flat if key.startswith(f"{prefix}.")}
+    return {key: _taken(flat, f"{prefix}.{key}") for key in inner}
+
+
+def _load_flat_state(optimizer: Any, flat: Mapping[str, Any]) -> None:
+    state: dict[int, Any] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        numbers = range(len(state), len(state) + len(group["params"]))
+        for number, name, param in zip(numbers, group["param_names"], group["params"], strict=True):
+            state[number] = {
+                key: _taken(flat, f"state.{name}.{key}") for key in optimizer.state[param]
+            }
+        first = f"param_groups.{group['param_names'][0]}"
+        values = {key: flat[f"{first}.{key}"] for key in group if f"{first}.{key}" in flat}
+        groups.append({**values, "params": list(numbers)})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _contained(layout: str, name: str) -> tuple[Net, Any]:
+    net = Net(weights(torch.float32))
+    LAYOUTS[layout](net)
+    names = [key for key, _ in net.named_parameters()]
+    group = {"params": list(net.parameters()), "param_names": names, "fused": False}
+    return net, OPTIMIZERS[name]([group])
+
+
+def save_from_a_container(layout: str, folder: str) -> None:
+    for name in OPTIMIZERS:
+        net, optimizer = _contained(layout, name)
+        stepped(net, optimizer, range(HALF), torch.float32)
+        saved = {**get_model_state_dict(net), **_flat_state(optimizer)}
+        dcp.save(saved, checkpoint_id=f"{folder}/{name}")
+
+
+def resume_in_a_container(layout: str, folder: str) -> dict[str, list[str]]:
+    """Goes on with what another number of ranks has saved."""
+    found = {}
+    for name in OPTIMIZERS:
+        net, optimizer = _contained(layout, name)
+        of_net, flat = get_model_state_dict(net), _flat_state(optimizer)
+        target = {**of_net, **flat}
+        dcp.load(target, checkpoint_id=f"{folder}/{name}")
+        set_model_state_dict(net, {key: target[key] for key in of_net})
+        _load_flat_state(optimizer, {key: target[key] for key in flat})
+        stepped(net, optimizer, range(HALF, STEPS), torch.float32)
+        found[name] = different(net, alone(name))
+    return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,21 @@ class Member:
     def on_all(self) -> bool:
         """Whether every rank holds all of it."""
         return all(isinstance(placement, Replicate) for placement in self.placements)
+
+
+class Elsewhere(dict[str, Any]):
+    """The state of a parameter that another rank owns: nothing, but iterating gives its names.
+
+    Checkpointing code such as torchtitan's asks a state for its names, and takes what a state dict
+    has by them.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._names = tuple(names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from .config import Distributed
 from .exchange import Channel, timeout_of
 from .hops import Line
 from .layout import Grid, check_regions, only_batches
-from .members import Bucket, Exchange, Member, plain
+from .members import Bucket, Elsewhere, Exchange, Member, plain
 from .routes import Item, Route
 from .table import Row, Table
 
@@ -63,11 +63,22 @@ class Roster(Agreement):
                 exchange.members, exchange.buckets, exchange.loads = members, buckets, loads
             self._furnish()
             raise
-        for key in self.members:
-            # Also where another rank has the state: torch makes state, by a step, of an optimizer
-            # that has none, and would do so on this rank alone.
-            self.optimizer.state[key]
+        self.name_state()
         self.optimizer.init_state()
+
+    def name_state(self) -> None:
+        """Makes entries of state, also where another rank has the state itself.
+
+        torch makes state, by a step, of an optimizer that has none, and would do so on this rank
+        alone.
+        """
+        for key, member in self.members.items():
+            if self.here(key) is None and not self.optimizer.state[key]:
+                group = self.optimizer.param_groups[member.index]
+                _, layout = self.optimizer._slots(key, group, is_matrix=member.is_matrix)
+                self.optimizer.state[key] = Elsewhere(layout)
+            else:
+                self.optimizer.state[key]
 
     def _extend(self) -> None:
         error: BaseException | None = None

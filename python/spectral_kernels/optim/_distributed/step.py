@@ -223,8 +223,8 @@ class Spread(Roster):
         """State has been loaded."""
         self._broken = ""
         self._begun = True
-        for key, member in self.members.items():
-            self.optimizer.state[key]
+        self.name_state()
+        for member in self.members.values():
             member.checksum = None
 
     def _through_owners(
