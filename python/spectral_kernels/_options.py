@@ -33,6 +33,14 @@ KL_ORDERS = ("sequential", "simultaneous")
 DEVA_NORMS = ("schatten", "linf")
 VARIANCES = ("momentum", "gradient", "instant", "low_memory", "none")
 EPS_MODES = ("relative", "outside", "inside")
+# What `optim.DeVA` calls a combination of norm, variance and sign.
+DEVA_VARIANTS = {
+    "schatten": ("schatten", "momentum", False),
+    "instant": ("schatten", "instant", False),
+    "sign": ("schatten", "momentum", True),
+    "low_memory": ("schatten", "low_memory", True),
+    "linf": ("linf", "momentum", False),
+}
 # Of the public classes DeVASchattenNorm and its sign-stabilised form, DeVASchattenNormIns, and
 # DeVAEuclideanNorm; the low-memory one calls a function that does not exist.
 _PUBLIC_VARIANCES = {"schatten": ("momentum", "instant"), "linf": ("momentum",)}

@@ -18,15 +18,6 @@ from ._work import Part
 from .muon import coefficients_rule
 from .soap import EigenbasisOptimizer
 
-# norm, variance, sign
-VARIANTS = {
-    "schatten": ("schatten", "momentum", False),
-    "instant": ("schatten", "instant", False),
-    "sign": ("schatten", "momentum", True),
-    "low_memory": ("schatten", "low_memory", True),
-    "linf": ("linf", "momentum", False),
-}
-
 # DeVAEuclideanNorm saves no step and never debiases: by this one, debiasing has ended.
 _WARM = 2.0**20
 
@@ -103,7 +94,7 @@ class DeVA(EigenbasisOptimizer):
         **_rules.of(DevaOptions, "eps", "correct_bias", "normalize_grads", "reference"),
         "precondition_frequency": _rules.whole(1),
         "max_precond_dim": _rules.whole(0),
-        "variant": _rules.choice(*VARIANTS),
+        "variant": _rules.choice(*_options.DEVA_VARIANTS),
         "norm": _rules.optional(_rules.choice(*_options.DEVA_NORMS)),
         "variance": _rules.optional(_rules.choice(*_options.VARIANCES)),
         "sign": _rules.optional(_rules.flag),
@@ -211,7 +202,7 @@ class DeVA(EigenbasisOptimizer):
 
 def _variant(values: Values) -> tuple[str, str, bool]:
     """norm, variance and sign, from the variant where they are not given."""
-    norm, variance, sign = VARIANTS[values["variant"]]
+    norm, variance, sign = _options.DEVA_VARIANTS[values["variant"]]
     return (
         norm if values["norm"] is None else values["norm"],
         variance if values["variance"] is None else values["variance"],

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..._options import DEVA_VARIANTS
 from ...coefficients import resolve
 from .._forms import Form
 from .._split import sizes_of
-from ..deva import VARIANTS
 
 Entry = TypeVar("Entry")
 
@@ -119,7 +119,7 @@ def _eigenbases(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
 
 
 def _deva(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
-    if (values["norm"] or VARIANTS[values["variant"]][0]) == "linf":
+    if (values["norm"] or DEVA_VARIANTS[values["variant"]][0]) == "linf":
         return 0.0, []
     step, refreshes = _eigenbases(m, n, values)
     rows = resolve(values["coefficients"], values["steps"]).rows
