@@ -421,7 +421,6 @@ def test_a_rank_that_dies_or_stops(workers, how, phase, which):
         ("not a group", "TypeError", "distributed must be a ProcessGroup"),
         ("wire", "ValueError", "wire must be None or torch.bfloat16, not torch.float16"),
         ("other wire", "ValueError", "groups must be the same on all ranks, but rank 0 has even"),
-        ("hyperball", "ValueError", "even has hyperball=True, which looks at whole weights"),
         ("mesh of two dimensions", "ValueError", "a mesh of one dimension, not of 2"),
         ("lr", "ValueError", "groups must be the same on all ranks, but rank 0 has even"),
         ("order", "ValueError", "groups must be the same on all ranks, but rank 0 has even"),

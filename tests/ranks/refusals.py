@@ -242,9 +242,6 @@ def refused(what: str) -> tuple[str, str]:
         more["distributed"] = sk.optim.Distributed(wire=wire)
     elif what == "mesh of two dimensions":
         more["distributed"] = init_device_mesh("cpu", (1, dist.get_world_size()))
-    elif what == "hyperball":
-        fsdp(net)
-        more["hyperball"] = True
     elif what == "lr":
         fsdp(net)
         more["lr"] = 0.5 if rank == 1 else 0.25

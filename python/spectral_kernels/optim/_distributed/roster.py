@@ -163,11 +163,6 @@ class Roster(Agreement):
             if only_batches(form, member.key.shape, member.regions):
                 member.row = Row(member.name, tuple(member.key.shape), "matrix, whole where it is")
                 continue
-            if group.get("hyperball"):
-                raise ValueError(
-                    f"{member.name} has hyperball=True, which looks at whole weights before a step "
-                    "begins, and they lie on several ranks: not for matrices that ranks share yet"
-                )
             size = member.key.numel() * member.key.element_size()
             offset = None
             if self.optimizer._staggered(group):
