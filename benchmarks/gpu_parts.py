@@ -140,7 +140,7 @@ def _family(name: str, backend: str, switch: str = "", ops: Sequence[str] = ()) 
 
 def _facts(worker: Worker) -> None:
     """What this is measured on, and why backends do not run there."""
-    x = torch.ones(8, 8, device=worker.card.device)
+    x = torch.ones(8, 8, dtype=torch.float32, device=worker.card.device)
     found = run.machine() | {
         "backends": {
             name: sk.explain("gram", x, backend=name).rejected.get(name)

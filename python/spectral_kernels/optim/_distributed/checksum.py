@@ -68,6 +68,8 @@ def _words(x: Tensor) -> Tensor:
 
 @functools.cache
 def _numbers(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.randint(
+        -(2**63), 2**63 - 1, (_WORDS,), generator=generator, device="cpu", dtype=torch.int64
+    )
     return (numbers | 1).to(device)
