@@ -1,4 +1,4 @@
-// The elementwise parts of the fused steps, block by block. See blocks.inl for how this is compiled.
+// The elementwise parts of the fused steps, block by block. blocks.inl says how this is compiled.
 
 #include "tiles.inl"
 
