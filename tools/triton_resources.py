@@ -356,6 +356,7 @@ def main() -> int:
     failed = [line for line in found if line.failure]
     print(f"{len(found)} variants, {len(failed)} fail")
     if options.to:
+        options.to.mkdir(parents=True, exist_ok=True)
         report = {"triton": triton.__version__, "lines": [asdict(line) for line in found]}
         text = _records.text(report)
         (options.to / "triton_resources.json").write_text(text)
