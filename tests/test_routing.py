@@ -323,6 +323,31 @@ TABLE: dict[str, Row] = {
         ),
         {"layers.0.blocks.0.attn.relative_position_bias_table", "head.fc"},
     ),
+    "sam": (
+        lambda: tree(
+            {
+                **image(),
+                "blocks.0.attn.rel_pos_h": raw(27, 8),
+                "blocks.0.attn.rel_pos_w": raw(27, 8),
+                "neck.0": nn.Conv2d(WIDTH, 8, 1),
+                "neck.2": nn.Conv2d(8, 8, 3),
+            }
+        ),
+        {"cls_token", "pos_embed", "blocks.0.attn.rel_pos_h", "blocks.0.attn.rel_pos_w"},
+    ),
+    "perceiver": (
+        lambda: tree(
+            {
+                "queries": raw(6, WIDTH),
+                "positions": raw(PLACES, WIDTH),
+                "encoder.pos_proj": linear(),
+                "layers.0.cross_attn.to_q": linear(),
+                "layers.0.cross_attn.to_kv": linear(2 * WIDTH),
+                "to_logits": linear(7),
+            }
+        ),
+        {"queries", "positions", "to_logits"},
+    ),
     "convnext": (
         lambda: tree(
             {

@@ -28,6 +28,11 @@ _EMBEDDING = re.compile(
 _TOKEN = re.compile(r"(.*_)?tokens?")
 # Tables of whole vocabularies, whatever module holds them.
 _TABLE = re.compile(r"(tok|token|tokens|word|words|vocab|vocabulary)_(emb|embs|embed.*)|wte")
+# Tables that are a parameter themselves: of places, and of what asks an attention.
+_OWN_TABLE = re.compile(
+    r"(.*_)?(pos|position|positions|positional)(_(h|w|d|t|x|y|z|table|encoding|enc))?"
+    r"|(.*_)?(queries|prototypes?)"
+)
 _NORM = re.compile(r"(.*_)?(bias|norm)(_.*)?|ln\d*|ln_.*|weight_g|(.*_)?log")
 # The last component of a layer's name that says it is one, whatever it is a layer of.
 _LAYER = re.compile(
@@ -79,6 +84,8 @@ def by_name(name: str, ndim: int = 2) -> str | None:
 
 def of_own(parts: Sequence[str]) -> str | None:
     """Why AdamW takes a parameter that no module of a known kind holds, or None."""
+    if _OWN_TABLE.fullmatch(parts[-1]):
+        return "embedding"
     for part in parts:
         if _EMBEDDING.fullmatch(part) or _TOKEN.fullmatch(part):
             return "embedding"
