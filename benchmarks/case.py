@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .inputs import parameter_shapes
 
 OURS = "spectral_kernels"
 MEMORY = "memory"
@@ -22,6 +25,9 @@ DTYPES = {
 # Useful FLOPs by the rate they run at ("fp64", "fp32" or "bf16"), and under "memory" the bytes of
 # all operands, read or written once.
 Work = Mapping[str, float]
+
+# The matrices of a list of parameters.
+Shapes = tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -88,6 +94,35 @@ class Case:
     goals: Mapping[str, float] = field(default_factory=dict, compare=False)
     error_goals: Mapping[str, float] = field(default_factory=dict, compare=False)
     quick: bool = False
+
+    @classmethod
+    def of_matrices(
+        cls,
+        op: str,
+        shape: str | Sequence[int],
+        dtype: torch.dtype,
+        build: Callable[[tuple[int, ...], torch.dtype, torch.device], Problem],
+        *,
+        square: bool = False,
+        **options: Any,
+    ) -> Case:
+        """Of matrices of one shape; "1024" is one of 1024 x 1024 where they are square."""
+        if isinstance(shape, str):
+            shape = square_shape(shape) if square else parse_shape(shape)
+        sizes = tuple(shape)
+        return cls(op, shape_name(sizes), dtype, partial(build, sizes, dtype), **options)
+
+    @classmethod
+    def of_list(
+        cls,
+        op: str,
+        shape: str,
+        dtype: torch.dtype,
+        build: Callable[[Shapes, torch.dtype, torch.device], Problem],
+        **options: Any,
+    ) -> Case:
+        """Of a step over a list of parameters, see `inputs.parameter_shapes`."""
+        return cls(op, shape, dtype, partial(build, parameter_shapes(shape), dtype), **options)
 
     @property
     def key(self) -> str:

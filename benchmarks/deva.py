@@ -13,8 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import newton_schulz, peers
-from .case import OURS, Case, Family, Problem
-from .inputs import parameter_shapes
+from .case import OURS, Case, Family, Problem, Shapes
 from .steps import FREQUENCY, LR, Make, Steps, combined, ours_with, public_with, rotated_work, start
 
 _ROWS = coefficients.resolve("muon").rows
@@ -27,12 +26,13 @@ def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
 
 def _deva(shape: str, dtype: torch.dtype, *, reference: bool, **options: Any) -> Case:
     """With `reference` the public trajectory, which is the same work but for a few scalars."""
-    build = partial(_build_step, parameter_shapes(shape), dtype, reference)
-    return Case("deva_step_", shape, dtype, build, "reference" if reference else "", **options)
+    build = partial(_build_step, reference=reference)
+    variant = "reference" if reference else ""
+    return Case.of_list("deva_step_", shape, dtype, build, variant=variant, **options)
 
 
 def _build_step(
-    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, reference: bool, device: torch.device
+    shapes: Shapes, dtype: torch.dtype, device: torch.device, *, reference: bool
 ) -> Problem:
     steps = Steps(start(shapes, device), dtype)
     ours = _maker(partial(optim.DeVA, reference=reference, stagger=False))

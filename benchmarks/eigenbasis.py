@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -13,17 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import peers
-from .case import (
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    relative_error,
-    shape_name,
-    square_shape,
-)
-from .inputs import drifted_factor, factor, parameter_shapes
+from .case import OURS, Case, Contender, Family, Problem, relative_error
+from .inputs import drifted_factor, factor
 from .steps import FREQUENCY, LR, Make, Steps, ours_with, public_with, rotated_work, start
 
 _SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
@@ -33,17 +24,14 @@ _AUTHORS = "SOAP's own code"
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "soap_step_":
-        return Case(
-            op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
-        )
-    sizes = square_shape(shape)
+        return Case.of_list(op, shape, dtype, _build_step, **options)
     if op == "refresh_eigenbasis":
-        return _refresh(sizes, dtype, **options)
-    return Case(op, shape_name(sizes), dtype, partial(_build_eigenbasis, sizes, dtype), **options)
+        return _refresh(shape, dtype, **options)
+    return Case.of_matrices(op, shape, dtype, _build_eigenbasis, square=True, **options)
 
 
 def _refresh(
-    sizes: tuple[int, ...],
+    shape: str | Sequence[int],
     dtype: torch.dtype,
     *,
     condition: float = 1e6,
@@ -51,8 +39,10 @@ def _refresh(
     **options: Any,
 ) -> Case:
     variant = "rank n/4" if deficient else f"cond={condition:.0e}".replace("e+0", "e")
-    build = partial(_build_refresh, sizes, dtype, 1.0 / condition, deficient)
-    return Case("refresh_eigenbasis", shape_name(sizes), dtype, build, variant, **options)
+    build = partial(_build_refresh, low=1.0 / condition, deficient=deficient)
+    return Case.of_matrices(
+        "refresh_eigenbasis", shape, dtype, build, square=True, variant=variant, **options
+    )
 
 
 def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
@@ -79,7 +69,12 @@ def _build_eigenbasis(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 
 def _build_refresh(
-    sizes: tuple[int, ...], dtype: torch.dtype, low: float, deficient: bool, device: torch.device
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    low: float,
+    deficient: bool,
 ) -> Problem:
     *batch, n, _ = sizes
     rank = n // 4 if deficient else None

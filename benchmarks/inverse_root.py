@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache, partial
 from typing import Any
@@ -14,19 +14,8 @@ from spectral_kernels.inverse_root import inverse_root
 from torch import Tensor
 
 from . import peers
-from .case import (
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    Work,
-    one_by_one,
-    relative_error,
-    shape_name,
-    square_shape,
-)
-from .inputs import factor, parameter_shapes, rate_of
+from .case import OURS, Case, Contender, Family, Problem, Shapes, Work, one_by_one, relative_error
+from .inputs import factor, rate_of
 from .steps import FREQUENCY, LR, Make, Steps, start
 
 _SHAPES = ("128x128", "512x512", "1024x1024", "64x128x128")
@@ -41,20 +30,27 @@ _STEP_RIDGE, _NO_RIDGE = 1e-4, 1e-6
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "shampoo_step_":
         return _shampoo(shape, dtype, FREQUENCY, **options)
-    return _root(square_shape(shape), dtype, 4, **options)
+    return _root(shape, dtype, 4, **options)
 
 
 def _root(
-    sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float = 1e-6, **options: Any
+    shape: str | Sequence[int], dtype: torch.dtype, p: int, low: float = 1e-6, **options: Any
 ) -> Case:
     """Eigenvalues from 1 down to `low`, before the ridge."""
     variant = f"p={p}" if low == 1e-6 else f"p={p} low={low:.0e}"
-    build = partial(_build, sizes, dtype, p, low)
-    return Case("inverse_root", shape_name(sizes), dtype, build, variant, **options)
+    return Case.of_matrices(
+        "inverse_root",
+        shape,
+        dtype,
+        partial(_build, p=p, low=low),
+        square=True,
+        variant=variant,
+        **options,
+    )
 
 
 def _build(
-    sizes: tuple[int, ...], dtype: torch.dtype, p: int, low: float, device: torch.device
+    sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, p: int, low: float
 ) -> Problem:
     a = factor(sizes, dtype, low, device=device)
     exact = cache(lambda: eigen_root(a.double(), p, _RIDGE))
@@ -104,19 +100,15 @@ def _distributed_shampoo(a: Tensor, p: int) -> Iterator[Contender]:
 def _shampoo(
     shape: str, dtype: torch.dtype, every: int, ridge: float = _STEP_RIDGE, **options: Any
 ) -> Case:
-    build = partial(_build_step, parameter_shapes(shape), dtype, every, ridge)
+    build = partial(_build_step, every=every, ridge=ridge)
     variant = "root every step" if every == 1 else f"root every {every}"
     if ridge == _NO_RIDGE:
         variant += ", ridge below rounding"
-    return Case("shampoo_step_", shape, dtype, build, variant, **options)
+    return Case.of_list("shampoo_step_", shape, dtype, build, variant=variant, **options)
 
 
 def _build_step(
-    shapes: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    every: int,
-    ridge: float,
-    device: torch.device,
+    shapes: Shapes, dtype: torch.dtype, device: torch.device, *, every: int, ridge: float
 ) -> Problem:
     """Exponent 1/4, blocks of 1024, no grafting, the same absolute ridge for everybody."""
     steps = Steps(start(shapes, device), dtype)

@@ -11,18 +11,7 @@ import torch
 from spectral_kernels.kron_factor import kron_factors_update_, kron_precondition
 from torch import Tensor
 
-from .case import (
-    MEMORY,
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    one_by_one,
-    parse_shape,
-    relative_error,
-    shape_name,
-)
+from .case import MEMORY, OURS, Case, Contender, Family, Problem, one_by_one, relative_error
 from .inputs import gaussian, rate_of
 
 _SHAPES = ("256x1024", "768x768", "1024x1024", "768x3072", "64x128x128")
@@ -32,8 +21,7 @@ _BETA = 0.95
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     build = {"kron_factors_update_": _update, "kron_precondition": _precondition}[op]
-    sizes = parse_shape(shape)
-    return Case(op, shape_name(sizes), dtype, partial(build, sizes, dtype), **options)
+    return Case.of_matrices(op, shape, dtype, build, **options)
 
 
 def _update(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:

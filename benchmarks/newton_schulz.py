@@ -15,19 +15,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import peers
-from .case import (
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    Work,
-    one_by_one,
-    parse_shape,
-    relative_error,
-    shape_name,
-)
-from .inputs import CARD_SHAPES, decaying, gaussian, parameter_shapes, rate_of
+from .case import OURS, Case, Contender, Family, Problem, Work, one_by_one, relative_error
+from .inputs import CARD_SHAPES, decaying, gaussian, rate_of
 from .steps import LR, Make, Steps, combined, start
 
 _SHAPES = ("128x128", "512x512", "768x768", "768x3072", "3072x768", "16x256x1024", "64x96x112")
@@ -38,17 +27,14 @@ _MUON = coefficients.resolve("muon").rows
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
     if op == "muon_step_":
-        return Case(
-            op, shape, dtype, partial(_build_step, parameter_shapes(shape), dtype), **options
-        )
-    sizes = parse_shape(shape)
+        return Case.of_list(op, shape, dtype, _build_step, **options)
     if op == "polar":
-        return Case(op, shape_name(sizes), dtype, partial(_build_polar, sizes, dtype), **options)
-    return _newton_schulz(sizes, dtype, **options)
+        return Case.of_matrices(op, shape, dtype, _build_polar, **options)
+    return _newton_schulz(shape, dtype, **options)
 
 
 def _newton_schulz(
-    sizes: tuple[int, ...],
+    shape: str | Sequence[int],
     dtype: torch.dtype,
     *,
     spectrum: str = "gaussian",
@@ -58,16 +44,17 @@ def _newton_schulz(
     variant = " ".join(
         name for name, on in (("decaying", spectrum != "gaussian"), ("gram", unrestarted)) if on
     )
-    build = partial(_build, sizes, dtype, spectrum, unrestarted)
-    return Case("newton_schulz", shape_name(sizes), dtype, build, variant, **options)
+    build = partial(_build, spectrum=spectrum, unrestarted=unrestarted)
+    return Case.of_matrices("newton_schulz", shape, dtype, build, variant=variant, **options)
 
 
 def _build(
     sizes: tuple[int, ...],
     dtype: torch.dtype,
+    device: torch.device,
+    *,
     spectrum: str,
     unrestarted: bool,
-    device: torch.device,
 ) -> Problem:
     draw = gaussian if spectrum == "gaussian" else decaying
     x = draw(sizes, dtype, device=device)

@@ -10,18 +10,7 @@ from typing import Any
 import torch
 from spectral_kernels.symmetric_matmul import gram
 
-from .case import (
-    MEMORY,
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    one_by_one,
-    parse_shape,
-    relative_error,
-    shape_name,
-)
+from .case import MEMORY, OURS, Case, Contender, Family, Problem, one_by_one, relative_error
 from .inputs import CARD_SHAPES, gaussian, rate_of
 
 _SHAPES = (
@@ -38,8 +27,7 @@ _QUICK = ("512x512", "768x3072", "64x128x128")
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
-    sizes = parse_shape(shape)
-    return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
+    return Case.of_matrices(op, shape, dtype, _build, **options)
 
 
 def _build(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:

@@ -9,23 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spectral_kernels._backend import (
-    check_distinct,
-    check_factors,
-    check_step_lists,
-    check_variances,
-    computed_with,
-    operator,
-)
+from spectral_kernels._backend import operator
 from spectral_kernels._options import BasisLists, DevaOptions, takes
+from spectral_kernels._step_checks import check_deva
 from torch import Tensor
 
-from ._checks import (
-    check_float32,
-    check_side,
-    check_state,
-    raise_nonfinite,
-)
+from ._checks import TRITON
 from ._config import PASS_WARPS
 from ._device import launch
 from ._list_step import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
@@ -129,20 +118,10 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
+    check_deva(lists, options, TRITON)
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("exp_avgs", exp_avgs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
-    options.check(len(params))
-    check_variances(exp_avg_sqs, params, variance, check_state, check_float32)
-    kept_lists = [params, exp_avgs, lefts, rights, left_bases, right_bases]
-    check_distinct(kept_lists + ([] if variance == "none" else [exp_avg_sqs]), grads)
-    raise_nonfinite(
-        options.nonfinite,
-        **computed_with(lists, exp_avg_sqs=() if variance == "none" else exp_avg_sqs),
-    )
     public_schatten = options.public_schatten
     bounded = not options.reference and options.eps_mode == "relative"
     checked = options.nonfinite != "propagate"

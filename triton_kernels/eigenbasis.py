@@ -7,24 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import (
-    check_distinct,
-    check_factors,
-    check_step_lists,
-    computed_with,
-    is_capturing,
-    operator,
-)
+from spectral_kernels._backend import is_capturing, operator
 from spectral_kernels._options import BasisLists, SoapOptions, takes
+from spectral_kernels._step_checks import check_soap
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, from_both_sides, gram, product, scaled_by
-from ._checks import (
-    check_side,
-    check_state,
-    raise_nonfinite,
-)
+from ._checks import TRITON
 from ._list_step import Stack, column, finite, length, moved, rate_of, stacks_of
 from .kron_factor import updated
 
@@ -285,16 +275,10 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
+    check_soap(lists, options, TRITON)
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("exp_avgs", exp_avgs, params)
-    check_state("exp_avg_sqs", exp_avg_sqs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
-    options.check(len(params))
-    check_distinct([params, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases], grads)
-    raise_nonfinite(options.nonfinite, **computed_with(lists))
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
     flags = [bool(flag) for flag in options.refresh]

@@ -6,20 +6,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from spectral_kernels._backend import (
-    check_device,
-    check_distinct,
-    check_factors,
-    check_list,
-    check_step_lists,
-    computed_with,
-    operator,
-)
+from spectral_kernels._backend import operator
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
+from spectral_kernels._step_checks import check_shampoo
 from torch import Tensor
 
 from ._batch import from_both_sides
-from ._checks import check_side, check_state, raise_nonfinite
+from ._checks import TRITON
 from ._list_step import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
 from .inverse_root import NON_FINITE, STAGNATED, roots_of
 from .kron_factor import updated
@@ -42,24 +35,9 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     Roots are taken by iteration, whatever `root_method` says, and there is no second attempt: a
     root that is not accepted keeps the old one and is counted.
     """
+    check_shampoo(lists, options, TRITON)
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("momentum_buffers", momentum_buffers, params)
-    check_factors(params, lefts, rights, left_roots, right_roots, "roots", check_side)
-    options.check(len(params))
-    if options.squares:
-        check_state("graft_squares", graft_squares, params)
-    check_list("root_failures", root_failures, len(params))
-    for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
-        check_device(f"root_failures[{i}]", failures, param)
-    check_distinct(
-        [params, momentum_buffers, lefts, rights, left_roots, right_roots, graft_squares], grads
-    )
-    raise_nonfinite(
-        options.nonfinite,
-        **computed_with(lists, graft_squares=graft_squares if options.squares else ()),
-    )
     bounded = options.relative_ridge > 0.0 or options.kl
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_roots, right_roots)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from spectral_kernels._backend import check_device, check_writable, operator
+from spectral_kernels._backend import check_device, check_skipped, check_writable, operator
 from torch import Tensor
 
 from ._batch import Packed, flattened, from_both_sides, product
@@ -34,9 +34,7 @@ def kron_factors_update_(
     for name, root in (("left_root", left_root), ("right_root", right_root)):
         if root.numel():
             check_device(name, root, grad)
-    check_device("skipped", skipped, grad)
-    if skipped.dtype != torch.int64 or skipped.numel() != 1:
-        raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
+    check_skipped(skipped, grad)
     if not grad.numel():
         return
     state = accumulate_(

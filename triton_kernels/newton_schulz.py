@@ -15,29 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from spectral_kernels._backend import (
-    check_distinct,
-    check_rows_state,
-    check_step_lists,
-    computed_with,
-    operator,
-)
+from spectral_kernels._backend import operator
 from spectral_kernels._options import (
     MuonLists,
     MuonOptions,
-    check_norm_factor,
-    check_restarts,
-    check_rows,
+    NewtonSchulzOptions,
+    iterates,
     takes,
 )
+from spectral_kernels._step_checks import check_muon
 from torch import Tensor
 
 from ._batch import flattened
-from ._checks import (
-    check_momentum,
-    check_number,
-    raise_nonfinite,
-)
+from ._checks import TRITON
 from ._config import (
     GROUP_ELEMENTS,
     Config,
@@ -444,33 +434,21 @@ def places_in(group: Sequence[Item], which: int, device: torch.device) -> Places
 
 
 @operator
-def newton_schulz(
-    x: Tensor,
-    rows: Sequence[Sequence[float]],
-    *,
-    method: str,
-    restarts: Sequence[int],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-) -> Tensor:
+@iterates
+def newton_schulz(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
     """Polynomials of X / norm(X); see `spectral_kernels.newton_schulz`."""
-    check_rows(rows)
-    check_restarts(rows, restarts)
-    check_number("eps", eps)
-    check_norm_factor(norm_factor)
+    options.check(1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
-    rule = Rule(_triples(rows), method, compute_dtype, eps, norm, norm_factor)
+    rule = rule_of(options)
     arch = architecture(x.device)
-    for group in groups_of(items_of(([x], [out]), rule, [tuple(restarts)], arch)):
+    for group in groups_of(items_of(([x], [out]), rule, [tuple(options.restarts)], arch)):
         layout, plan = layout_for(group, x.device), group[0].plan
         given, result = (places_in(group, i, x.device) for i in range(2))
         mix = Mix(given)
         summary = _summary(mix, layout, rule)
-        packed = pack(mix, layout, summary, compute_dtype, propagate=True)
+        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=True)
         orthogonalize(layout, plan, rule, packed, summary, Delivery(result))
     return out
 
@@ -503,14 +481,9 @@ def _polar_of(x: Tensor) -> Tensor:
 @takes(MuonLists, MuonOptions)
 def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
+    check_muon(lists, options, TRITON)
     params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
     beta2 = options.beta2
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_momentum("momentum_buffers", momentum_buffers, params)
-    check_rows_state("second_moments", second_moments, params, present=beta2 is not None)
-    options.check(len(params))
-    check_distinct([params, momentum_buffers, second_moments], grads)
-    raise_nonfinite(options.nonfinite, **computed_with(lists))
     if not params:
         return
     device = params[0].device
@@ -551,8 +524,8 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     progress.finish()
 
 
-def rule_of(options: MuonOptions) -> Rule:
-    """What a step iterates."""
+def rule_of(options: NewtonSchulzOptions | MuonOptions) -> Rule:
+    """What is iterated, wherever restarts are."""
     return Rule(
         _triples(options.rows),
         options.method,

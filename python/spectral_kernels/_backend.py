@@ -1,4 +1,4 @@
-"""What the backends written in Python share: how an operator is called, and checks of its lists."""
+"""What the backends written in Python share: how an operator is called, and checks of tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,12 +95,12 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, the other tensors are on {like.device}")
 
 
-def check_rate(lr: Tensor) -> None:
-    """A learning rate whose value is at hand has to be a number of at least 0."""
-    if lr.numel() != 1:
-        raise ValueError(f"lr must be one number, not of shape {tuple(lr.shape)}")
-    if lr.device.type == "cpu" and not 0.0 <= float(lr) < math.inf:
-        raise ValueError(f"lr must be in [0, inf), not {float(lr)!r}")
+def check_skipped(skipped: Tensor, like: Tensor | None) -> None:
+    """The counter of matrices that were left alone; on the device of `like`, if there is one."""
+    if skipped.dtype != torch.int64 or skipped.numel() != 1:
+        raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
+    if like is not None:
+        check_device("skipped", skipped, like)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -121,150 +121,6 @@ def check_list(name: str, values: Sequence[object], count: int) -> None:
     """Lists of one step have one entry a parameter."""
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries, params has {count}")
-
-
-def check_step_lists(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    step_counts: Sequence[Tensor],
-    skipped: Tensor,
-    lr: Tensor,
-) -> None:
-    """Parameters, gradients and counters of a list step."""
-    check_list("grads", grads, len(params))
-    check_list("step_counts", step_counts, len(params))
-    if skipped.dtype != torch.int64 or skipped.numel() != 1:
-        raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
-    check_rate(lr)
-    if len(params):
-        check_device("skipped", skipped, params[0])
-        if lr.device.type != "cpu":
-            check_device("lr", lr, params[0])
-    for i, (param, grad, count) in enumerate(zip(params, grads, step_counts, strict=True)):
-        check_matrix(f"params[{i}]", param)
-        check_matrix(f"grads[{i}]", grad)
-        check_writable(f"params[{i}]", param)
-        for name, x in (("params", param), ("grads", grad), ("step_counts", count)):
-            check_device(f"{name}[{i}]", x, params[0])
-        if param.shape != grad.shape:
-            raise ValueError(
-                f"grads[{i}] has shape {tuple(grad.shape)}, params[{i}] {tuple(param.shape)}"
-            )
-        if count.ndim and count.shape != param.shape[:-2]:
-            raise ValueError(
-                f"step_counts[{i}] must be 0-dim or have the batch's shape "
-                f"{tuple(param.shape[:-2])}, not {tuple(count.shape)}"
-            )
-
-
-def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> list[int]:
-    """Entries whose momentum is kept in bfloat16, beside parameters that are not float64."""
-    check_list(name, state, len(params))
-    narrow = [i for i, x in enumerate(state) if x.dtype == torch.bfloat16]
-    for i in narrow:
-        x, param = state[i], params[i]
-        if param.dtype == torch.float64:
-            raise TypeError(f"{name}[{i}] is bfloat16 of a parameter that is float64")
-        check_matrix(f"{name}[{i}]", x)
-        check_device(f"{name}[{i}]", x, param)
-        if x.shape != param.shape:
-            raise ValueError(
-                f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
-            )
-        check_writable(f"{name}[{i}]", x)
-    return narrow
-
-
-def check_rows_state(
-    name: str, state: Sequence[Tensor], params: Sequence[Tensor], *, present: bool
-) -> None:
-    """One number a row, (..., m, 1), of every parameter if `present`, else of none."""
-    check_list(name, state, len(params))
-    for i, (x, param) in enumerate(zip(state, params, strict=True)):
-        if not param.numel():
-            continue
-        check_device(f"{name}[{i}]", x, param)
-        if not present:
-            if x.numel():
-                raise ValueError(
-                    f"{name}[{i}] must have no element: there is no beta2, got {tuple(x.shape)}"
-                )
-            continue
-        expected = (*param.shape[:-1], 1)
-        if x.shape != expected:
-            raise ValueError(f"{name}[{i}] must have shape {expected}, got {tuple(x.shape)}")
-        full = torch.float64 if param.dtype == torch.float64 else torch.float32
-        if x.dtype != full:
-            raise TypeError(f"{name}[{i}] must be {full}, not {x.dtype}")
-        check_writable(f"{name}[{i}]", x)
-
-
-def check_factors(
-    params: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    left_partners: Sequence[Tensor],
-    right_partners: Sequence[Tensor],
-    partner: str,
-    check_side: Callable[[str, Tensor, Tensor, int], None],
-) -> None:
-    """Factors and, on the same sides, their partners: "roots" or "bases"; size 0 where absent.
-
-    `check_side` is what a backend asks of one of them, over rows (-2) or columns (-1).
-    """
-    for side, dim, factors, partners in (
-        ("left", -2, lefts, left_partners),
-        ("right", -1, rights, right_partners),
-    ):
-        for name, tensors in ((f"{side}s", factors), (f"{side}_{partner}", partners)):
-            check_list(name, tensors, len(params))
-            for i, (x, param) in enumerate(zip(tensors, params, strict=True)):
-                check_side(f"{name}[{i}]", x, param, dim)
-                check_writable(f"{name}[{i}]", x)
-        for i, (factor, other) in enumerate(zip(factors, partners, strict=True)):
-            if bool(factor.numel()) != bool(other.numel()):
-                raise ValueError(
-                    f"{side}s[{i}] has shape {tuple(factor.shape)}, "
-                    f"{side}_{partner}[{i}] {tuple(other.shape)}"
-                )
-
-
-def check_variances(
-    squares: Sequence[Tensor],
-    params: Sequence[Tensor],
-    variance: str,
-    check_state: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None],
-    check_dtype: Callable[[str, Tensor], None],
-) -> None:
-    """DeVA's V: of the parameters' shapes, nothing, or for "low_memory" a number a row and column.
-
-    `check_state` and `check_dtype` are what a backend asks of any state and of its dtype.
-    """
-    check_list("exp_avg_sqs", squares, len(params))
-    if variance == "low_memory":
-        for i, (v, param) in enumerate(zip(squares, params, strict=True)):
-            expected = (*param.shape[:-2], param.shape[-2] + param.shape[-1])
-            if v.shape != expected:
-                raise ValueError(
-                    f"exp_avg_sqs[{i}] must have shape {expected} for low_memory, "
-                    f"not {tuple(v.shape)}"
-                )
-            check_dtype(f"exp_avg_sqs[{i}]", v)
-            check_writable(f"exp_avg_sqs[{i}]", v)
-            check_device(f"exp_avg_sqs[{i}]", v, param)
-    elif variance != "none":
-        check_state("exp_avg_sqs", squares, params)
-
-
-def computed_with(lists: NamedTuple, **instead: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """The lists of a step whose numbers enter it: gradients first, then state, parameters last.
-
-    `instead` has what is looked at in place of some of them.
-    """
-    counters = ("params", "grads", "root_failures", "step_counts", "skipped", "lr")
-    state = [name for name in lists._fields if name not in counters]
-    given = lists._asdict() | instead
-    return {name: given[name] for name in ("grads", *state, "params")}
 
 
 def check_distinct(written: Sequence[Sequence[Tensor]], read: Sequence[Tensor]) -> None:

@@ -205,6 +205,25 @@ def check_norm_factor(value: float) -> None:
 
 
 @_record
+class NewtonSchulzOptions(Options):
+    """Of `newton_schulz`."""
+
+    rows: Sequence[Row] = _field(None)
+    method: str = _choice("auto", METHODS)
+    restarts: Sequence[int] = _field(None, ())
+    compute_dtype: torch.dtype = _field(COMPUTE_DTYPE)
+    eps: float = _number(0.0)
+    norm: str = _choice("frobenius", NORMS)
+    norm_factor: float = _field(None, 1.0)
+
+    def check(self, entries: int) -> None:
+        super().check(entries)
+        check_rows(self.rows)
+        check_restarts(self.rows, self.restarts)
+        check_norm_factor(self.norm_factor)
+
+
+@_record
 class MuonOptions(Options):
     """Of `muon_step_`."""
 
@@ -231,6 +250,18 @@ class MuonOptions(Options):
     def compute_dtype_of(self, param: Tensor) -> torch.dtype:
         """What a parameter's products are computed in: float64 parameters use float64."""
         return torch.float64 if param.dtype == torch.float64 else self.compute_dtype
+
+    def iteration_of(self, param: Tensor, restarts: Sequence[int]) -> NewtonSchulzOptions:
+        """What a parameter's momentum is iterated on by."""
+        return NewtonSchulzOptions(
+            rows=self.rows,
+            method=self.method,
+            restarts=restarts,
+            compute_dtype=self.compute_dtype_of(param),
+            eps=self.eps,
+            norm=self.norm,
+            norm_factor=self.norm_factor,
+        )
 
     def restarts_of(self, entries: int) -> list[tuple[int, ...]]:
         """Those of every entry; no list at all is none for any."""
@@ -359,6 +390,13 @@ class DevaOptions(Options):
         """What a parameter's products are computed in: float64 parameters use float64."""
         return torch.float64 if param.dtype == torch.float64 else self.compute_dtype
 
+    def iteration_of(self, param: Tensor) -> NewtonSchulzOptions:
+        """What a parameter's direction is iterated on by."""
+        dtype = self.compute_dtype_of(param)
+        return NewtonSchulzOptions(
+            rows=self.rows, method="standard", compute_dtype=dtype, norm="schatten8"
+        )
+
     @property
     def debiased(self) -> bool:
         """Whether the moments are, before the ratio is taken."""
@@ -479,3 +517,15 @@ def takes(
         return named
 
     return decorate
+
+
+def iterates(
+    function: Callable[[Tensor, NewtonSchulzOptions], Tensor],
+) -> Callable[..., Tensor]:
+    """A function of a matrix and a record under the signature of `newton_schulz`'s operator."""
+
+    @functools.wraps(function)
+    def named(x: Tensor, rows: Sequence[Row], **options: Any) -> Tensor:
+        return function(x, NewtonSchulzOptions(rows=rows, **options))
+
+    return named

@@ -9,13 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spectral_kernels import _backend
-from spectral_kernels._backend import (
-    check_device,
-    check_list,
-    check_matrix,
-    check_writable,
-)
+from spectral_kernels._backend import check_device, check_matrix
+from spectral_kernels._step_checks import Backend
 
 Index = tuple[int, ...]
 
@@ -88,14 +83,14 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_square(name: str, x: Tensor) -> None:
     """A batch of square matrices in float32 or float64."""
-    check_matrix(name, x)
-    check_full_precision(name, x)
+    check_full_matrix(name, x)
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{name} must be square, not of shape {tuple(x.shape)}")
 
 
-def check_full_precision(name: str, x: Tensor) -> None:
-    """Factors and states are float32 or float64."""
+def check_full_matrix(name: str, x: Tensor) -> None:
+    """Factors and states are batches of matrices in float32 or float64."""
+    check_matrix(name, x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, not {x.dtype}")
 
@@ -122,27 +117,6 @@ def check_root(p: int) -> None:
         raise ValueError(f"p must be in 1..8, not {p}")
 
 
-def check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """A state of the parameter's shape in float32 or float64."""
-    check_list(name, state, len(params))
-    for i, (x, param) in enumerate(zip(state, params, strict=True)):
-        check_matrix(f"{name}[{i}]", x)
-        check_full_precision(f"{name}[{i}]", x)
-        check_writable(f"{name}[{i}]", x)
-        check_device(f"{name}[{i}]", x, param)
-        if x.shape != param.shape:
-            raise ValueError(
-                f"{name}[{i}] has shape {tuple(x.shape)}, params[{i}] {tuple(param.shape)}"
-            )
-
-
-def check_momentum(name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """A state of the parameter's shape in float32, float64 or, rounded at random, bfloat16."""
-    narrow = _backend.check_momentum(name, state, params)
-    full = [i for i in range(len(params)) if i not in narrow]
-    check_state(name, [state[i] for i in full], [params[i] for i in full])
-
-
 # List steps.
 
 
@@ -156,6 +130,9 @@ def raise_nonfinite(nonfinite: str, **lists: Sequence[Tensor]) -> None:
                 if not finite(x[index]):
                     where = f"{name}[{i}]" + (f", matrix {index}," if index else "")
                     raise ValueError(f"{where} has a non-finite element")
+
+
+REFERENCE = Backend(check_full_matrix, check_side, raise_nonfinite, distinct=False)
 
 
 def outside_range(grad: Tensor) -> bool:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import (
-    operator,
-)
+from spectral_kernels._backend import operator
 from spectral_kernels._options import BasisLists, DevaOptions, takes
 
-from .._backend import check_factors, check_step_lists, check_variances, computed_with
+from .._step_checks import check_deva
 from ._shared import (
+    REFERENCE,
     Progress,
     absent,
-    check_full_precision,
-    check_side,
-    check_state,
     finite,
     matrices,
     moved,
     optional,
     outside_range,
-    raise_nonfinite,
     sign,
 )
 from .eigenbasis import (
@@ -117,21 +112,10 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
 
     Source: DeVA, arXiv 2602.06880, and its public code, commit 2e4d26e.
     """
+    check_deva(lists, options, REFERENCE)
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     variance = options.variance
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("exp_avgs", exp_avgs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
-    options.check(len(params))
-    check_variances(exp_avg_sqs, params, variance, check_state, check_full_precision)
-    raise_nonfinite(
-        options.nonfinite,
-        **computed_with(
-            lists,
-            exp_avg_sqs=() if variance == "none" else [_rows(v, variance) for v in exp_avg_sqs],
-        ),
-    )
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
     beta1, shampoo_beta = options.beta1, options.shampoo_beta
@@ -157,7 +141,7 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
                 rotated = rotate(g, new.left_basis, new.right_basis)
                 new_m = beta1 * m + (1.0 - beta1) * rotated
                 new_v, gamma = _adaptation(new_m, rotated, v, t, options)
-                direction = _direction(new_m, rotated, options, options.compute_dtype_of(param))
+                direction = _direction(new_m, rotated, options, param)
                 update = options.scales[i] * gamma * direction
                 update = rotate_back(update, new.left_basis, new.right_basis)
             if not first:
@@ -187,26 +171,12 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
         progress.finish()
 
 
-def _rows(squares: Tensor, variance: str) -> Tensor:
-    """The state of the variance as matrices: that of "low_memory" is one row of a matrix each."""
-    return squares.unsqueeze(-2) if variance == "low_memory" else squares
-
-
-def _direction(m: Tensor, g: Tensor, step: DevaOptions, compute_dtype: torch.dtype) -> Tensor:
-    """O, the matrix sign or the elementwise one."""
+def _direction(m: Tensor, g: Tensor, step: DevaOptions, like: Tensor) -> Tensor:
+    """O of a parameter, the matrix sign or the elementwise one."""
     n = step.beta1 * m + (1.0 - step.beta1) * g if step.nesterov else m
     if step.norm == "linf":
         return sign(n)
-    return orthogonalize(
-        sign(n) if step.sign else n,
-        step.rows,
-        method="standard",
-        restarts=(),
-        compute_dtype=compute_dtype,
-        eps=0.0,
-        norm="schatten8",
-        norm_factor=1.0,
-    )
+    return orthogonalize(sign(n) if step.sign else n, step.iteration_of(like))
 
 
 def _adaptation(

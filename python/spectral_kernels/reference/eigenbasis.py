@@ -11,13 +11,12 @@ from torch import Tensor
 from spectral_kernels._backend import operator
 from spectral_kernels._options import BasisLists, SoapOptions, takes
 
-from .._backend import check_factors, check_step_lists, computed_with
+from .._step_checks import check_soap
 from ._shared import (
+    REFERENCE,
     Progress,
     absent,
-    check_side,
     check_square,
-    check_state,
     exponent_of,
     finite,
     matrices,
@@ -25,7 +24,6 @@ from ._shared import (
     moved,
     norm,
     optional,
-    raise_nonfinite,
     scaled,
     unit_roundoff,
 )
@@ -314,14 +312,9 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
 
     Source: Vyas et al., arXiv 2409.11321, algorithm 3; github.com/nikhilvyas/SOAP.
     """
+    check_soap(lists, options, REFERENCE)
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("exp_avgs", exp_avgs, params)
-    check_state("exp_avg_sqs", exp_avg_sqs, params)
-    check_factors(params, lefts, rights, left_bases, right_bases, "bases", check_side)
-    options.check(len(params))
-    raise_nonfinite(options.nonfinite, **computed_with(lists))
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta

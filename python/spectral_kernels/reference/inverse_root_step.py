@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import check_device, check_list, operator
+from spectral_kernels._backend import operator
 from spectral_kernels._options import ShampooLists, ShampooOptions, takes
 
-from .._backend import check_factors, check_step_lists, computed_with
+from .._step_checks import check_shampoo
 from ._shared import (
+    REFERENCE,
     Progress,
     absent,
-    check_side,
-    check_state,
     finite,
     matrices,
     max_abs,
@@ -25,7 +23,6 @@ from ._shared import (
     norm,
     optional,
     outside_range,
-    raise_nonfinite,
 )
 from .inverse_root import NON_FINITE, STAGNATED, root_of
 from .kron_factor import from_both_sides, updated_factor, updated_factors
@@ -101,17 +98,9 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497 (Distributed Shampoo);
     KL-Shampoo: Lin et al., arXiv 2509.03378, with the increments in sequence.
     """
+    check_shampoo(lists, options, REFERENCE)
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_state("momentum_buffers", momentum_buffers, params)
-    check_factors(params, lefts, rights, left_roots, right_roots, "roots", check_side)
-    options.check(len(params))
-    _check_shampoo_state(params, graft_squares, root_failures, options)
-    raise_nonfinite(
-        options.nonfinite,
-        **computed_with(lists, graft_squares=graft_squares if options.squares else ()),
-    )
     rate, propagate = float(lr), options.nonfinite == "propagate"
     decay = 1.0 - rate * options.weight_decay
     bounded = options.relative_ridge > 0.0 or options.kl
@@ -286,24 +275,3 @@ def _graft_direction(mhat: Tensor, squares: Tensor, t: float, step: ShampooOptio
         eps *= norm(root) / math.sqrt(root.numel())
     divisor = root + eps
     return torch.where(divisor == 0.0, 0.0, mhat / divisor)
-
-
-def _check_shampoo_state(
-    params: Sequence[Tensor],
-    graft_squares: Sequence[Tensor],
-    root_failures: Sequence[Tensor],
-    options: ShampooOptions,
-) -> None:
-    if options.squares:
-        check_state("graft_squares", graft_squares, params)
-    else:
-        check_list("graft_squares", graft_squares, len(params))
-    check_list("root_failures", root_failures, len(params))
-    for i, (failures, param) in enumerate(zip(root_failures, params, strict=True)):
-        check_device(f"root_failures[{i}]", failures, param)
-        expected = (*param.shape[:-2], 2)
-        if failures.dtype != torch.int64 or failures.shape != expected:
-            raise ValueError(
-                f"root_failures[{i}] must be int64 of shape {expected}, not "
-                f"{failures.dtype} of shape {tuple(failures.shape)}"
-            )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spectral_kernels._backend import (
-    check_device,
     check_matrix,
     check_range,
+    check_skipped,
     check_writable,
     operator,
 )
@@ -66,9 +66,7 @@ def kron_factors_update_(
         check_writable(name, x)
     if not absent(left) and not absent(right) and left.dtype != right.dtype:
         raise TypeError(f"left is {left.dtype} but right is {right.dtype}")
-    if skipped.dtype != torch.int64 or skipped.numel() != 1:
-        raise TypeError(f"skipped must be one int64, not {skipped.dtype}, {tuple(skipped.shape)}")
-    check_device("skipped", skipped, grad)
+    check_skipped(skipped, grad)
     check_range("beta", beta)
     check_range("weight", weight)
     for index in matrices(grad) if grad.numel() else ():

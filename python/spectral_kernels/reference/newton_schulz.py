@@ -9,29 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_kernels._backend import (
-    check_choice,
-    check_matrix,
-    check_range,
-    check_rows_state,
-    operator,
-)
+from spectral_kernels._backend import check_matrix, operator
 from spectral_kernels._options import (
-    COMPUTE_DTYPE,
-    METHODS,
-    NORMS,
     MuonLists,
     MuonOptions,
-    check_norm_factor,
-    check_restarts,
-    check_rows,
+    NewtonSchulzOptions,
+    iterates,
     takes,
 )
 
-from .._backend import check_step_lists, computed_with
+from .._step_checks import check_muon
 from ._shared import (
+    REFERENCE,
     Progress,
-    check_momentum,
     exponent_of,
     finite,
     matrices,
@@ -39,7 +29,6 @@ from ._shared import (
     moved,
     norm,
     optional,
-    raise_nonfinite,
     rounded_at_random,
     scaled,
 )
@@ -47,17 +36,8 @@ from .symmetric_matmul import product
 
 
 @operator
-def newton_schulz(
-    x: Tensor,
-    rows: Sequence[Sequence[float]],
-    *,
-    method: str,
-    restarts: Sequence[int],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-) -> Tensor:
+@iterates
+def newton_schulz(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
     """p_K(... p_1(X / max(norm_factor nu(X), eps))), p_t(X) = a X + b (XX^T) X + c (XX^T)^2 X.
 
     p_t acts on the singular values as a s + b s^3 + c s^5. A tall matrix is iterated on transposed.
@@ -99,19 +79,10 @@ def newton_schulz(
     kexue.fm/archives/10922.
     """
     check_matrix("x", x)
-    _check_options(rows, method, restarts, compute_dtype, eps, norm, norm_factor)
+    options.check(1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for index in matrices(x):
-        out[index] = orthogonalize(
-            x[index],
-            rows,
-            method=method,
-            restarts=restarts,
-            compute_dtype=compute_dtype,
-            eps=eps,
-            norm=norm,
-            norm_factor=norm_factor,
-        )
+        out[index] = orthogonalize(x[index], options)
     return out
 
 
@@ -204,18 +175,13 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     kept as in its public code (the paper's is 0.2 sqrt(mn)); cautious decay: arXiv 2510.12402;
     hyperball: Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them 2.1" (2025).
     """
-    params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
-    check_step_lists(params, grads, step_counts, skipped, lr)
-    check_momentum("momentum_buffers", momentum_buffers, params)
-    present = options.beta2 is not None
-    check_rows_state("second_moments", second_moments, params, present=present)
-    options.check(len(params))
-    raise_nonfinite(options.nonfinite, **computed_with(lists))
+    check_muon(lists, options, REFERENCE)
+    params, skipped, lr = lists.params, lists.skipped, lists.lr
     rate, propagate = float(lr), options.nonfinite == "propagate"
     momentum, beta2 = options.momentum, options.beta2
     entries = zip(*lists[:5], options.scales, options.restarts_of(len(params)), strict=True)
     for param, grad, buffer, second, count, scale, steps in entries:
-        progress = Progress(count, skipped)
+        progress, iteration = Progress(count, skipped), options.iteration_of(param, steps)
         for index in matrices(param) if param.numel() else ():
             m = buffer[index]
             narrow = m.dtype == torch.bfloat16
@@ -226,18 +192,8 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
                 progress.skip()
                 continue
             new_m = momentum * m + (1.0 - momentum) * g
-            direction = orthogonalize(
-                (1.0 - momentum) * g + momentum * new_m if options.nesterov else new_m,
-                options.rows,
-                method=options.method,
-                restarts=steps,
-                compute_dtype=torch.float64
-                if param.dtype == torch.float64
-                else options.compute_dtype,
-                eps=options.eps,
-                norm=options.norm,
-                norm_factor=options.norm_factor,
-            )
+            n = (1.0 - momentum) * g + momentum * new_m if options.nesterov else new_m
+            direction = orthogonalize(n, iteration)
             new_v = v
             if beta2 is not None:
                 direction, new_v = by_neurons(direction, v, beta2, options.neuron_eps)
@@ -284,17 +240,7 @@ def against(u: Tensor, w: Tensor) -> Tensor:
     return ((u > 0) & (w < 0)) | ((u < 0) & (w > 0))
 
 
-def orthogonalize(
-    x: Tensor,
-    rows: Sequence[Sequence[float]],
-    *,
-    method: str,
-    restarts: Sequence[int],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-) -> Tensor:
+def orthogonalize(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
     """`newton_schulz` of one matrix."""
     if x.numel() == 0:
         return x.clone()
@@ -305,12 +251,16 @@ def orthogonalize(
     wide = x if x.shape[0] <= x.shape[1] else x.mT
     iterate, exponent = _unit_scale(wide.double())
     nu = torch.linalg.norm(iterate)
-    if norm == "schatten8":
+    if options.norm == "schatten8":
         gram = iterate @ iterate.mT
         nu = torch.linalg.norm(gram @ gram) ** 0.25
-    floor = scaled(nu.new_tensor(eps), -exponent)
-    iterate = (iterate / torch.maximum(norm_factor * nu, floor)).to(compute_dtype)
-    result = _gram(iterate, rows, restarts) if method == "gram" else _standard(iterate, rows)
+    floor = scaled(nu.new_tensor(options.eps), -exponent)
+    iterate = iterate / torch.maximum(options.norm_factor * nu, floor)
+    iterate = iterate.to(options.compute_dtype)
+    if options.method == "gram":
+        result = _gram(iterate, options.rows, options.restarts)
+    else:
+        result = _standard(iterate, options.rows)
     return (result if wide is x else result.mT).to(x.dtype)
 
 
@@ -345,21 +295,3 @@ def _unit_scale(x: Tensor) -> tuple[Tensor, int]:
     """X 2^-e with the largest element in [1, 2), and e."""
     exponent = exponent_of(max_abs(x))
     return scaled(x, -exponent), exponent
-
-
-def _check_options(
-    rows: Sequence[Sequence[float]],
-    method: str,
-    restarts: Sequence[int],
-    compute_dtype: torch.dtype,
-    eps: float,
-    norm: str,
-    norm_factor: float,
-) -> None:
-    check_rows(rows)
-    check_choice("method", method, METHODS)
-    check_choice("norm", norm, NORMS)
-    check_restarts(rows, restarts)
-    COMPUTE_DTYPE.kept("compute_dtype", compute_dtype)
-    check_range("eps", eps)
-    check_norm_factor(norm_factor)

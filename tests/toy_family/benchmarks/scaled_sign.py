@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from spectral_kernels.scaled_sign import scaled_sign
 
-from .case import (
-    MEMORY,
-    OURS,
-    Case,
-    Contender,
-    Family,
-    Problem,
-    parse_shape,
-    relative_error,
-    shape_name,
-)
+from .case import MEMORY, OURS, Case, Contender, Family, Problem, relative_error
 from .inputs import gaussian
 
 _SHAPES = ("512x512", "1024x1024", "64x128x128")
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, **options: Any) -> Case:
-    sizes = parse_shape(shape)
-    return Case(op, shape_name(sizes), dtype, partial(_build, sizes, dtype), **options)
+    return Case.of_matrices(op, shape, dtype, _build, **options)
 
 
 def _build(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
