@@ -1,9 +1,10 @@
-"""What list steps take beside their tensors: counters, and one factor an entry."""
+"""What list steps take beside their tensors: counters, and one factor an entry; nested state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,15 @@ def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) ->
     if len(scale) != len(params):
         raise ValueError(f"scale has {len(scale)} entries, params has {len(params)}")
     return [_checks.number(f"scale[{i}]", value) for i, value in enumerate(scale)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)

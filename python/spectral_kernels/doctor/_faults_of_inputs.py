@@ -17,6 +17,7 @@ from ._trial import (
     TINY,
     Check,
     all_finite,
+    begun,
     copies_of,
     distance,
     gaussian,
@@ -62,8 +63,7 @@ def _large(subject: Subject) -> str:
 
 @_fault("gradient spike")
 def _spike(subject: Subject) -> str:
-    params = new_params((12, 20))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (12, 20))
     take_steps(optimizer, params)
     before = copies_of(params)
     give_gradients(params, 50, 1e3)
@@ -82,8 +82,7 @@ def _spike(subject: Subject) -> str:
 
 @_fault("zero gradients")
 def _zero(subject: Subject) -> str:
-    params = new_params((6, 9), (7, 7))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (6, 9), (7, 7))
     for _ in range(3):
         for param in params:
             param.grad = torch.zeros_like(param)
@@ -99,8 +98,7 @@ def _zero(subject: Subject) -> str:
 
 @_fault("gradients of rank one")
 def _rank_one(subject: Subject) -> str:
-    params = new_params((16, 24))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (16, 24))
     before = copies_of(params)
     for step in range(2 * STEPS):
         params[0].grad = gaussian((16, 1), step) @ gaussian((1, 24), 99)
@@ -112,8 +110,7 @@ def _rank_one(subject: Subject) -> str:
 
 @_fault("dead rows")
 def _dead_rows(subject: Subject) -> str:
-    params = new_params((16, 24))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (16, 24))
     before = copies_of(params)
     for step in range(STEPS):
         give_gradients(params, step)
@@ -179,16 +176,20 @@ def _stack(subject: Subject) -> str:
     return "every matrix moves as it does alone"
 
 
+def _all_move(params: list[nn.Parameter], before: list[Tensor]) -> str:
+    still = [tuple(p.shape) for p, b in zip(params, before, strict=True) if torch.equal(p, b)]
+    if still or not all_finite(params):
+        raise Wrong(f"parameters of shape {still} do not move" if still else "become non-finite")
+    return "all move"
+
+
 @_fault("biases and scalars")
 def _biases(subject: Subject) -> str:
     params = new_params((6, 9), (6,), ())
     optimizer = made(subject, params, "biases")
     before = copies_of(params)
     take_steps(optimizer, params)
-    still = [tuple(p.shape) for p, b in zip(params, before, strict=True) if torch.equal(p, b)]
-    if still or not all_finite(params):
-        raise Wrong(f"parameters of shape {still} do not move" if still else "become non-finite")
-    return "all move"
+    return _all_move(params, before)
 
 
 @_fault("single rows and columns")
@@ -196,10 +197,7 @@ def _thin(subject: Subject) -> str:
     params = new_params((1, 40), (40, 1), (1, 1), (3, 200))
     before = copies_of(params)
     take_steps(undecayed(subject, params), params)
-    still = [tuple(p.shape) for p, b in zip(params, before, strict=True) if torch.equal(p, b)]
-    if still or not all_finite(params):
-        raise Wrong(f"parameters of shape {still} do not move" if still else "become non-finite")
-    return "all move"
+    return _all_move(params, before)
 
 
 @_fault("empty parameters")

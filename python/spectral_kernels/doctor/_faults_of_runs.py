@@ -18,6 +18,7 @@ from ._trial import (
     STEPS,
     Check,
     all_finite,
+    begun,
     copies_of,
     distance,
     gaussian,
@@ -79,9 +80,7 @@ def _resumed_dtype(subject: Subject) -> str:
 
 @_fault("copies")
 def _copied(subject: Subject) -> str:
-    params = new_params((6, 9))
-    optimizer = undecayed(subject, params)
-    take_steps(optimizer, params, 3)
+    params, optimizer = begun(subject, (6, 9), steps=3)
     twin = copy.deepcopy(optimizer)
     pickle.loads(pickle.dumps(optimizer.state_dict()))
     (copied,) = twin.param_groups[0]["params"]
@@ -94,9 +93,7 @@ def _copied(subject: Subject) -> str:
 
 @_fault("changed learning rate")
 def _changed_lr(subject: Subject) -> str:
-    params = new_params((6, 9))
-    optimizer = undecayed(subject, params)
-    take_steps(optimizer, params, 3)
+    params, optimizer = begun(subject, (6, 9), steps=3)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = copies_of(params)
@@ -137,8 +134,7 @@ def _decay(subject: Subject) -> str:
 
 @_fault("closures")
 def _closure(subject: Subject) -> str:
-    params = new_params((6, 9))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (6, 9))
     before = copies_of(params)
 
     def closure() -> Any:
@@ -176,8 +172,7 @@ def _sixteen_bit(subject: Subject) -> str:
 
 @_fault("float64 parameters")
 def _double(subject: Subject) -> str:
-    params = new_params((6, 9), dtype=torch.float64)
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (6, 9), dtype=torch.float64)
     take_steps(optimizer, params)
     narrow = [x.dtype for x in state_of(optimizer, params[0]) if x.shape == (6, 9)]
     if not all_finite(params) or any(dtype != torch.float64 for dtype in narrow):

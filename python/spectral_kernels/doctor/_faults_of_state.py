@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from ._outcome import NotApplicable, Wrong
 from ._subjects import Subject
@@ -14,6 +16,7 @@ from ._trial import (
     STEPS,
     Check,
     all_finite,
+    begun,
     copies_of,
     give_gradients,
     made,
@@ -65,8 +68,7 @@ def _sixteen_bit_state(subject: Subject) -> str:
 
 @_fault("shared state")
 def _shared(subject: Subject) -> str:
-    params = new_params((6, 6), (6, 6), (6, 9))
-    optimizer = undecayed(subject, params)
+    params, optimizer = begun(subject, (6, 6), (6, 6), (6, 9))
     take_steps(optimizer, params)
     owners: dict[int, str] = {}
     for i, param in enumerate(params):
@@ -88,9 +90,7 @@ def _shared(subject: Subject) -> str:
 
 @_fault("state that moves")
 def _moving(subject: Subject) -> str:
-    params = new_params((6, 9))
-    optimizer = undecayed(subject, params)
-    take_steps(optimizer, params, 3)
+    params, optimizer = begun(subject, (6, 9), steps=3)
     before = [x.data_ptr() for x in state_of(optimizer, params[0])]
     take_steps(optimizer, params)
     after = [x.data_ptr() for x in state_of(optimizer, params[0])]
@@ -124,30 +124,40 @@ def _settings(subject: Subject) -> str:
 # What is not finite.
 
 
-def _with_nan(subject: Subject, shapes: list[Sequence[int]], at: int) -> tuple[Any, ...]:
-    """Params before and after one step with a NaN in one gradient, the error if there was one."""
-    params = new_params(*shapes)
-    optimizer = made(subject, params, f"parameters of shape {tuple(shapes[at])}")
-    take_steps(optimizer, params, 4)
-    before = copies_of(params)
-    give_gradients(params, 60)
-    grad = params[at].grad
-    assert grad is not None
-    grad.view(-1)[3] = math.nan
-    try:
-        optimizer.step()
-    except Exception as error:
-        if not same_bits(copies_of(params), before):
-            raise Wrong(f"raises after others were written: {error}") from None
-        return params, optimizer, before, error
-    return params, optimizer, before, None
+Aftermath = Callable[[Subject, list[nn.Parameter], Optimizer], str]
 
 
-@_fault("NaN in a matrix's gradient")
-def _nan(subject: Subject) -> str:
-    params, optimizer, _, error = _with_nan(subject, [(6, 9), (7, 7)], 0)
-    if error is not None:
-        return f"raises before anything is written: {type(error).__name__}"
+def _nan_fault(
+    name: str, shapes: Sequence[Sequence[int]], at: int
+) -> Callable[[Aftermath], Aftermath]:
+    """A check of what is left by a step with a NaN in one of the gradients, unless it raises."""
+
+    def register(aftermath: Aftermath) -> Aftermath:
+        @_fault(name)
+        def check(subject: Subject) -> str:
+            params = new_params(*shapes)
+            optimizer = made(subject, params, f"parameters of shape {tuple(shapes[at])}")
+            take_steps(optimizer, params, 4)
+            before = copies_of(params)
+            give_gradients(params, 60)
+            grad = params[at].grad
+            assert grad is not None
+            grad.view(-1)[3] = math.nan
+            try:
+                optimizer.step()
+            except Exception as error:
+                if not same_bits(copies_of(params), before):
+                    raise Wrong(f"raises after others were written: {error}") from None
+                return f"raises before anything is written: {type(error).__name__}"
+            return aftermath(subject, params, optimizer)
+
+        return aftermath
+
+    return register
+
+
+@_nan_fault("NaN in a matrix's gradient", [(6, 9), (7, 7)], 0)
+def _nan(subject: Subject, params: list[nn.Parameter], optimizer: Optimizer) -> str:
     if not all_finite(params):
         raise Wrong("parameters become NaN")
     if not all_finite(x for param in params for x in state_of(optimizer, param)):
@@ -161,25 +171,17 @@ def _nan(subject: Subject) -> str:
     return "the matrix is left out of that step and goes on"
 
 
-@_fault("NaN in a bias's gradient")
-def _nan_bias(subject: Subject) -> str:
-    params, optimizer, _, error = _with_nan(subject, [(6, 9), (6,)], 1)
-    if error is not None:
-        return f"raises before anything is written: {type(error).__name__}"
+@_nan_fault("NaN in a bias's gradient", [(6, 9), (6,)], 1)
+def _nan_bias(subject: Subject, params: list[nn.Parameter], optimizer: Optimizer) -> str:
     take_steps(optimizer, params, 5)
     if not all_finite(params):
         raise Wrong("parameters become NaN for good")
     return "the bias is left out of that step and goes on"
 
 
-@_fault("NaN beside other matrices")
-def _nan_mates(subject: Subject) -> str:
-    params, _, _, error = _with_nan(subject, [(7, 7), (7, 7), (6, 9)], 1)
-    if error is not None:
-        return f"raises before anything is written: {type(error).__name__}"
-    clean = new_params((7, 7), (7, 7), (6, 9))
-    optimizer = undecayed(subject, clean)
-    take_steps(optimizer, clean, 4)
+@_nan_fault("NaN beside other matrices", [(7, 7), (7, 7), (6, 9)], 1)
+def _nan_mates(subject: Subject, params: list[nn.Parameter], optimizer: Optimizer) -> str:
+    clean, optimizer = begun(subject, (7, 7), (7, 7), (6, 9), steps=4)
     give_gradients(clean, 60)
     optimizer.step()
     if not (torch.equal(params[0], clean[0]) and torch.equal(params[2], clean[2])):
@@ -189,9 +191,7 @@ def _nan_mates(subject: Subject) -> str:
 
 @_fault("overflowed loss scale")
 def _overflow(subject: Subject) -> str:
-    params = new_params((6, 9), (7, 7))
-    optimizer = undecayed(subject, params)
-    take_steps(optimizer, params, 3)
+    params, optimizer = begun(subject, (6, 9), (7, 7), steps=3)
     for _ in range(2):
         give_gradients(params, 9)
         for param in params:
@@ -212,9 +212,7 @@ def _overflow(subject: Subject) -> str:
 
 @_fault("half a step before an error")
 def _half(subject: Subject) -> str:
-    params = new_params((6, 9), (7, 7), (5, 8))
-    optimizer = undecayed(subject, params)
-    take_steps(optimizer, params, 3)
+    params, optimizer = begun(subject, (6, 9), (7, 7), (5, 8), steps=3)
     before = copies_of(params)
     give_gradients(params, 60)
     dense = params[2].grad

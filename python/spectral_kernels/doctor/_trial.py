@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._lists import tensors_in
 from ._outcome import NotApplicable
 from ._subjects import Subject
 
@@ -87,6 +88,16 @@ def undecayed(subject: Subject, params: Any, **settings: Any) -> Optimizer:
     return subject.make(params, weight_decay=0.0, **settings)
 
 
+def begun(
+    subject: Subject, *shapes: Sequence[int], steps: int = 0
+) -> tuple[list[nn.Parameter], Optimizer]:
+    """New parameters and an optimizer of them that has taken some steps."""
+    params = new_params(*shapes)
+    optimizer = undecayed(subject, params)
+    take_steps(optimizer, params, steps)
+    return params, optimizer
+
+
 def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     pairs = zip(one, other, strict=True)
     return all(torch.equal(a.nan_to_num(nan=1.5e9), b.nan_to_num(nan=1.5e9)) for a, b in pairs)
@@ -99,20 +110,8 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm()) / size if size else float(one.norm())
 
 
-def state_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from state_tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from state_tensors(each)
-
-
 def state_of(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
-    return list(state_tensors(dict(optimizer.state.get(param, {}))))
+    return list(tensors_in(dict(optimizer.state.get(param, {}))))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

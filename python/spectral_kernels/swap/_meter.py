@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._lists import tensors_in
 
 # Of every shape, calls number 2 to 4: the first one warms caches up.
 _SAMPLES = (2, 3, 4)
@@ -134,15 +136,4 @@ def _copied(value: Any) -> Any:
 
 def _shapes(value: Any) -> Any:
     """What decides the time of a call."""
-    return tuple(_walk(value))
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    if isinstance(value, Tensor):
-        yield value.shape, value.dtype, value.device
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _walk(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _walk(each)
+    return tuple((x.shape, x.dtype, x.device) for x in tensors_in(value))
