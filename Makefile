@@ -11,7 +11,7 @@ RUN := . $(BIN)/activate &&
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 CXX_FILES := $(SOURCES) $(wildcard tests/tiles/*) $(wildcard tests/cuda_emulation/*) $(wildcard tests/toy_family/csrc/*/*.cpp tests/toy_family/csrc/*/*/*.c*)
 
-.PHONY: demo test test-rest test-triton test-cuda test-ranks test-long sanitize mutations lint format bench gpu cuda-torch papers parity docs clean setup
+.PHONY: demo test test-rest test-triton test-cuda test-ranks test-long sanitize mutations lists lint format bench gpu cuda-torch papers parity docs clean setup
 
 setup: $(VENV)/.built
 
@@ -77,6 +77,10 @@ sanitize: $(VENV)/.built
 # Seeded bugs, and which tests notice. MUTATIONS='--only SOAP' tries some, see tests/mutations.
 mutations: $(VENV)/.built
 	$(RUN) python tests/mutations/run.py $(MUTATIONS)
+
+# What is made of the table of operators: public names, and README's table of what runs where.
+lists: $(VENV)/.built
+	$(RUN) python tools/public_names.py && python tools/readme_tables.py README.md
 
 lint: $(VENV)/.built
 	$(RUN) ruff check . && ruff format --check . && mypy

@@ -86,7 +86,10 @@ def test_every_page_is_in_the_navigation() -> None:
     spec.loader.exec_module(navigation)
     _, section = navigation.on_config(config)["nav"]
     listed = {*re.findall(r"[\w/-]+\.md", text), *section["Families"]}
-    assert listed == {name_of(page) for page in PAGES}
+    # A family without a page has one made of its docstrings.
+    made = {f"families/{family}.md" for family in FAMILIES}
+    assert listed - made == {name_of(page) for page in PAGES} - made
+    assert {name for name in listed if name.startswith("families/")} == made
 
 
 @pytest.mark.parametrize(
@@ -139,11 +142,10 @@ def test_bands_of_the_coefficients() -> None:
             assert (f"{float(s.min()):.3f}", f"{float(s.max()):.3f}") == (least, most), name
 
 
-def test_every_family_and_target_has_a_page() -> None:
+def test_every_page_of_a_family_and_target_is_one() -> None:
     from spectral_kernels.swap import ADAPTERS
 
-    families = {path.stem for path in (DOCS / "families").glob("*.md")}
-    assert families == set(FAMILIES)
+    assert {path.stem for path in (DOCS / "families").glob("*.md")} <= set(FAMILIES)
     index = (DOCS / "migrate" / "index.md").read_text()
     for adapter in ADAPTERS:
         assert f"`{adapter.name}`" in index

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import cuda_kernels
 import import_circles
+import public_names
 import pytest
 import roofline
 from spectral_kernels import _records
+from spectral_kernels._operators import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "tools"
@@ -143,3 +145,15 @@ def test_pre_commit_runs_what_make_lint_runs():
     everything = [path for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*.*")]
     matched = {p.relative_to(ROOT).as_posix() for p in everything}
     assert {name for name in matched if pattern.search(name)} == formatted
+
+
+def test_public_names_are_those_of_the_families():
+    assert public_names.main(["--check"]) == 0
+    names = {
+        family: public_names.names_of(public_names.ROOT / f"{family}.py") for family in FAMILIES
+    }
+    assert public_names.families() == list(FAMILIES)
+    text = public_names.PACKAGE.read_text()
+    more = public_names.rewritten(text, {**names, "zeta": ["zeta_", "Omega"]})
+    assert "\nfrom .symmetric_matmul import gram\nfrom .zeta import zeta_, Omega\n" in more
+    assert '    "use_backend",\n    "zeta_",\n]\n' in more and '    "Omega",\n' in more

@@ -2,7 +2,9 @@
 
     python tools/cuda_kernels.py [--source csrc/cuda] [--to FOLDER]
 
-Needs nvcc and cuobjdump, no GPU. Writes cuda_kernels.json and cuda_kernels.md.
+Needs nvcc, cuobjdump and nvdisasm, no GPU. Those that the toolkit lacks are found where
+`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` puts them. Writes cuda_kernels.json and
+cuda_kernels.md.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -132,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=ROOT / "tools" / "results")
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     options = parser.parse_args(argv)
-    for tool in ("nvcc", "cuobjdump"):
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(wheels))])
+    for tool in ("nvcc", "cuobjdump", "nvdisasm"):
         if shutil.which(tool) is None:
             parser.error(f"{tool} is not on the PATH")
     sources = sorted(options.source.rglob("*.cu"))

@@ -7,8 +7,8 @@ A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -
 relative to the Markdown file; keys (key, op, shape, dtype, threads, isa, variant) choose rows,
 `against` those that they are compared with; several values by comma, + for a space. Of a training's
 file all runs are shown, of the doctor's all faults; a Markdown file is shown as it is, a folder as
-a line for each family that has its page there: what runs where. `--check` writes nothing and fails
-where a table is not what its file says.
+a line for each family, with its page there or its module: what runs where. `--check` writes nothing
+and fails where a table is not what its file says.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def _families(pages: Path) -> Iterator[str]:
         left_out = [f"`{name}`" for name, row in own.items() if not row.cuda]
         cuda = f"○ without {', '.join(left_out)}" if left_out else "○"
         page = f"{pages.parent.name}/{pages.name}/{family}.md"
+        if not (pages / f"{family}.md").is_file():  # the site has one of its docstrings
+            page = f"python/spectral_kernels/{family}.py"
         names = ", ".join(f"`{name}`" for name in own)
         yield f"| [{family}]({page}) | {names} | ✓ | ○ | {cuda} | ✓ |"
 
