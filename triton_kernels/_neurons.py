@@ -52,22 +52,28 @@ def _check_kernel(places, layout, state, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sums_kernel(x, layout, blocks, starts, sums, ROWS_AT_ONCE: tl.constexpr, DEPTH: tl.constexpr):
+def _rows_of(layout, blocks, ROWS_AT_ONCE: tl.constexpr):
+    """A program's rows: matrix, rows, which exist, how wide; start and strides in the workspace."""
     at = blocks + tl.program_id(0) * 2
     matrix = tl.load(at).to(tl.int64)
     row = tl.load(at + 1) * ROWS_AT_ONCE + tl.arange(0, ROWS_AT_ONCE)
     start, ld = corner(layout, matrix, WIDE)
-    height = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
+    inside = row < element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
     width = element(layout, matrix, COLS, COLUMNS).to(tl.int32)
     tall = element(layout, matrix, TALL, COLUMNS).to(tl.int32)
     along = tall + (1 - tall) * ld
     across = tall * ld + (1 - tall)
+    return matrix, row.to(tl.int64), inside, width, start, along, across
+
+
+@triton.jit
+def _sums_kernel(x, layout, blocks, starts, sums, ROWS_AT_ONCE: tl.constexpr, DEPTH: tl.constexpr):
+    matrix, row, inside, width, start, along, across = _rows_of(layout, blocks, ROWS_AT_ONCE)
     lanes = tl.arange(0, DEPTH)
-    inside = row < height
     acc = tl.zeros((ROWS_AT_ONCE, DEPTH), tl.float32)
     for first in range(0, width, DEPTH):
         col = first + lanes
-        offsets = row.to(tl.int64)[:, None] * along + col.to(tl.int64)[None, :] * across
+        offsets = row[:, None] * along + col.to(tl.int64)[None, :] * across
         mask = inside[:, None] & (col < width)[None, :]
         value = tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32)
         acc += value * value
@@ -81,20 +87,11 @@ def _products_kernel(
     DTYPE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     # Sums of W_ij^2 and W_ij X_ij over the columns of every row.
-    at = blocks + tl.program_id(0) * 2
-    matrix = tl.load(at).to(tl.int64)
-    row = (tl.load(at + 1) * ROWS_AT_ONCE + tl.arange(0, ROWS_AT_ONCE)).to(tl.int64)
-    start, ld = corner(layout, matrix, WIDE)
-    height = element(layout, matrix, ROWS, COLUMNS).to(tl.int32)
-    width = element(layout, matrix, COLS, COLUMNS).to(tl.int32)
-    tall = element(layout, matrix, TALL, COLUMNS).to(tl.int32)
-    along = tall + (1 - tall) * ld
-    across = tall * ld + (1 - tall)
+    matrix, row, inside, width, start, along, across = _rows_of(layout, blocks, ROWS_AT_ONCE)
     base = tl.load(places + matrix * PLACE_COLUMNS).to(tl.pointer_type(DTYPE))
     by_row = tl.load(places + matrix * PLACE_COLUMNS + 1)
     by_col = tl.load(places + matrix * PLACE_COLUMNS + 2)
     lanes = tl.arange(0, DEPTH)
-    inside = row < height
     length = tl.zeros((ROWS_AT_ONCE,), tl.float64)
     dot = tl.zeros((ROWS_AT_ONCE,), tl.float64)
     for first in range(0, width, DEPTH):

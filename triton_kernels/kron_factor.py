@@ -6,6 +6,7 @@ import math
 
 import torch
 from spectral_kernels._backend import check_device, check_skipped, check_writable, operator
+from spectral_kernels._options import FactorsUpdate, updates
 from torch import Tensor
 
 from ._batch import Packed, flattened, from_both_sides, product
@@ -15,18 +16,10 @@ _MOST = torch.finfo(torch.float32).max
 
 
 @operator
-def kron_factors_update_(
-    left: Tensor,
-    right: Tensor,
-    grad: Tensor,
-    skipped: Tensor,
-    *,
-    beta: float,
-    weight: float,
-    left_root: Tensor,
-    right_root: Tensor,
-) -> None:
+@updates
+def kron_factors_update_(call: FactorsUpdate) -> None:
     """L <- beta L + w G G^T, R likewise; see `spectral_kernels.kron_factors_update_`."""
+    left, right, grad, skipped, beta, weight, left_root, right_root = call
     for name, factor in (("left", left), ("right", right)):
         check_writable(name, factor)
         if factor.numel():

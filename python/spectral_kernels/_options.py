@@ -529,3 +529,26 @@ def iterates(
         return function(x, NewtonSchulzOptions(rows=rows, **options))
 
     return named
+
+
+class FactorsUpdate(NamedTuple):
+    """A call of `kron_factors_update_`; size 0 where a factor or a root is absent."""
+
+    left: Tensor
+    right: Tensor
+    grad: Tensor
+    skipped: Tensor
+    beta: float
+    weight: float
+    left_root: Tensor
+    right_root: Tensor
+
+
+def updates(function: Callable[[FactorsUpdate], None]) -> Callable[..., None]:
+    """A function of a record under the signature of `kron_factors_update_`'s operator."""
+
+    @functools.wraps(function)
+    def named(*tensors: Any, **options: Any) -> None:
+        function(FactorsUpdate(*tensors, **options))
+
+    return named

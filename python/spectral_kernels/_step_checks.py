@@ -47,8 +47,7 @@ class Backend(NamedTuple):
 def check_muon(lists: MuonLists, options: MuonOptions, backend: Backend) -> None:
     """Those of `muon_step_`."""
     params = lists.params
-    _check_common(lists)
-    _check_state("momentum_buffers", lists.momentum_buffers, params, backend, narrow=True)
+    _check_common(lists, "momentum_buffers", backend, narrow=True)
     _check_rows("second_moments", lists.second_moments, params, present=options.beta2 is not None)
     options.check(len(params))
     _check_contents(lists, options, backend, [*lists[2:4]])
@@ -57,8 +56,7 @@ def check_muon(lists: MuonLists, options: MuonOptions, backend: Backend) -> None
 def check_shampoo(lists: ShampooLists, options: ShampooOptions, backend: Backend) -> None:
     """Those of `shampoo_step_`."""
     params, squares = lists.params, lists.graft_squares
-    _check_common(lists)
-    _check_state("momentum_buffers", lists.momentum_buffers, params, backend)
+    _check_common(lists, "momentum_buffers", backend)
     _check_factors(lists, "roots", backend)
     options.check(len(params))
     if options.squares:
@@ -72,8 +70,7 @@ def check_shampoo(lists: ShampooLists, options: ShampooOptions, backend: Backend
 
 def check_soap(lists: BasisLists, options: SoapOptions, backend: Backend) -> None:
     """Those of `soap_step_`."""
-    _check_common(lists)
-    _check_state("exp_avgs", lists.exp_avgs, lists.params, backend)
+    _check_common(lists, "exp_avgs", backend)
     _check_state("exp_avg_sqs", lists.exp_avg_sqs, lists.params, backend)
     _check_factors(lists, "bases", backend)
     options.check(len(lists.params))
@@ -83,8 +80,7 @@ def check_soap(lists: BasisLists, options: SoapOptions, backend: Backend) -> Non
 def check_deva(lists: BasisLists, options: DevaOptions, backend: Backend) -> None:
     """Those of `deva_step_`."""
     params, squares = lists.params, lists.exp_avg_sqs
-    _check_common(lists)
-    _check_state("exp_avgs", lists.exp_avgs, params, backend)
+    _check_common(lists, "exp_avgs", backend)
     _check_factors(lists, "bases", backend)
     options.check(len(params))
     used: Sequence[Tensor] = ()
@@ -124,8 +120,8 @@ def _check_contents(
     backend.raise_nonfinite(options.nonfinite, **looked_at)
 
 
-def _check_common(lists: Lists) -> None:
-    """Parameters, gradients, counters and the learning rate."""
+def _check_common(lists: Lists, momenta: str, backend: Backend, *, narrow: bool = False) -> None:
+    """Parameters, gradients, counters, the learning rate, and first moments, of that name."""
     params, lr = lists.params, lists.lr
     check_list("grads", lists.grads, len(params))
     check_list("step_counts", lists.step_counts, len(params))
@@ -152,6 +148,7 @@ def _check_common(lists: Lists) -> None:
                 f"step_counts[{i}] must be 0-dim or have the batch's shape "
                 f"{tuple(param.shape[:-2])}, not {tuple(count.shape)}"
             )
+    _check_state(momenta, getattr(lists, momenta), params, backend, narrow=narrow)
 
 
 def _check_shape(name: str, i: int, x: Tensor, param: Tensor) -> None:

@@ -56,28 +56,17 @@ def kron_factors_update_(
     if left is None and right is None:
         raise ValueError("left and right are both None: there is nothing to update")
     m, n = grad.shape[-2:]
-    for name, factor, size in (
-        ("left", left, m),
-        ("right", right, n),
-        ("left_root", left_root, m),
-        ("right_root", right_root, n),
-    ):
-        _side(name, factor, grad, size)
+    sides = {"left": left, "right": right, "left_root": left_root, "right_root": right_root}
+    for name, factor in sides.items():
+        _side(name, factor, grad, m if name.startswith("left") else n)
     if skipped is not None and not isinstance(skipped, Tensor):
         raise TypeError(f"skipped must be a tensor, not {type(skipped).__name__}")
-    _checks.same_device(
-        left=left,
-        right=right,
-        grad=grad,
-        left_root=left_root,
-        right_root=right_root,
-        skipped=skipped,
-    )
+    _checks.same_device(grad=grad, skipped=skipped, **sides)
     beta = _checks.number("beta", beta, 0.0, 1.0, include_high=True)
     absent = (left if left is not None else right).new_empty(0)  # type: ignore[union-attr]
     _dispatch.run(
         "kron_factors_update_",
-        (grad, *(x for x in (left, right, left_root, right_root) if x is not None)),
+        (grad, *(x for x in sides.values() if x is not None)),
         backend,
         absent if left is None else left,
         absent.clone() if right is None else right,

@@ -89,10 +89,10 @@ def undecayed(subject: Subject, params: Any, **settings: Any) -> Optimizer:
 
 
 def begun(
-    subject: Subject, *shapes: Sequence[int], steps: int = 0
+    subject: Subject, *shapes: Sequence[int], steps: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[list[nn.Parameter], Optimizer]:
     """New parameters and an optimizer of them that has taken some steps."""
-    params = new_params(*shapes)
+    params = new_params(*shapes, dtype=dtype)
     optimizer = undecayed(subject, params)
     take_steps(optimizer, params, steps)
     return params, optimizer

@@ -14,23 +14,15 @@ from spectral_kernels._backend import (
     check_writable,
     operator,
 )
+from spectral_kernels._options import FactorsUpdate, updates
 
 from ._shared import absent, check_side, finite, matrices, optional
 from .symmetric_matmul import mirror, product
 
 
 @operator
-def kron_factors_update_(
-    left: Tensor,
-    right: Tensor,
-    grad: Tensor,
-    skipped: Tensor,
-    *,
-    beta: float,
-    weight: float,
-    left_root: Tensor,
-    right_root: Tensor,
-) -> None:
+@updates
+def kron_factors_update_(call: FactorsUpdate) -> None:
     """L <- beta L + weight G G^T and R <- beta R + weight G^T G, in place.
 
     With a root the opposite increment is KL-Shampoo's, from the factors' inverse square roots:
@@ -54,6 +46,7 @@ def kron_factors_update_(
 
     Source: Gupta et al., arXiv 1802.09568; KL: Lin et al., arXiv 2509.03378.
     """
+    left, right, grad, skipped, beta, weight, left_root, right_root = call
     check_matrix("grad", grad)
     for name, x, side in (
         ("left", left, -2),

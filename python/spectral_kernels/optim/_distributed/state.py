@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ... import _checks
 from .layout import Region, no_region, whole_region
 from .members import Exchange, Member
-from .routes import Item
+from .routes import Item, Route
 
 if TYPE_CHECKING:
     from .step import Spread
@@ -98,12 +98,19 @@ def _batches(moves: Sequence[Move], most: int) -> Iterator[list[Move]]:
         yield batch
 
 
+def _routed(
+    spread: Spread, exchange: Exchange, moves: Sequence[Move]
+) -> Iterator[tuple[list[Move], Route]]:
+    """Batches of moves, and how each travels."""
+    for batch in _batches(moves, spread.how.bucket_bytes):
+        yield batch, exchange.route([move.item for move in batch])
+
+
 def _scatter(spread: Spread, exchange: Exchange, moves: Sequence[Move]) -> dict[Move, Tensor]:
     """This rank's part of every tensor that an owner has whole."""
     channel = exchange.channel
     found: dict[Move, Tensor] = {}
-    for batch in _batches(moves, spread.how.bucket_bytes):
-        route = exchange.route([move.item for move in batch])
+    for batch, route in _routed(spread, exchange, moves):
         with channel.saying("send state out"):
             parts = route.scattered(
                 route.scatter(channel, [move.own for move in batch], batch[0].dtype)
@@ -117,8 +124,7 @@ def _gather(spread: Spread, exchange: Exchange, moves: Sequence[Move]) -> dict[M
     """The whole tensors that this rank owns, of parts on all ranks."""
     channel = exchange.channel
     found: dict[Move, Tensor] = {}
-    for batch in _batches(moves, spread.how.bucket_bytes):
-        route = exchange.route([move.item for move in batch])
+    for batch, route in _routed(spread, exchange, moves):
         dtype = batch[0].dtype
         empty = torch.empty(0, dtype=dtype, device=channel.device)
         pieces = [[empty if move.own is None else move.own.to(channel.device)] for move in batch]
