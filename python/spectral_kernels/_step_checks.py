@@ -46,19 +46,17 @@ class Backend(NamedTuple):
 
 def check_muon(lists: MuonLists, options: MuonOptions, backend: Backend) -> None:
     """Those of `muon_step_`."""
-    params = lists.params
-    _check_common(lists, "momentum_buffers", backend, narrow=True)
-    _check_rows("second_moments", lists.second_moments, params, present=options.beta2 is not None)
-    options.check(len(params))
+    _check_common(lists, options, "momentum_buffers", backend, narrow=True)
+    present = options.beta2 is not None
+    _check_rows("second_moments", lists.second_moments, lists.params, present=present)
     _check_contents(lists, options, backend, [*lists[2:4]])
 
 
 def check_shampoo(lists: ShampooLists, options: ShampooOptions, backend: Backend) -> None:
     """Those of `shampoo_step_`."""
     params, squares = lists.params, lists.graft_squares
-    _check_common(lists, "momentum_buffers", backend)
+    _check_common(lists, options, "momentum_buffers", backend)
     _check_factors(lists, "roots", backend)
-    options.check(len(params))
     if options.squares:
         _check_state("graft_squares", squares, params, backend)
     else:
@@ -70,19 +68,17 @@ def check_shampoo(lists: ShampooLists, options: ShampooOptions, backend: Backend
 
 def check_soap(lists: BasisLists, options: SoapOptions, backend: Backend) -> None:
     """Those of `soap_step_`."""
-    _check_common(lists, "exp_avgs", backend)
+    _check_common(lists, options, "exp_avgs", backend)
     _check_state("exp_avg_sqs", lists.exp_avg_sqs, lists.params, backend)
     _check_factors(lists, "bases", backend)
-    options.check(len(lists.params))
     _check_contents(lists, options, backend, [*lists[2:8]])
 
 
 def check_deva(lists: BasisLists, options: DevaOptions, backend: Backend) -> None:
     """Those of `deva_step_`."""
     params, squares = lists.params, lists.exp_avg_sqs
-    _check_common(lists, "exp_avgs", backend)
+    _check_common(lists, options, "exp_avgs", backend)
     _check_factors(lists, "bases", backend)
-    options.check(len(params))
     used: Sequence[Tensor] = ()
     if options.variance == "none":
         check_list("exp_avg_sqs", squares, len(params))
@@ -97,11 +93,12 @@ def check_deva(lists: BasisLists, options: DevaOptions, backend: Backend) -> Non
 
 
 Lists = MuonLists | ShampooLists | BasisLists
+StepOptions = MuonOptions | ShampooOptions | SoapOptions | DevaOptions
 
 
 def _check_contents(
     lists: Lists,
-    options: MuonOptions | ShampooOptions | SoapOptions | DevaOptions,
+    options: StepOptions,
     backend: Backend,
     states: Sequence[Sequence[Tensor]],
     **instead: Sequence[Tensor],
@@ -120,8 +117,10 @@ def _check_contents(
     backend.raise_nonfinite(options.nonfinite, **looked_at)
 
 
-def _check_common(lists: Lists, momenta: str, backend: Backend, *, narrow: bool = False) -> None:
-    """Parameters, gradients, counters, the learning rate, and first moments, of that name."""
+def _check_common(
+    lists: Lists, options: StepOptions, momenta: str, backend: Backend, *, narrow: bool = False
+) -> None:
+    """Parameters, gradients, counters, the learning rate; first moments, of that name; options."""
     params, lr = lists.params, lists.lr
     check_list("grads", lists.grads, len(params))
     check_list("step_counts", lists.step_counts, len(params))
@@ -149,6 +148,7 @@ def _check_common(lists: Lists, momenta: str, backend: Backend, *, narrow: bool 
                 f"{tuple(param.shape[:-2])}, not {tuple(count.shape)}"
             )
     _check_state(momenta, getattr(lists, momenta), params, backend, narrow=narrow)
+    options.check(len(params))
 
 
 def _check_shape(name: str, i: int, x: Tensor, param: Tensor) -> None:
