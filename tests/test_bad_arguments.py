@@ -13,7 +13,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _backend, _dispatch
-from support import STEPS, case, gaussian, same_bits
+from support.cases import STEPS, case
+from support.inputs import gaussian
+from support.layouts import same_bits
 from test_public import step_arguments
 from torch.utils._pytree import tree_leaves
 

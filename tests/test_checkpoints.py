@@ -14,7 +14,8 @@ import pytest
 import spectral_kernels as sk
 import torch
 import torch.distributed.checkpoint as dcp
-from optim_support import CONFIGS, FEW, Model, assert_same, batches, golden, model, train
+from support.optimizers import CONFIGS, FEW, Model, batches, model, train
+from support.states import assert_same, golden
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -8,20 +8,11 @@ import pytest
 import torch
 from emulated_cuda import Guarded, arranged, launches, slices
 from spectral_kernels import _cuda
-from support import (
-    FACTOR,
-    LAYOUTS,
-    Placed,
-    assert_step_rule,
-    displacement_noise,
-    error,
-    gaussian,
-    later_step,
-    new_step,
-    next_step,
-    same_bits,
-    unit_roundoff,
-)
+from support.cases import later_step, new_step, next_step
+from support.inputs import gaussian
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import FACTOR, error, unit_roundoff
+from support.step_rules import assert_step_rule, displacement_noise
 from test_cuda_eigenbasis import LISTS, NARROW, STATE, entry
 from test_deva import LIST, OPTIONS, PUBLIC, SQUARES, TRAJECTORIES, VARIANCES, started
 

@@ -8,24 +8,11 @@ import pytest
 import torch
 from emulated_cuda import Guarded, arranged, launches, slices
 from spectral_kernels import eigenbasis, inverse_root, refresh_eigenbasis, soap_step_
-from support import (
-    FACTOR,
-    LAYOUTS,
-    Placed,
-    assert_step_rule,
-    displacement_noise,
-    error,
-    gaussian,
-    integers,
-    later_step,
-    new_step,
-    next_step,
-    orthogonal,
-    same_bits,
-    semidefinite,
-    unit_roundoff,
-    with_eigenvalues,
-)
+from support.cases import later_step, new_step, next_step
+from support.inputs import gaussian, integers, orthogonal, semidefinite, with_eigenvalues
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import FACTOR, error, unit_roundoff
+from support.step_rules import assert_step_rule, displacement_noise
 from test_eigenbasis import (
     LIST,
     OPTIONS,

@@ -12,16 +12,10 @@ import pytest
 import torch
 from emulated_cuda import arrange, arranged, barriers, emulated
 from spectral_kernels import _cuda
-from support import (
-    MUON,
-    error,
-    gaussian,
-    later_step,
-    new_step,
-    same_bits,
-    semidefinite,
-    with_eigenvalues,
-)
+from support.cases import later_step, new_step
+from support.inputs import MUON, gaussian, semidefinite, with_eigenvalues
+from support.layouts import same_bits
+from support.rule import error
 
 pytestmark = pytest.mark.usefixtures("native", "loaded")
 

@@ -8,16 +8,10 @@ import pytest
 import spectral_kernels as sk
 import torch
 from emulated_cuda import Guarded, arranged
-from support import (
-    LAYOUTS,
-    Placed,
-    error,
-    exact_inverse_root,
-    gaussian,
-    plain_newton_root,
-    same_bits,
-    semidefinite,
-)
+from support.inputs import gaussian, semidefinite
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import exact_inverse_root, plain_newton_root
+from support.rule import error
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 

@@ -10,18 +10,9 @@ import pytest
 import torch
 from emulated_cuda import Guarded, arranged
 from spectral_kernels import kron_factors_update_, kron_precondition
-from support import (
-    LAYOUTS,
-    Placed,
-    assert_rule,
-    bits,
-    exact,
-    gaussian,
-    integers,
-    orthogonal,
-    same_bits,
-    semidefinite,
-)
+from support.inputs import gaussian, integers, orthogonal, semidefinite
+from support.layouts import LAYOUTS, Placed, bits, same_bits
+from support.rule import assert_rule, exact
 from test_kron_factor import assert_product, assert_updated, from_both_sides, plain, updated
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")

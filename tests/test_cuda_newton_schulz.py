@@ -11,22 +11,12 @@ from emulated_cuda import Guarded, arranged
 from spectral_kernels import _cuda
 from spectral_kernels.coefficients import names, resolve
 from spectral_kernels.newton_schulz import newton_schulz
-from support import (
-    LAYOUTS,
-    MUON,
-    Placed,
-    assert_rule,
-    assert_step_rule,
-    decaying,
-    error,
-    exact_newton_schulz,
-    gaussian,
-    later_step,
-    new_step,
-    plain_newton_schulz,
-    same_bits,
-    with_singular_values,
-)
+from support.cases import later_step, new_step
+from support.inputs import MUON, decaying, gaussian, with_singular_values
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import exact_newton_schulz, plain_newton_schulz
+from support.rule import assert_rule, error
+from support.step_rules import assert_step_rule
 from test_newton_schulz import noise_of
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from support import case, later_step, new_step, same_bits
+from support.cases import case, later_step, new_step
+from support.layouts import same_bits
 from test_nonfinite import PLACES, VARIANTS, case_of, check_raise, check_skip
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")

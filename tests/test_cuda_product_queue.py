@@ -6,7 +6,9 @@ import pytest
 import torch
 from emulated_cuda import Guarded, arranged
 from spectral_kernels.newton_schulz import newton_schulz
-from support import gaussian, new_step, same_bits
+from support.cases import new_step
+from support.inputs import gaussian
+from support.layouts import same_bits
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from emulated_cuda import Guarded, arranged, library
 from spectral_kernels import _cuda, gram
-from support import LAYOUTS, Placed, assert_rule, draws, exact, gaussian, integers, same_bits
+from support.inputs import gaussian, integers
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import assert_rule, draws, exact
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 

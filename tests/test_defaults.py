@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import CONFIGS, FEW, assert_same, batches, model, tensors, train
-from support import bits, case, labels, same_bits
-from swap_support import steps
+from support.cases import case, labels
+from support.layouts import bits, same_bits
+from support.moves import steps
+from support.optimizers import CONFIGS, FEW, batches, model, train
+from support.states import assert_same, tensors
 from torch import nn
 
 ROOT = Path(__file__).parents[1]

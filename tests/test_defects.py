@@ -10,7 +10,7 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import parameter, with_grads
+from support.optimizers import parameter, with_grads
 from torch import Tensor, nn
 
 FP64 = torch.float64

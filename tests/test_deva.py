@@ -6,28 +6,16 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
-    FACTOR,
-    FLOATS,
-    FULL,
-    LAYOUTS,
-    Placed,
+from support.cases import later_step, named, new_step, next_step
+from support.inputs import FLOATS, FULL, fuzzed, gaussian, generator, orthogonal
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import FACTOR, error, unit_roundoff
+from support.step_rules import (
     assert_run_follows_reference,
     assert_skips_the_second,
     assert_step_rule,
     assert_written,
     displacement_noise,
-    error,
-    fuzzed,
-    gaussian,
-    generator,
-    later_step,
-    named,
-    new_step,
-    next_step,
-    orthogonal,
-    same_bits,
-    unit_roundoff,
 )
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -11,16 +11,8 @@ from functools import partial
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    Factory,
-    assert_same,
-    batches,
-    model,
-    parameter,
-    stepped,
-    train,
-    with_grads,
-)
+from support.optimizers import Factory, batches, model, parameter, stepped, train, with_grads
+from support.states import assert_same
 
 FP64 = torch.float64
 

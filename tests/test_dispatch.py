@@ -12,7 +12,9 @@ import spectral_kernels as sk
 import torch
 from pretended_card import card
 from spectral_kernels import _cuda, _dispatch, _extension
-from support import case, gaussian, labels, same_bits, semidefinite
+from support.cases import case, labels
+from support.inputs import gaussian, semidefinite
+from support.layouts import same_bits
 
 FIRST = "cpu" if _extension.MODULE is not None else "reference"
 

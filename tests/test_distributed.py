@@ -12,10 +12,11 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import given, settings, strategies as st
-from ranks.nets import GRIDS, LAYOUTS, OPTIMIZERS
+from ranks.layouts import GRIDS, LAYOUTS
+from ranks.runs import OPTIMIZERS
 from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire
-from support import CAMPAIGN
+from support.inputs import CAMPAIGN
 
 
 @pytest.fixture(scope="session")

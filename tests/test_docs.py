@@ -13,7 +13,7 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels._operators import FAMILIES
-from swap_support import DOUBLES, modules_of
+from support.packages import DOUBLES, modules_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md")) + sorted((DOCS / "families").glob("*.md"))

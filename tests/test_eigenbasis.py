@@ -9,35 +9,23 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
-    FACTOR,
+from support.cases import later_step, named, new_step, next_step
+from support.inputs import (
     FLOATS,
     FULL,
-    LAYOUTS,
-    LEAST_JITTER,
-    Placed,
-    assert_step_rule,
-    assert_writes_nothing_around,
     decaying,
-    displacement_noise,
-    error,
-    exact,
     fuzzed,
     gaussian,
     generator,
     integers,
-    jacobi,
-    jittered,
-    later_step,
-    named,
-    new_step,
-    next_step,
     orthogonal,
-    same_bits,
     semidefinite,
-    unit_roundoff,
     with_eigenvalues,
 )
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import jacobi
+from support.rule import FACTOR, LEAST_JITTER, error, exact, jittered, unit_roundoff
+from support.step_rules import assert_step_rule, assert_writes_nothing_around, displacement_noise
 
 pytestmark = pytest.mark.usefixtures("backend")
 

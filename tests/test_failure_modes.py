@@ -13,28 +13,21 @@ from pathlib import Path
 import pytest
 import spectral_kernels as sk
 import torch
-from support import (
+from support.cases import STEPS, case, later_step, named, new_step, next_step
+from support.inputs import (
     FLOATS,
     FULL,
     MUON,
-    STEPS,
-    Wrapped,
-    case,
-    error,
-    exact_newton_schulz,
     gaussian,
     generator,
     integers,
-    later_step,
-    named,
-    new_step,
-    next_step,
     orthogonal,
-    plain_newton_schulz,
-    same_bits,
     semidefinite,
     with_singular_values,
 )
+from support.layouts import Wrapped, same_bits
+from support.oracles import exact_newton_schulz, plain_newton_schulz
+from support.rule import error
 
 TESTS = str(Path(__file__).parent)
 

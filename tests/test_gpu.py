@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import CONFIGS, FEW
 from spectral_kernels import _cuda, _extension
-from support import (
-    FLOATS,
-    MUON,
-    STEPS,
-    Case,
-    case,
-    error,
-    every_case,
-    exact_newton_schulz,
-    gaussian,
-    labels,
-    named,
-    new_step,
-    plain_newton_schulz,
-    same_bits,
-)
+from support.cases import STEPS, Case, case, every_case, labels, named, new_step
+from support.inputs import FLOATS, MUON, gaussian
+from support.layouts import same_bits
+from support.optimizers import CONFIGS, FEW
+from support.oracles import exact_newton_schulz, plain_newton_schulz
+from support.rule import error
 from torch import Tensor
 from torch.utils._pytree import tree_map
 

@@ -8,18 +8,14 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import assert_same, parameter, stepped, with_grads
 from spectral_kernels import _cuda, reference
-from support import (
-    FLOATS,
-    assert_step_rule,
-    gaussian,
-    later_step,
-    named,
-    new_step,
-    same_bits,
-    unit_roundoff,
-)
+from support.cases import later_step, named, new_step
+from support.inputs import FLOATS, gaussian
+from support.layouts import same_bits
+from support.optimizers import parameter, stepped, with_grads
+from support.rule import unit_roundoff
+from support.states import assert_same
+from support.step_rules import assert_step_rule
 from torch import Tensor, nn
 
 LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (40, 12))

@@ -10,30 +10,20 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
+from support.cases import named
+from support.inputs import (
     FULL,
-    LAYOUTS,
-    Placed,
-    assert_rule,
     decaying,
-    draws,
-    error,
-    errors,
-    exact,
-    exact_inverse_root,
     fuzzed,
     gaussian,
     generator,
-    input_noise,
-    named,
-    plain_newton_root,
-    rms,
-    same_bits,
     semidefinite,
     semidefinites,
-    unit_roundoff,
     with_eigenvalues,
 )
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import exact_inverse_root, plain_newton_root
+from support.rule import assert_rule, draws, error, errors, exact, input_noise, rms, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -14,14 +14,10 @@ import numpy as np
 import pytest
 import spectral_kernels as sk
 import torch
-from support import (
-    exact_inverse_root,
-    new_step,
-    orthogonal,
-    plain_newton_root,
-    semidefinite,
-    unit_roundoff,
-)
+from support.cases import new_step
+from support.inputs import orthogonal, semidefinite
+from support.oracles import exact_inverse_root, plain_newton_root
+from support.rule import unit_roundoff
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("backend")

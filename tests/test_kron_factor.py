@@ -7,30 +7,23 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
+from support.cases import named
+from support.inputs import (
     AWKWARD_SHAPES,
     FLOATS,
     FULL,
-    LAYOUTS,
     SHAPES,
-    Placed,
-    assert_rule,
-    draws,
-    error,
-    exact,
     fuzzed,
     gaussian,
     generator,
     integers,
-    named,
     orthogonal,
-    rms,
-    same_bits,
     semidefinite,
     semidefinites,
     state_dtype,
-    unit_roundoff,
 )
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import assert_rule, draws, error, exact, rms, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("backend")
 

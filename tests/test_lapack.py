@@ -13,7 +13,7 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _extension
-from support import gaussian, orthogonal, semidefinite, with_eigenvalues
+from support.inputs import gaussian, orthogonal, semidefinite, with_eigenvalues
 
 pytestmark = pytest.mark.usefixtures("native")
 

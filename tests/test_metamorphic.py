@@ -14,23 +14,10 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from oracles import structured
-from support import (
-    CAMPAIGN,
-    FACTOR,
-    FULL,
-    STEPS,
-    errors,
-    fuzzed,
-    generator,
-    input_noise,
-    later_step,
-    new_step,
-    orthogonal,
-    rms,
-    same_bits,
-    textbook_error,
-    unit_roundoff,
-)
+from support.cases import STEPS, later_step, new_step
+from support.inputs import CAMPAIGN, FULL, fuzzed, generator, orthogonal
+from support.layouts import same_bits
+from support.rule import FACTOR, errors, input_noise, rms, textbook_error, unit_roundoff
 
 # Another number, for a look or for a night.
 CASES = os.environ.get("ORACLE_CASES")

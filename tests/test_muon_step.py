@@ -6,22 +6,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import resolve
-from support import (
-    FLOATS,
-    LAYOUTS,
-    MUON,
-    Placed,
-    assert_step_rule,
-    error,
-    fuzzed,
-    gaussian,
-    generator,
-    later_step,
-    named,
-    new_step,
-    same_bits,
-    unit_roundoff,
-)
+from support.cases import later_step, named, new_step
+from support.inputs import FLOATS, MUON, fuzzed, gaussian, generator
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import error, unit_roundoff
+from support.step_rules import assert_step_rule
 
 pytestmark = pytest.mark.usefixtures("backend")
 

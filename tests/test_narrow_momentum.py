@@ -8,10 +8,13 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import assert_same, parameter, stepped, with_grads
 from spectral_kernels import _cuda
 from spectral_kernels.reference._shared import rounded_at_random
-from support import gaussian, later_step, new_step, same_bits
+from support.cases import later_step, new_step
+from support.inputs import gaussian
+from support.layouts import same_bits
+from support.optimizers import parameter, stepped, with_grads
+from support.states import assert_same
 from torch import Tensor, nn
 
 BF16 = torch.bfloat16

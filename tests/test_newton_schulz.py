@@ -12,28 +12,21 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import names, resolve
-from support import (
+from support.cases import named
+from support.inputs import (
     AWKWARD_SHAPES,
     FLOATS,
     FULL,
-    LAYOUTS,
     MUON,
-    Placed,
-    assert_rule,
     decaying,
-    draws,
-    error,
-    exact_newton_schulz,
     fuzzed,
     gaussian,
     generator,
-    named,
-    plain_newton_schulz,
-    rms,
-    same_bits,
-    unit_roundoff,
     with_singular_values,
 )
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import exact_newton_schulz, plain_newton_schulz
+from support.rule import assert_rule, draws, error, rms, unit_roundoff
 from torch.utils._pytree import tree_leaves
 
 pytestmark = pytest.mark.usefixtures("backend")

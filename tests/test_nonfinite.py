@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from spectral_kernels import _extension, kron_factors_update_
-from support import Case, case, gaussian, later_step, new_step, same_bits
+from support.cases import Case, case, later_step, new_step
+from support.inputs import gaussian
+from support.layouts import same_bits
 
 SHAPES = ((6, 9), (3, 7, 5), (8, 4))
 

@@ -10,22 +10,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch, _fake
-from support import (
-    FLOATS,
-    STEPS,
-    bits,
-    case,
-    cases,
-    every_case,
-    gaussian,
-    labels,
-    named,
-    new_step,
-    orthogonal,
-    same_bits,
-    schemas,
-    semidefinite,
-)
+from support.cases import STEPS, case, cases, every_case, labels, named, new_step, schemas
+from support.inputs import FLOATS, gaussian, orthogonal, semidefinite
+from support.layouts import bits, same_bits
 from torch.utils._pytree import tree_leaves, tree_map
 
 FUNCTIONS = [label for label in labels() if not label.split("-")[0].endswith("_")]

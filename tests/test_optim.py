@@ -7,14 +7,8 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    CONFIGS,
-    assert_same,
-    needs_kernels,
-    parameter,
-    snapshot,
-    with_grads,
-)
+from support.optimizers import CONFIGS, needs_kernels, parameter, with_grads
+from support.states import assert_same, snapshot
 from torch import nn
 
 FP64 = torch.float64

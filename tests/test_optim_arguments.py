@@ -8,12 +8,8 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    CONFIGS,
-    assert_same,
-    parameter,
-    with_grads,
-)
+from support.optimizers import CONFIGS, parameter, with_grads
+from support.states import assert_same
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

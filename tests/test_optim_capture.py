@@ -7,11 +7,11 @@ import random
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import CONFIGS, FEW
 from pretended_card import card
 from spectral_kernels import _backend, _cuda
 from spectral_kernels.optim import _adamw
 from spectral_kernels.optim._schedule import Counts, due
+from support.optimizers import CONFIGS, FEW
 from torch import nn
 
 WAITS = "aten._local_scalar_dense"

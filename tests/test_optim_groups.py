@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    CONFIGS,
-    FEW,
-    GOLDEN,
-    assert_same,
-    batches,
-    golden,
-    model,
-    parameter,
-    snapshot,
-    train,
-    with_grads,
-)
+from support.optimizers import CONFIGS, FEW, batches, model, parameter, train, with_grads
+from support.states import GOLDEN, assert_same, golden, snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 

@@ -7,11 +7,8 @@ import warnings
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    parameter,
-    with_grads,
-)
-from support import Wrapped
+from support.layouts import Wrapped
+from support.optimizers import parameter, with_grads
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

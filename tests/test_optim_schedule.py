@@ -9,16 +9,8 @@ import warnings
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    assert_same,
-    batches,
-    model,
-    parameter,
-    snapshot,
-    tensors,
-    train,
-    with_grads,
-)
+from support.optimizers import batches, model, parameter, train, with_grads
+from support.states import assert_same, snapshot, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,8 @@ import copy
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import assert_same, parameter, stepped, with_grads
+from support.optimizers import parameter, stepped, with_grads
+from support.states import assert_same
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

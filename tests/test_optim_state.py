@@ -7,19 +7,8 @@ import copy
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    CONFIGS,
-    assert_go_on_alike,
-    assert_same,
-    batches,
-    model,
-    needs_kernels,
-    parameter,
-    snapshot,
-    tensors,
-    train,
-    with_grads,
-)
+from support.optimizers import CONFIGS, batches, model, needs_kernels, parameter, train, with_grads
+from support.states import assert_go_on_alike, assert_same, snapshot, tensors
 from torch import nn
 
 KEYS = {

@@ -8,13 +8,8 @@ import pickle
 
 import pytest
 import torch
-from optim_support import (
-    assert_same,
-    batches,
-    model,
-    train,
-    with_grads,
-)
+from support.optimizers import batches, model, train, with_grads
+from support.states import assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

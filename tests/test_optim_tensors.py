@@ -10,16 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from optim_support import (
-    assert_go_on_alike,
-    assert_same,
-    needs_kernels,
-    parameter,
-    snapshot,
-    stepped,
-    with_grads,
-)
 from spectral_kernels.optim import _adamw
+from support.optimizers import needs_kernels, parameter, stepped, with_grads
+from support.states import assert_go_on_alike, assert_same, snapshot
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import (
-    assert_same,
-    parameter,
-    torch_scales,
-    with_grads,
-)
+from support.optimizers import parameter, torch_scales, with_grads
+from support.states import assert_same
 from test_optim import FP64
 from torch import nn
 

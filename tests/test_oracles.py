@@ -21,26 +21,18 @@ from hypothesis import given, settings, strategies as st
 from oracles import recipes, structured
 from spectral_kernels import _extension
 from spectral_kernels.coefficients import resolve
-from support import (
-    CAMPAIGN,
+from support.cases import Case, new_step, next_step
+from support.inputs import CAMPAIGN, FLOATS, FULL, MUON, instruction_set, state_dtype
+from support.layouts import Placed
+from support.oracles import plain_newton_root, plain_newton_schulz
+from support.rule import (
     FACTOR,
-    FLOATS,
-    FULL,
     LEAST_JITTER,
-    MUON,
     ONE_DRAW,
-    Case,
-    Placed,
     allowed_error,
     errors,
-    instruction_set,
     jittered,
-    new_step,
-    next_step,
-    plain_newton_root,
-    plain_newton_schulz,
     rms,
-    state_dtype,
     textbook_error,
     unit_roundoff,
 )

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import golden
 from spectral_kernels.swap.dion import _ROWS as DION_ROWS
-from swap_support import CLONES, public_code
+from support.packages import CLONES, public_code
+from support.states import golden
 from torch import Tensor
 
 parity = golden("parity")

@@ -7,26 +7,20 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
+from support.cases import named
+from support.inputs import (
     FLOATS,
     FULL,
-    LAYOUTS,
-    Placed,
-    assert_rule,
     decaying,
-    draws,
-    error,
-    exact,
     fuzzed,
     gaussian,
     generator,
-    jacobi,
-    named,
-    same_bits,
     semidefinite,
-    unit_roundoff,
     with_singular_values,
 )
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.oracles import jacobi
+from support.rule import assert_rule, draws, error, exact, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import LAYOUTS, Placed, case, labels
+from support.cases import case, labels
+from support.layouts import LAYOUTS, Placed
 from torch import Tensor
 from torch.utils._pytree import tree_map
 

@@ -11,7 +11,7 @@ from spectral_kernels.reference import (
     refresh_eigenbasis,
     soap_step_,
 )
-from support import step_options
+from support.cases import step_options
 
 F64 = torch.float64
 MUON = resolve("muon").rows

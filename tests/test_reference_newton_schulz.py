@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectral_kernels.coefficients import gram_restarts, names, resolve
 from spectral_kernels.reference import gram, muon_step_, newton_schulz, polar
-from support import step_options
+from support.cases import step_options
 
 F64 = torch.float64
 MUON = resolve("muon").rows

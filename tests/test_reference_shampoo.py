@@ -11,7 +11,7 @@ from spectral_kernels.reference import (
     polar,
     shampoo_step_,
 )
-from support import FACTOR, unit_roundoff
+from support.rule import FACTOR, unit_roundoff
 
 F64 = torch.float64
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.json").read_text())

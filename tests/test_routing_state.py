@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import assert_same, snapshot, with_grads
+from support.optimizers import with_grads
+from support.states import assert_same, snapshot
 from test_routing import TABLE, WIDTH, WORDS, linear, linears, tree, words
 from torch import nn
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import assert_same, snapshot, with_grads
+from support.optimizers import with_grads
+from support.states import assert_same, snapshot
 from test_routing import TABLE, is_adamw, linear, marked, own, tree
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

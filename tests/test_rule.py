@@ -7,25 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import (
+from support.cases import later_step, named
+from support.inputs import FLOATS, FULL, MUON, gaussian
+from support.oracles import exact_newton_schulz, plain_newton_schulz
+from support.rule import (
     FACTOR,
-    FLOATS,
-    FULL,
-    MUON,
     allowed_error,
     assert_rule,
-    assert_step_rule,
     draws,
     errors,
     exact,
-    exact_newton_schulz,
-    gaussian,
-    later_step,
-    named,
-    plain_newton_schulz,
     rms,
     textbook_error,
 )
+from support.step_rules import assert_step_rule
 
 SHAPES = ((1, 1), (5, 130), (4, 257), (40, 40), (130, 140))
 

@@ -6,25 +6,16 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
-    FLOATS,
-    FULL,
-    LAYOUTS,
-    assert_rule,
+from support.cases import later_step, named, new_step, next_step
+from support.inputs import FLOATS, FULL, fuzzed, with_eigenvalues
+from support.layouts import LAYOUTS, same_bits
+from support.oracles import exact_inverse_root, plain_newton_root
+from support.rule import assert_rule, error
+from support.step_rules import (
     assert_run_follows_reference,
     assert_skips_the_second,
     assert_step_rule,
     assert_writes_nothing_around,
-    error,
-    exact_inverse_root,
-    fuzzed,
-    later_step,
-    named,
-    new_step,
-    next_step,
-    plain_newton_root,
-    same_bits,
-    with_eigenvalues,
 )
 from test_inverse_root import less_exact, plain_eigen_root, root_noise
 

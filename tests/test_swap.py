@@ -18,7 +18,8 @@ import pytest
 import torch
 from spectral_kernels import swap_in
 from spectral_kernels.swap import ADAPTERS
-from swap_support import DOUBLES, doubles, gradient, nothing_left_behind, parameters, steps
+from support.moves import gradient, parameters, steps
+from support.packages import DOUBLES, doubles, nothing_left_behind
 from torch import Tensor
 from torch.optim import _muon
 

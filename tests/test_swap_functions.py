@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import spectral_kernels as sk
 import torch
-from optim_support import golden
 from spectral_kernels import swap_in
-from swap_support import distance, gradient, moved, public_code
+from support.moves import distance, gradient, moved
+from support.packages import public_code
+from support.states import golden
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")

@@ -16,16 +16,8 @@ import pytest
 import torch
 from spectral_kernels import swap_in
 from spectral_kernels.swap import ADAPTERS
-from swap_support import (
-    DOUBLES,
-    distance,
-    gradient,
-    modules_of,
-    moved,
-    parameters,
-    public_code,
-    steps,
-)
+from support.moves import distance, gradient, moved, parameters, steps
+from support.packages import DOUBLES, modules_of, public_code
 from torch import Tensor
 from torch.optim import Optimizer
 

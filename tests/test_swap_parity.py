@@ -10,18 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from optim_support import torch_scales
 from spectral_kernels import call_counts, swap_in
-from swap_support import (
-    code,
-    distance,
-    gradient,
-    modules_of,
-    moved,
-    parameters,
-    public_code,
-    steps,
-)
+from support.moves import distance, gradient, moved, parameters, steps
+from support.optimizers import torch_scales
+from support.packages import code, modules_of, public_code
 from torch import Tensor
 from torch.optim import Optimizer
 

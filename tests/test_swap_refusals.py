@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from spectral_kernels import _dispatch, swap_in
-from swap_support import doubles, nothing_left_behind, parameters, steps
+from support.moves import parameters, steps
+from support.packages import doubles, nothing_left_behind
 from torch import Tensor
 from torch.optim import _muon
 

@@ -14,7 +14,8 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch, swap_in
-from swap_support import doubles, gradient, nothing_left_behind, parameters, steps
+from support.moves import gradient, parameters, steps
+from support.packages import doubles, nothing_left_behind
 from test_swap import METHODS, MUON
 from torch import Tensor
 from torch.optim import _muon

@@ -6,21 +6,10 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support import (
-    AWKWARD_SHAPES,
-    FLOATS,
-    LAYOUTS,
-    SHAPES,
-    Placed,
-    assert_rule,
-    draws,
-    exact,
-    fuzzed,
-    gaussian,
-    integers,
-    named,
-    same_bits,
-)
+from support.cases import named
+from support.inputs import AWKWARD_SHAPES, FLOATS, SHAPES, fuzzed, gaussian, integers
+from support.layouts import LAYOUTS, Placed, same_bits
+from support.rule import assert_rule, draws, exact
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -14,17 +14,9 @@ from functools import partial
 import pytest
 import spectral_kernels as sk
 import torch
-from support import (
-    STEPS,
-    Case,
-    case,
-    gaussian,
-    labels,
-    later_step,
-    orthogonal,
-    same_bits,
-    semidefinite,
-)
+from support.cases import STEPS, Case, case, labels, later_step
+from support.inputs import gaussian, orthogonal, semidefinite
+from support.layouts import same_bits
 
 pytestmark = pytest.mark.usefixtures("backend")
 

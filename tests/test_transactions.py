@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim_support import CONFIGS, FEW, assert_same, parameter, snapshot, with_grads
 from spectral_kernels.optim._interrupts import uninterrupted
+from support.optimizers import CONFIGS, FEW, parameter, with_grads
+from support.states import assert_same, snapshot
 from torch import nn
 
 SHAPES = ((6, 8), (7,), (5, 5), (3,))

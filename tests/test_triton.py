@@ -17,17 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (
-    MUON,
-    STEPS,
-    gaussian,
-    integers,
-    later_step,
-    new_step,
-    same_bits,
-    schemas,
-    semidefinite,
-)
+from support.cases import STEPS, later_step, new_step, schemas
+from support.inputs import MUON, gaussian, integers, semidefinite
+from support.layouts import same_bits
 
 pytestmark = [pytest.mark.triton, pytest.mark.kernel]
 

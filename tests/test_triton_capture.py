@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import STEPS, Case, case, new_step
+from support.cases import STEPS, Case, case, new_step
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map

@@ -9,7 +9,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _extension
-from support import case, gaussian, instruction_set, labels, same_bits, semidefinite
+from support.cases import case, labels
+from support.inputs import gaussian, instruction_set, semidefinite
+from support.layouts import same_bits
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = pytest.mark.usefixtures("native")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from optim_support import assert_same
+from support.states import assert_same
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -16,19 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ranks.nets import (
-    HALF,
-    OPTIMIZERS,
-    STEPS,
-    Net,
-    alone,
-    different,
-    full,
-    made,
-    set_weights,
-    stepped,
-    weights,
-)
+from ranks.layouts import full
+from ranks.nets import Net, set_weights, weights
+from ranks.runs import HALF, OPTIMIZERS, STEPS, alone, different, made, stepped
 
 
 def _checkpoint(net: Net, optimizer: Any) -> dict[str, Any]:

@@ -11,31 +11,17 @@ from typing import Any
 import spectral_kernels as sk
 import torch
 import torch.distributed as dist
-from optim_support import assert_same
 from spectral_kernels.optim._distributed.layout import Grid
+from support.states import assert_same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ranks.nets import (
-    OPTIMIZERS,
-    STEPS,
-    Net,
-    alone,
-    different,
-    fsdp,
-    full,
-    give,
-    gradients,
-    made,
-    mesh_of_all,
-    place,
-    set_weights,
-    stepped,
-    weights,
-)
+from ranks.layouts import fsdp, full, mesh_of_all, place
+from ranks.nets import Net, give, gradients, set_weights, weights
+from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, stepped
 
 
 def equal_to_one_process(

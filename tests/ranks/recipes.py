@@ -12,26 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from spectral_kernels import call_counts, swap_in
-from swap_support import DOUBLES, modules_of
+from support.packages import DOUBLES, modules_of
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import Shard
 
-from ranks.nets import (
-    HALF,
-    LAYOUTS,
-    OPTIMIZERS,
-    STEPS,
-    Net,
-    alone,
-    different,
-    full,
-    give,
-    gradients,
-    mesh_of_all,
-    place,
-    stepped,
-    weights,
-)
+from ranks.layouts import LAYOUTS, full, mesh_of_all, place
+from ranks.nets import Net, give, gradients, weights
+from ranks.runs import HALF, OPTIMIZERS, STEPS, alone, different, stepped
 from ranks.trainings import classifier, loss_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ranks.nets import OPTIMIZERS, alone
+from ranks.runs import OPTIMIZERS, alone
 
 torch.set_num_threads(1)
 for name in OPTIMIZERS:

@@ -18,24 +18,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from ranks.nets import (
-    OPTIMIZERS,
-    STEPS,
-    Net,
-    alone,
-    different,
-    fsdp,
-    full,
-    give,
-    gradients,
-    local,
-    made,
-    mesh_of_all,
-    options,
-    raised,
-    stepped,
-    weights,
-)
+from ranks.layouts import fsdp, full, local, mesh_of_all
+from ranks.nets import Net, give, gradients, weights
+from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, options, raised, stepped
 
 
 def called_by_the_first_rank(what: str) -> str:

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import fully_shard
 
-from ranks.nets import (
-    OPTIMIZERS,
-    Net,
-    alone,
-    different,
-    full,
-    give,
-    gradients,
-    made,
-    mesh_of_all,
-    weights,
-)
+from ranks.layouts import full, mesh_of_all
+from ranks.nets import Net, give, gradients, weights
+from ranks.runs import OPTIMIZERS, alone, different, made
 
 
 def classifier() -> nn.Sequential:

@@ -10,18 +10,9 @@ import torch.distributed as dist
 from spectral_kernels.optim._distributed import checksum
 from torch import Tensor
 
-from ranks.nets import (
-    OPTIMIZERS,
-    STEPS,
-    Net,
-    different,
-    full,
-    give,
-    gradients,
-    local,
-    made,
-    weights,
-)
+from ranks.layouts import full, local
+from ranks.nets import Net, give, gradients, weights
+from ranks.runs import OPTIMIZERS, STEPS, different, made
 
 
 def changed_by_others(layout: str, hops: str) -> tuple[dict[str, list[str]], list[int]]:

@@ -16,18 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ranks.nets import (
-    OPTIMIZERS,
-    Net,
-    alone,
-    different,
-    fsdp,
-    give,
-    gradients,
-    made,
-    stepped,
-    weights,
-)
+from ranks.layouts import fsdp
+from ranks.nets import Net, give, gradients, weights
+from ranks.runs import OPTIMIZERS, alone, different, made, stepped
 
 
 def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

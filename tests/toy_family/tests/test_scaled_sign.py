@@ -7,7 +7,9 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from support import FLOATS, LAYOUTS, SHAPES, Placed, gaussian, named, same_bits
+from support.cases import named
+from support.inputs import FLOATS, SHAPES, gaussian
+from support.layouts import LAYOUTS, Placed, same_bits
 
 pytestmark = pytest.mark.usefixtures("backend")
 SAMPLED_CASES = {"triton": 2, "cuda": 2}

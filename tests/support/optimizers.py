@@ -1,15 +1,11 @@
-"""What the optimizer tests share: every optimizer in several settings, models, state comparison."""
+"""Every optimizer in several settings, and models that they train."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import spectral_kernels as sk
@@ -17,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 Factory = Callable[..., torch.optim.Optimizer]
-
-GOLDEN = Path(__file__).parent / "golden"
 
 CONFIGS: dict[str, Factory] = {
     "muon": partial(sk.optim.Muon, lr=0.02),
@@ -106,33 +100,6 @@ def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
 
 
-def golden(name: str) -> ModuleType:
-    """The program in tests/golden that writes files of that name."""
-    spec = importlib.util.spec_from_file_location(name, GOLDEN / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors(each)
-
-
-def snapshot(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Any]:
-    """Copies of all parameters and state."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [param.detach().clone() for param in params], copy.deepcopy(optimizer.state_dict())
-
-
 def torch_scales(monkeypatch: pytest.MonkeyPatch, adjust: str) -> None:
     """torch.optim.Muon takes `adjust` in its groups, also where only a later version does."""
     module = importlib.import_module("torch.optim._muon")
@@ -151,36 +118,3 @@ def needs_kernels() -> None:
     """For comparisons of layouts, on which the bits of torch's products depend."""
     if sk.explain("muon_step_", torch.zeros(2, 2)).backend == "reference":
         pytest.skip("the reference's bits depend on strides")
-
-
-def assert_go_on_alike(
-    one: tuple[torch.optim.Optimizer, list[nn.Parameter]],
-    other: tuple[torch.optim.Optimizer, list[nn.Parameter]],
-    seeds: Iterable[int],
-) -> None:
-    """Two optimizers with their own copies of the same parameters, after every step."""
-    for seed in seeds:
-        for optimizer, params in (one, other):
-            with_grads(params, seed)
-            optimizer.step()
-        assert_same([p.detach().contiguous() for p in one[1]], [p.detach() for p in other[1]])
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """The same structure, bit for bit."""
-    assert type(one) is type(other)
-    if isinstance(one, Tensor):
-        one, other = one.detach(), other.detach()
-        assert one.dtype == other.dtype
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
-        assert torch.equal(one.isnan(), other.isnan())
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for mine, theirs in zip(one, other, strict=True):
-            assert_same(mine, theirs)
-    else:
-        assert one == other

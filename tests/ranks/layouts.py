@@ -1,0 +1,98 @@
+"""How a model lies on ranks: each makes the parameters of a net DTensors, or leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+
+def mesh_of_all() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _grid(*names: str) -> DeviceMesh:
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=names)
+
+
+def place(
+    net: nn.Module, where: Callable[[Tensor], tuple[DeviceMesh, Sequence[Any]] | None]
+) -> None:
+    for name, param in list(net.named_parameters()):
+        placed = where(param)
+        if placed is not None:
+            net.register_parameter(name, nn.Parameter(distribute_tensor(param.detach(), *placed)))
+
+
+def fsdp(net: nn.Module) -> None:
+    fully_shard(net, mesh=mesh_of_all())
+
+
+def sharded_by_columns(net: nn.Module) -> None:
+    mesh = mesh_of_all()
+    place(net, lambda x: (mesh, [Shard(x.ndim - 1)]))
+
+
+def replicated(net: nn.Module) -> None:
+    mesh = mesh_of_all()
+    place(net, lambda x: (mesh, [Replicate()]))
+
+
+def ddp(net: nn.Module) -> None:
+    """Plain parameters, which the optimizer is given a group for."""
+
+
+def hsdp(net: nn.Module) -> None:
+    """Two replicas, each sharded over the other ranks."""
+    fully_shard(net, mesh=_grid("dp_replicate", "dp_shard"))
+
+
+def fsdp_of_tensor_parallel(net: nn.Module) -> None:
+    """Some matrices sharded over the second dimension of the mesh, all by FSDP2 over the first."""
+    mesh = _grid("dp", "tp")
+    # Others are on the first dimension alone, so that there are two meshes.
+    choices = {"even": [Shard(0)], "uneven": [Shard(0)], "tall": [Shard(1)], "conv": [Shard(0)]}
+    chosen = {id(getattr(net, name)): placements for name, placements in choices.items()}
+    place(net, lambda x: (mesh["tp"], chosen[id(x)]) if id(x) in chosen else None)
+    fully_shard(net, mesh=mesh["dp"])
+
+
+def both_dimensions(net: nn.Module) -> None:
+    """Rows over one dimension of the mesh, columns over the other, both unevenly."""
+    mesh = _grid("rows", "columns")
+    place(net, lambda x: (mesh, [Shard(0), Shard(x.ndim - 1)]))
+
+
+def pipeline_stages(net: nn.Module) -> None:
+    """Each half of the ranks has a mesh of two dimensions of its own."""
+    half = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (2, half, 1), mesh_dim_names=("stage", "rows", "rest"))
+    place(net, lambda x: (mesh["rows", "rest"], [Shard(0), Replicate()]))
+
+
+LAYOUTS = {
+    "fsdp": fsdp,
+    "columns": sharded_by_columns,
+    "replicated": replicated,
+    "ddp": ddp,
+}
+# Of meshes of two dimensions.
+GRIDS = {
+    "hsdp": hsdp,
+    "fsdp_tp": fsdp_of_tensor_parallel,
+    "both": both_dimensions,
+    "stages": pipeline_stages,
+}
+
+
+def full(x: Tensor) -> Tensor:
+    return x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()

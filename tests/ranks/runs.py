@@ -1,0 +1,84 @@
+"""Optimizers over ranks and in one process, and what differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any
+
+import spectral_kernels as sk
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ranks.layouts import GRIDS, LAYOUTS, full
+from ranks.nets import Net, give, gradients, weights
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "muon": partial(sk.optim.Muon, lr=0.02),
+    "shampoo": partial(sk.optim.Shampoo, lr=0.01, block_size=16, precondition_frequency=3),
+    "soap": partial(sk.optim.SOAP, lr=0.01, precondition_frequency=3, stagger=True),
+    "deva": partial(sk.optim.DeVA, lr=0.05, precondition_frequency=3),
+    "deva_low_memory": partial(sk.optim.DeVA, lr=0.05, variant="low_memory"),
+}
+
+# Settings whose state or step has another form, for some tests.
+ALL = OPTIMIZERS | {
+    "muon_sphere": partial(
+        sk.optim.Muon, lr=0.02, hyperball=True, state_dtype=torch.bfloat16, beta2=0.9
+    )
+}
+
+# A run, and where it is interrupted, between two refreshes.
+STEPS, HALF = 6, 4
+
+
+def options(layout: str, **more: Any) -> dict[str, Any]:
+    """What a constructor is told; nothing of ranks for "alone"."""
+    if layout == "alone":
+        return {}
+    group = dist.group.WORLD if layout == "ddp" else None
+    return {"distributed": sk.optim.Distributed(group, **more)}
+
+
+def made(
+    name: str, layout: str, dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[Net, Any]:
+    net = Net(weights(dtype))
+    if layout != "alone":
+        {**LAYOUTS, **GRIDS}[layout](net)
+    # Several buckets, so that two are in flight.
+    return net, ALL[name](net.named_parameters(), **options(layout, bucket_bytes=2500, **more))
+
+
+def stepped(net: nn.Module, optimizer: Any, steps: Iterable[int], dtype: torch.dtype) -> None:
+    for step in steps:
+        give(net, gradients(step, dtype))
+        optimizer.step()
+
+
+def alone(name: str, dtype: torch.dtype = torch.float32, steps: int = STEPS) -> dict[str, Tensor]:
+    """The weights after some steps in one process."""
+    return _alone(name, dtype, steps)
+
+
+@cache
+def _alone(name: str, dtype: torch.dtype, steps: int) -> dict[str, Tensor]:
+    net = Net(weights(dtype))
+    stepped(net, ALL[name](net.named_parameters()), range(steps), dtype)
+    return {key: param.detach() for key, param in net.named_parameters()}
+
+
+def different(net: nn.Module, expected: dict[str, Tensor]) -> list[str]:
+    """Names of parameters that are not equal bit for bit."""
+    return [
+        name for name, mine in net.named_parameters() if not torch.equal(full(mine), expected[name])
+    ]
+
+
+def raised(call: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
