@@ -85,7 +85,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             if name == "cuda":
                 import emulated_cuda
 
-                inside.enter_context(emulated_cuda.emulated(refuse=True))
+                whole = _in_full(request.node, "cuda")
+                inside.enter_context(emulated_cuda.emulated(refuse=True, any_rows=whole))
             inside.enter_context(_dispatch.use_backend(name))
             yield Backend(name, isa or None)
         ran = {key.partition("/")[2] for key, count in _dispatch.call_counts().items() if count}
@@ -195,7 +196,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # many seconds: of Triton's kernels, and of those in CUDA C++, whose edges of tiles, orders of
 # blocks and accesses outside of tensors are tested in test_cuda_*.py. 0 leaves a file to the long
 # run: what it tests is the same code for every backend, or stands in a file of the backend's own. A
-# file may say its numbers itself, as SAMPLED_CASES = {"triton": 2, "cuda": 1}.
+# file may say its numbers itself, as SAMPLED_CASES = {"triton": 2, "cuda": 1}. Of a test marked
+# `in_full` every case is run, where the kernels are the only ones of their kind.
 SAMPLED_CASES = {
     "test_defaults.py": {"triton": 6, "cuda": 4},
     "test_deva.py": {"triton": 1, "cuda": 1},
@@ -216,6 +218,7 @@ SAMPLED_CASES = {
     "test_polar.py": {"triton": 2, "cuda": 1},
     "test_red_zones.py": {"triton": 0, "cuda": 0},
     "test_shampoo_step.py": {"triton": 1, "cuda": 1},
+    "test_soap_step.py": {"triton": 1, "cuda": 1},
     "test_symmetric_matmul.py": {"triton": 2, "cuda": 1},
     "test_threads.py": {"triton": 0, "cuda": 0},
 }
@@ -249,9 +252,14 @@ def _sampled(item: pytest.Item) -> dict[str, int]:
     return own or SAMPLED_CASES.get(item.path.name, {})
 
 
+def _in_full(item: pytest.Item, backend: str) -> bool:
+    """Whether no case on this backend is left to the long run, see the marker."""
+    return any(backend in mark.args for mark in item.iter_markers("in_full"))
+
+
 def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
     functions: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
-    sampled = set()
+    sampled, kept = set(), set()
     for item in items:
         params = getattr(item, "callspec", None)
         name = params.params.get("backend") if params else None
@@ -265,9 +273,10 @@ def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
             )
         sampled.add(item)
         possible = torch.float64 not in params.params.values()
-        if possible and not any(word in item.name for word in _SLOW):
+        if possible and _in_full(item, name):
+            kept.add(item)
+        elif possible and not any(word in item.name for word in _SLOW):
             functions[name, item.nodeid.partition("[")[0]].append(item)
-    kept = set()
     for (name, _), cases in functions.items():
         most = _sampled(cases[0])[name]
         if most:
@@ -280,12 +289,16 @@ def _leave_most_to_the_long_run(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Where Triton has no kernel for a case, it says so, and the case is none of its tests."""
+    """Where Triton has no kernel for a case, it says so, and the case is none of its tests.
+
+    Unless the test says that it runs there in full.
+    """
     try:
         return (yield)
     except RuntimeError as error:
-        gpu = item.get_closest_marker("triton") or item.get_closest_marker("emulated")
-        if gpu and str(error).startswith("backend cannot run"):
+        gpu = [name for name, mark in MARKS.items() if item.get_closest_marker(mark)]
+        in_full = any(_in_full(item, name) for name in gpu)
+        if gpu and not in_full and str(error).startswith("backend cannot run"):
             pytest.skip(str(error))
         raise
 

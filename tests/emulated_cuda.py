@@ -213,18 +213,21 @@ def refusal(
 
 
 @contextlib.contextmanager
-def emulated(*, refuse: bool = False) -> Iterator[None]:
+def emulated(*, refuse: bool = False, any_rows: bool = False) -> Iterator[None]:
     """Backend "cuda" is the emulation, and takes CPU tensors; with `refuse` only those that the
-    kernels would take on a card."""
+    kernels would take on a card, or with `any_rows` also those of few rows, which they leave to
+    backends that are more accurate there."""
     library()
-    rejection, operator = _dispatch._rejection, _native.operator
+    rejection, operator, rows = _dispatch._rejection, _native.operator, _cuda.LEAST_ROWS_FP32
     _dispatch._rejection = refusal if refuse else lambda *_: None
     _native.operator = functools.partial(operator, library="spectral_kernels_emulated")
+    _cuda.LEAST_ROWS_FP32 = 0 if any_rows else rows
     try:
         with _dispatch.use_backend("cuda"):
             yield
     finally:
         _dispatch._rejection, _native.operator = rejection, operator
+        _cuda.LEAST_ROWS_FP32 = rows
 
 
 class Guarded:

@@ -1,17 +1,14 @@
-"""eigenbasis, refresh_eigenbasis and soap_step_ on every backend and instruction set."""
+"""eigenbasis and refresh_eigenbasis on every backend and instruction set."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import later_step, named, new_step, next_step
+from support.cases import named
 from support.inputs import (
-    FLOATS,
     FULL,
     decaying,
     fuzzed,
@@ -24,8 +21,7 @@ from support.inputs import (
 )
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.oracles import jacobi
-from support.rule import FACTOR, LEAST_JITTER, error, exact, jittered, unit_roundoff
-from support.step_rules import assert_step_rule, assert_writes_nothing_around, displacement_noise
+from support.rule import error, exact, orthogonality, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -34,12 +30,6 @@ ORTHOGONALITY = {torch.float32: 5e-6, torch.float64: 1e-13}
 
 def stack(*matrices, dtype=torch.float32):
     return torch.stack(matrices).to(dtype)
-
-
-def orthogonality(q):
-    """max |Q^T Q - I|."""
-    q = q.double()
-    return float((q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64)).abs().max())
 
 
 def assert_orthogonal(q):
@@ -82,6 +72,7 @@ def test_values_descend_and_signs_are_fixed(dtype):
     assert (largest > 0.0).all()
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_known_bases(dtype):
     values, vectors = sk.eigenbasis(torch.diag(torch.tensor([1.0, 4.0, -2.0, 0.0])).to(dtype))
@@ -90,19 +81,22 @@ def test_known_bases(dtype):
     values, vectors = sk.eigenbasis(torch.zeros(3, 3, dtype=dtype))
     assert not values.any() and torch.equal(vectors, torch.eye(3, dtype=dtype))
     values, vectors = sk.eigenbasis(3.0 * torch.eye(4, dtype=dtype))
-    assert torch.equal(values, torch.full((4,), 3.0, dtype=dtype)) and orthogonality(vectors) == 0.0
+    assert torch.equal(values, torch.full((4,), 3.0, dtype=dtype))
+    assert torch.equal(vectors, torch.eye(4, dtype=dtype))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_asymmetric_input_is_symmetrised(dtype):
     tilted = integers(7, 7, dtype=dtype)  # of which the mean with the transpose is exact
     assert same_bits(sk.eigenbasis(tilted), sk.eigenbasis(0.5 * (tilted + tilted.mT)))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
-@pytest.mark.parametrize("rank", [0, 1, 5])
-def test_rank_deficient_matrices(rank, dtype):
-    g = gaussian(8, rank, dtype=torch.float64)
+@pytest.mark.parametrize(("n", "rank"), [(8, 0), (8, 1), (8, 5), (12, 1), (12, 3), (12, 8)])
+def test_rank_deficient_matrices(n, rank, dtype):
+    g = gaussian(n, rank, dtype=torch.float64)
     a = (g @ g.mT).to(dtype)
     values, vectors = sk.eigenbasis(a)
     assert (values[rank:].abs() <= 8.0 * unit_roundoff(dtype) * values[:1]).all()
@@ -119,6 +113,7 @@ def test_any_scale(dtype):
         assert error(scaled_vectors, vectors) < 1e4 * unit_roundoff(dtype)
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("operator", ["eigenbasis", "refresh"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", FULL, ids=named)
@@ -170,6 +165,7 @@ def test_batch_is_as_one_by_one(batch):
         assert same_bits(together[1].reshape(count, 7, 7), torch.stack([x for _, x in each]))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3, 3), (2, 0, 0), (2, 0, 3, 3)], ids=str)
 def test_empty(shape):
     x = torch.empty(shape)
@@ -228,11 +224,14 @@ def householder(q, a):
     return values, new, order
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("start", ["turned", "standard"])
 @pytest.mark.parametrize("dtype", FULL, ids=named)
-@pytest.mark.parametrize("condition", [1.0, 10.0, 1e3, 1e6])
+@pytest.mark.parametrize("condition", [1.0, 10.0, 1e3, 1e6, 1e12])
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 33])
-def test_refresh_is_a_round_of_orthogonal_iteration(n, condition, dtype):
-    a, q = semidefinite(n, condition, 1).to(dtype), orthogonal(n, 5).to(dtype)
+def test_refresh_is_a_round_of_orthogonal_iteration(n, condition, dtype, start):
+    a = semidefinite(n, condition, 1).to(dtype)
+    q = orthogonal(n, 5).to(dtype) if start == "turned" else torch.eye(n, dtype=dtype)
     values, new = sk.refresh_eigenbasis(q, a)
     assert_orthogonal(new)
     true_values, true_new, _ = householder(q.double(), a.double())
@@ -242,6 +241,8 @@ def test_refresh_is_a_round_of_orthogonal_iteration(n, condition, dtype):
         error(values[None], true_values[None])
         <= 2.0 * error(plain_values[None], true_values[None]) + tiny
     )
+    if condition == 1e12:
+        return  # the last columns are rounding errors
     # Columns of a basis are determined up to some u times the condition of A Q.
     noise = 2.0 * unit_roundoff(dtype) * condition
     assert error(new, true_new) <= 2.0 * error(plain_new, true_new) + tiny + noise
@@ -272,6 +273,7 @@ def test_refreshed_basis_of_a_rank_deficient_factor(rank, dtype):
     assert abs(float(inside.sort().values[-rank:].sum()) - rank) < 1e-5
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_zero_factor_keeps_the_basis(dtype, sort):
@@ -316,6 +318,7 @@ def test_column_j_follows_column_j(dtype):
     assert ((new * q).sum(0) > 0.9).all()
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_sorted_refresh_is_the_same_basis_in_descending_order(dtype):
     a, q = semidefinite(9, 50.0, 2).to(dtype), orthogonal(9, 4).to(dtype)
@@ -325,6 +328,7 @@ def test_sorted_refresh_is_the_same_basis_in_descending_order(dtype):
     assert same_bits((sorted_values, sorted_new), (values[order], new[:, order]))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_refresh_at_any_scale(dtype):
     a, q = semidefinite(9, 50.0, 2).to(dtype), orthogonal(9, 4).to(dtype)
@@ -375,168 +379,3 @@ def test_any_refresh(drawn):
         plain_new = householder(q, a)[1]
         noise = 8.0 * u * condition
         assert error(new, true_new) <= 2.0 * error(plain_new, true_new) + 16.0 * u + noise
-
-
-# soap_step_
-
-# Square, so that no factor has a null space, in which the first basis would be LAPACK's choice.
-SQUARES = ((5, 5), (2, 4, 4), (9, 9), (1, 1))
-LIST = ((5, 8), (9, 4), (2, 3, 6), (1, 6), (12, 12))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("refresh", [0, 1])
-def test_soap_step(refresh, dtype, backend):
-    case = later_step("soap_step_", LIST, dtype, taken=6, refresh=[refresh] * len(LIST))
-    assert_step_rule(case, backend.name)
-
-
-OPTIONS = (
-    {"maximize": True},
-    {"beta1": 0.0},
-    {"beta2": 0.0, "shampoo_beta": 0.0},
-    {"weight_decay": 0.0},
-    {"correct_bias": False},
-    {"normalize_grads": True},
-    {"eps": 1e-2},
-    {"permute_squares": True},
-    {"sides": ("left",)},
-    {"sides": ("right",)},
-    {"sides": ()},
-    {"per_matrix_counts": True},
-    {"refresh": [1, 0, 1, 0]},
-)
-
-
-@pytest.mark.parametrize(
-    "options",
-    OPTIONS,
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", FULL, ids=named)
-def test_soap_options(dtype, options, backend):
-    case = later_step("soap_step_", SQUARES, dtype, taken=4, **options)
-    assert_step_rule(case, backend.name)
-
-
-@pytest.mark.parametrize("skip_first", [True, False])
-@pytest.mark.parametrize("dtype", FULL, ids=named)
-def test_first_call(dtype, skip_first, backend):
-    # In its own eigenbases a first gradient is diagonal; a large eps damps the noise beside it.
-    case = new_step("soap_step_", SQUARES, dtype, skip_first=skip_first, eps=1.0)
-    before = case.clone()
-    expected = case.to(torch.float64).run_reference()
-    case.run(backend.name)
-    for i, shape in enumerate(SQUARES):
-        for name in ("lefts", "rights"):
-            assert error(case[name][i], expected[name][i]) < 8.0 * unit_roundoff(dtype)
-        # LAPACK promises a modest multiple of n roundings; MKL leaves up to 25 at n = 9.
-        limit = 4.0 * (shape[-2] + 1) * unit_roundoff(dtype)
-        assert orthogonality(case["left_bases"][i]) < limit
-        assert case["step_counts"][i] == (0.0 if skip_first else 1.0), shape
-        if skip_first:
-            assert same_bits(case["params"][i], before["params"][i])
-            assert not case["exp_avgs"][i].any() and not case["exp_avg_sqs"][i].any()
-        else:
-            moved = case["params"][i].double() - before["params"][i].double()
-            truth = expected["params"][i] - before["params"][i].double()
-            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
-
-
-def test_a_run_follows_the_specification(backend):
-    for options in ({}, {"permute_squares": True}, {"skip_first": False, "eps": 1e-2}):
-        ours = new_step("soap_step_", ((6, 6), (8, 8)), torch.float64, **options)
-        # In its own eigenbases a first gradient is diagonal; what lies beside it is noise over eps.
-        noise_over_eps = 0.0 if ours.options["skip_first"] else 8.0 * 2.0**-53 / 1e-2
-        theirs, moved = ours.clone(), [ours.clone() for _ in range(3)]
-        for t in range(12):
-
-            def step(x, t=t):
-                return next_step(x, seed=10 * t).with_(refresh=[int(t % 4 == 3)] * 2)
-
-            ours, theirs = step(ours), step(theirs).run_reference()
-            ours.run(backend.name)
-            for k, x in enumerate(moved):
-                x = step(x)
-                grads = [jittered(g, LEAST_JITTER, 100 * k + t) for g in x["grads"]]
-                moved[k] = x.with_(grads=grads).run_reference()
-        for i, (x, y) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
-            # Twelve steps of eight operations each, in units of what one rounding makes.
-            furthest = max(error(z["params"][i], y) for z in moved)
-            noise = furthest * unit_roundoff(torch.float64) / LEAST_JITTER
-            assert error(x, y) <= FACTOR * (math.sqrt(12 * 8) * noise + 2.0**-50 + noise_over_eps)
-
-
-def test_permuted_bases_give_the_same_updates(backend):
-    """F16: state bound to a basis follows it, whatever the order of the columns."""
-    case = later_step("soap_step_", ((6, 6),), torch.float64, taken=5)
-    order = torch.randperm(6, generator=generator(3))
-    moved = case.clone()
-    moved["left_bases"][0].copy_(case["left_bases"][0][:, order])
-    moved["exp_avgs"][0].copy_(case["exp_avgs"][0][order])
-    moved["exp_avg_sqs"][0].copy_(case["exp_avg_sqs"][0][order])
-    for t in range(20):
-        case, moved = (next_step(x, 100 + t) for x in (case, moved))
-        case.run(backend.name)
-        moved.run(backend.name)
-        assert error(moved["params"][0], case["params"][0]) < 1e-10
-
-
-def test_without_sides_it_is_adam(backend):
-    case = new_step("soap_step_", ((4, 7),), torch.float64, sides=(), lr=0.01, weight_decay=0.0)
-    param = torch.nn.Parameter(case["params"][0].clone())
-    adam = torch.optim.Adam([param], lr=0.01, betas=(0.9, 0.95), eps=0.0)
-    case.options["eps"] = 0.0
-    for t in range(5):
-        case = next_step(case, t)
-        param.grad = case["grads"][0].clone()
-        adam.step()
-        case.run(backend.name)
-    assert error(case["params"][0], param.data) < 1e-14
-
-
-@pytest.mark.parametrize("skip_first", [True, False])
-def test_zero_gradients_from_the_start(skip_first, backend):
-    options = {"lr": 0.5, "weight_decay": 0.5, "skip_first": skip_first}
-    case = new_step("soap_step_", ((4, 4),), **options).with_(grads=[torch.zeros(4, 4)])
-    before = case.clone()
-    case.run(backend.name)
-    decay = 1.0 if skip_first else 0.75
-    assert torch.equal(case["params"][0], before["params"][0] * decay)
-    for name in ("exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases", "right_bases"):
-        assert not case[name][0].any(), name
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_soap_step_in_any_layout_writes_nothing_around(layout, backend):
-    case = later_step("soap_step_", ((2, 5, 5), (4, 4)), torch.float64)
-    assert_writes_nothing_around(case, layout, backend.name)
-
-
-@st.composite
-def soap_steps(draw):
-    sizes = st.integers(1, 8)
-    square = sizes.map(lambda n: (n, n))
-    shapes = draw(
-        st.lists(st.one_of(square, square.map(lambda s: (2, *s))), min_size=1, max_size=3)
-    )
-    return later_step(
-        "soap_step_",
-        tuple(shapes),
-        [draw(st.sampled_from(FLOATS)) for _ in shapes],
-        taken=draw(st.integers(2, 4)),
-        seed=draw(st.integers(0, 2**20)),
-        sides=draw(st.sampled_from([("left", "right"), ("left",), ("right",), ()])),
-        beta1=draw(st.sampled_from([0.0, 0.9])),
-        correct_bias=draw(st.booleans()),
-        normalize_grads=draw(st.booleans()),
-        permute_squares=draw(st.booleans()),
-        maximize=draw(st.booleans()),
-        eps=draw(st.sampled_from([1e-8, 1e-3])),
-        refresh=[draw(st.integers(0, 1)) for _ in shapes],
-    )
-
-
-@fuzzed(soap_steps(), long=2000)
-def test_any_soap_step(case):
-    assert_step_rule(case, "cpu")

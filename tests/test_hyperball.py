@@ -13,9 +13,8 @@ from support.cases import later_step, named, new_step
 from support.inputs import FLOATS, gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped, with_grads
-from support.rule import unit_roundoff
 from support.states import assert_same
-from support.step_rules import assert_step_rule
+from support.step_rules import assert_step_rule, roundings_of
 from torch import Tensor, nn
 
 LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (40, 12))
@@ -31,9 +30,7 @@ def lengths(w: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [SPHERE, NEURONS], ids=["plain", "neurons"])
 def test_step(dtype, options, backend):
     case = later_step("muon_step_", LIST, dtype, taken=2, **options)
-    coarse = max(unit_roundoff(torch.float32), unit_roundoff(dtype))
-    coarse = coarse if dtype != torch.float64 else unit_roundoff(dtype)
-    assert_step_rule(case, backend.name, roundings=8.0 * coarse / unit_roundoff(dtype))
+    assert_step_rule(case, backend.name, roundings=roundings_of(dtype))
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1.0, 30.0])

@@ -9,8 +9,8 @@ from spectral_kernels.coefficients import resolve
 from support.cases import later_step, named, new_step
 from support.inputs import FLOATS, MUON, fuzzed, gaussian, generator
 from support.layouts import LAYOUTS, Placed, same_bits
-from support.rule import error, unit_roundoff
-from support.step_rules import assert_step_rule
+from support.rule import error
+from support.step_rules import assert_step_rule, roundings_of
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -25,10 +25,7 @@ LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (12, 40))
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=named)
 def test_muon_step(dtype, nesterov, compute_dtype, backend):
     case = later_step("muon_step_", LIST, dtype, nesterov=nesterov, compute_dtype=compute_dtype)
-    coarse = max(
-        unit_roundoff(compute_dtype) if dtype != torch.float64 else 0.0, unit_roundoff(dtype)
-    )
-    assert_step_rule(case, backend.name, roundings=8.0 * coarse / unit_roundoff(dtype))
+    assert_step_rule(case, backend.name, roundings=roundings_of(dtype, compute_dtype))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from support.cases import later_step, named, new_step
 from support.inputs import FLOATS, gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped, with_grads
-from support.rule import unit_roundoff
 from support.states import assert_same
-from support.step_rules import assert_step_rule
+from support.step_rules import assert_step_rule, roundings_of
 from torch import nn
 
 LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (40, 12))
@@ -29,15 +28,13 @@ BOTH = {"beta2": 0.9, "cautious": True, "weight_decay": 0.3}
 )
 def test_step(dtype, options, backend):
     case = later_step("muon_step_", LIST, dtype, taken=2, **options)
-    coarse = max(unit_roundoff(torch.float32), unit_roundoff(dtype))
-    coarse = coarse if dtype != torch.float64 else unit_roundoff(dtype)
-    assert_step_rule(case, backend.name, roundings=8.0 * coarse / unit_roundoff(dtype))
+    assert_step_rule(case, backend.name, roundings=roundings_of(dtype))
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16], ids=named)
 def test_step_with_16_bit_products(compute_dtype, backend):
     case = later_step("muon_step_", LIST, taken=2, compute_dtype=compute_dtype, **NEURONS)
-    roundings = 8.0 * unit_roundoff(compute_dtype) / unit_roundoff(torch.float32)
+    roundings = roundings_of(torch.float32, compute_dtype)
     assert_step_rule(case, backend.name, roundings=roundings)
 
 

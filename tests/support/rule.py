@@ -151,3 +151,9 @@ def rms(values: np.ndarray) -> float:
     """The root mean square; 0 of nothing."""
     values = np.asarray(values, dtype=np.float64)
     return float(np.sqrt((values**2).mean())) if values.size else 0.0
+
+
+def orthogonality(q: Tensor) -> float:
+    """max |Q^T Q - I|."""
+    q = q.double()
+    return float((q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64)).abs().max())

@@ -9,13 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from spectral_kernels._operators import TABLE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .cases import Case, copied, later_step, next_step
+from .cases import Case, copied, later_step, new_step, next_step
 from .inputs import state_dtype
 from .layouts import Placed, same_bits
-from .rule import ONE_DRAW, allowed_error, draws, error, errors, jittered, rms, unit_roundoff
+from .rule import (
+    FACTOR,
+    ONE_DRAW,
+    allowed_error,
+    draws,
+    error,
+    errors,
+    jittered,
+    rms,
+    unit_roundoff,
+)
 
 
 def assert_run_follows_reference(
@@ -98,12 +109,24 @@ def assert_step_rule(case: Case, backend: str, *, roundings: float = _OPERATIONS
     assert_written(ours, case, case.names(write=True), roundings)
 
 
-def assert_writes_nothing_around(case: Case, layout: str, backend: str) -> None:
-    """A step whose tensors lie otherwise in memory, with margins that stay, obeys the rule."""
+def roundings_of(dtype: torch.dtype, products: torch.dtype = torch.float32) -> float:
+    """`roundings` of a step whose products are coarser than its dtype; float64 keeps to itself."""
+    u = unit_roundoff(dtype)
+    coarse = u if dtype == torch.float64 else max(unit_roundoff(products), u)
+    return _OPERATIONS * coarse / u
+
+
+def assert_writes_nothing_around(
+    case: Case, layout: str, backend: str, *, but: Sequence[str] = ()
+) -> None:
+    """A step whose tensors lie otherwise in memory, with margins that stay, obeys the rule.
+
+    Lists named in `but` stay where they are.
+    """
     placed = {
         name: [Placed(x, layout) for x in case[name]]
         for name in ("grads", *case.names(write=True))
-        if name not in ("root_failures", "step_counts", "skipped")
+        if name not in ("root_failures", "step_counts", "skipped", *but)
     }
     moved = case.clone().with_(**{name: [x.tensor for x in xs] for name, xs in placed.items()})
     moved.run(backend)
@@ -123,6 +146,61 @@ def assert_skips_the_second(op: str, scale: float, backend: str) -> None:
     for name in case.names(write=True)[:-1]:
         assert same_bits(case[name][1], before[name][1]), name
         assert name == "root_failures" or not same_bits(case[name][0], before[name][0]), name
+
+
+def assert_spares_its_mates(case: Case, spoil: Callable[[Case], None], backend: str) -> None:
+    """Matrix 1 of entry 0, which `spoil` makes useless, keeps every bit and is counted.
+
+    What else is in its batch and in the list has the bits of a call without it.
+    """
+    clean = case.clone()
+    spoil(case)
+    before = case.clone()
+    case.run(backend)
+    clean.run(backend)
+    assert int(case["skipped"]) == 1
+    for name in ("params", *TABLE[case.op].states):
+        assert same_bits(case[name][0][1], before[name][0][1]), name
+        for i in (0, 2):
+            assert same_bits(case[name][0][i], clean[name][0][i]), name
+        assert same_bits(case[name][1], clean[name][1]), name
+
+
+def assert_first_call(
+    case: Case, backend: str, *, idle: bool, assert_basis: Callable[[Tensor], None]
+) -> None:
+    """A call without bases makes them from its factors; an idle one moves nothing yet."""
+    before = case.clone()
+    expected = case.to(torch.float64).run_reference()
+    case.run(backend)
+    for i, param in enumerate(case["params"]):
+        for name in ("lefts", "rights"):
+            limit = 8.0 * unit_roundoff(state_dtype(param.dtype))
+            assert error(case[name][i], expected[name][i]) < limit
+        for name in ("left_bases", "right_bases"):
+            assert_basis(case[name][i])
+        assert case["step_counts"][i] == (0.0 if idle else 1.0)
+        if idle:
+            assert same_bits(param, before["params"][i])
+            assert not case["exp_avgs"][i].any() and not case["exp_avg_sqs"][i].any()
+        else:
+            moved = param.double() - before["params"][i].double()
+            truth = expected["params"][i] - before["params"][i].double()
+            assert error(moved, truth) <= FACTOR * displacement_noise(before, i)
+
+
+def assert_zero_gradients_decay_only(
+    op: str, backend: str, *, decays: bool = True, **options: Any
+) -> None:
+    """From the start on: factors and bases of zero gradients are zero, and so are moments."""
+    case = new_step(op, ((4, 4),), lr=0.5, weight_decay=0.5, **options)
+    case = case.with_(grads=[torch.zeros(4, 4)])
+    before = case.clone()
+    case.run(backend)
+    decay = 0.75 if decays else 1.0
+    assert torch.equal(case["params"][0], before["params"][0] * decay)
+    for name in TABLE[op].states:
+        assert not case[name][0].any(), name
 
 
 def assert_written(
