@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 pytest.register_assert_rewrite("support")
 
-from support.inputs import refusal  # noqa: E402
+from support.fuzzing import refusal  # noqa: E402
 from support.optimizers import CONFIGS, FEW, Factory  # noqa: E402 (found by the path above)
 
 # A family that only test_new_family.py puts into a copy of the repository.

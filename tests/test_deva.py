@@ -9,8 +9,10 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels._operators import TABLE
-from support.cases import later_step, named, new_step, next_step
-from support.inputs import FLOATS, FULL, fuzzed, gaussian, generator, orthogonal
+from support.cases import later_step, new_step, next_step
+from support.formats import FLOATS, FULL, named
+from support.fuzzing import fuzzed
+from support.inputs import gaussian, generator, orthogonal
 from support.layouts import LAYOUTS, same_bits
 from support.rule import error, unit_roundoff
 from support.step_rules import (

@@ -16,7 +16,7 @@ from ranks.layouts import GRIDS, LAYOUTS
 from ranks.runs import OPTIMIZERS
 from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire
-from support.inputs import CAMPAIGN
+from support.fuzzing import CAMPAIGN
 
 
 @pytest.fixture(scope="session")

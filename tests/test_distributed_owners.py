@@ -9,7 +9,7 @@ import spectral_kernels as sk
 import torch
 from hypothesis import given, settings, strategies as st
 from spectral_kernels.optim._distributed.owners import Cost, Load, assign, buckets, cost
-from support.inputs import CAMPAIGN
+from support.fuzzing import CAMPAIGN
 
 ENTRIES = st.dictionaries(
     st.text(min_size=1, max_size=4),

@@ -7,11 +7,10 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import named
+from support.formats import FULL, named
+from support.fuzzing import fuzzed
 from support.inputs import (
-    FULL,
     decaying,
-    fuzzed,
     gaussian,
     generator,
     integers,

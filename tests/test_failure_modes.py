@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import spectral_kernels as sk
 import torch
-from support.cases import STEPS, case, later_step, named, new_step, next_step
+from support.cases import STEPS, case, later_step, new_step, next_step
+from support.formats import FLOATS, FULL, named
 from support.inputs import (
-    FLOATS,
-    FULL,
     MUON,
     gaussian,
     generator,

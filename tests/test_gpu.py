@@ -6,8 +6,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _cuda, _extension
-from support.cases import STEPS, Case, case, every_case, labels, named, new_step
-from support.inputs import FLOATS, MUON, gaussian
+from support.cases import STEPS, Case, case, every_case, labels, new_step
+from support.formats import FLOATS, named
+from support.inputs import MUON, gaussian
 from support.layouts import same_bits
 from support.optimizers import CONFIGS, FEW
 from support.oracles import exact_newton_schulz, plain_newton_schulz

@@ -9,8 +9,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _cuda, reference
-from support.cases import later_step, named, new_step
-from support.inputs import FLOATS, gaussian
+from support.cases import later_step, new_step
+from support.formats import FLOATS, named
+from support.inputs import gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped, with_grads
 from support.states import assert_same

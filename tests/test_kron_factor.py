@@ -7,21 +7,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import named
-from support.inputs import (
-    AWKWARD_SHAPES,
-    FLOATS,
-    FULL,
-    SHAPES,
-    fuzzed,
-    gaussian,
-    generator,
-    integers,
-    orthogonal,
-    semidefinite,
-    semidefinites,
-    state_dtype,
-)
+from support.formats import AWKWARD_SHAPES, FLOATS, FULL, SHAPES, named, state_dtype
+from support.fuzzing import fuzzed
+from support.inputs import gaussian, generator, integers, orthogonal, semidefinite, semidefinites
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.rule import assert_rule, draws, error, exact, rms, unit_roundoff
 

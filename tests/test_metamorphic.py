@@ -15,7 +15,9 @@ import torch
 from hypothesis import strategies as st
 from oracles import structured
 from support.cases import STEPS, later_step, new_step
-from support.inputs import CAMPAIGN, FULL, fuzzed, generator, orthogonal
+from support.formats import FULL
+from support.fuzzing import CAMPAIGN, fuzzed
+from support.inputs import generator, orthogonal
 from support.layouts import same_bits
 from support.rule import FACTOR, errors, input_noise, rms, textbook_error, unit_roundoff
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import resolve
-from support.cases import later_step, named, new_step
-from support.inputs import FLOATS, MUON, fuzzed, gaussian, generator
+from support.cases import later_step, new_step
+from support.formats import FLOATS, named
+from support.fuzzing import fuzzed
+from support.inputs import MUON, gaussian, generator
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.rule import error
 from support.step_rules import assert_step_rule, roundings_of

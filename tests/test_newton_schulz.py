@@ -12,18 +12,9 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import names, resolve
-from support.cases import named
-from support.inputs import (
-    AWKWARD_SHAPES,
-    FLOATS,
-    FULL,
-    MUON,
-    decaying,
-    fuzzed,
-    gaussian,
-    generator,
-    with_singular_values,
-)
+from support.formats import AWKWARD_SHAPES, FLOATS, FULL, named
+from support.fuzzing import fuzzed
+from support.inputs import MUON, decaying, gaussian, generator, with_singular_values
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.oracles import exact_newton_schulz, plain_newton_schulz
 from support.rule import assert_rule, draws, error, rms, unit_roundoff

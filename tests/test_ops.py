@@ -10,8 +10,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch, _fake
-from support.cases import STEPS, case, cases, every_case, labels, named, new_step, schemas
-from support.inputs import FLOATS, gaussian, orthogonal, semidefinite
+from support.cases import STEPS, case, cases, every_case, labels, new_step, schemas
+from support.formats import FLOATS, named
+from support.inputs import gaussian, orthogonal, semidefinite
 from support.layouts import bits, same_bits
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -22,7 +22,9 @@ from oracles import recipes, structured
 from spectral_kernels import _extension
 from spectral_kernels.coefficients import resolve
 from support.cases import Case, new_step, next_step
-from support.inputs import CAMPAIGN, FLOATS, FULL, MUON, instruction_set, state_dtype
+from support.formats import FLOATS, FULL, state_dtype
+from support.fuzzing import CAMPAIGN, instruction_set
+from support.inputs import MUON
 from support.layouts import Placed
 from support.oracles import plain_newton_root, plain_newton_schulz
 from support.rule import (

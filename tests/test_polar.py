@@ -7,17 +7,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import named
-from support.inputs import (
-    FLOATS,
-    FULL,
-    decaying,
-    fuzzed,
-    gaussian,
-    generator,
-    semidefinite,
-    with_singular_values,
-)
+from support.formats import FLOATS, FULL, named
+from support.fuzzing import fuzzed
+from support.inputs import decaying, gaussian, generator, semidefinite, with_singular_values
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.oracles import jacobi
 from support.rule import assert_rule, draws, error, exact, unit_roundoff

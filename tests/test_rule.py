@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.cases import later_step, named
-from support.inputs import FLOATS, FULL, MUON, gaussian
+from support.cases import later_step
+from support.formats import FLOATS, FULL, named
+from support.inputs import MUON, gaussian
 from support.oracles import exact_newton_schulz, plain_newton_schulz
 from support.rule import (
     FACTOR,

@@ -6,8 +6,10 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import later_step, named, new_step, next_step
-from support.inputs import FLOATS, FULL, fuzzed, with_eigenvalues
+from support.cases import later_step, new_step, next_step
+from support.formats import FLOATS, FULL, named
+from support.fuzzing import fuzzed
+from support.inputs import with_eigenvalues
 from support.layouts import LAYOUTS, same_bits
 from support.oracles import exact_inverse_root, plain_newton_root
 from support.rule import assert_rule, error

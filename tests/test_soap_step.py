@@ -9,8 +9,10 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels._operators import TABLE
-from support.cases import later_step, named, new_step, next_step
-from support.inputs import FLOATS, FULL, fuzzed, generator
+from support.cases import later_step, new_step, next_step
+from support.formats import FLOATS, FULL, named
+from support.fuzzing import fuzzed
+from support.inputs import generator
 from support.layouts import LAYOUTS, same_bits
 from support.rule import FACTOR, LEAST_JITTER, error, jittered, orthogonality, unit_roundoff
 from support.step_rules import (

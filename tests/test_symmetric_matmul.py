@@ -6,8 +6,9 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.cases import named
-from support.inputs import AWKWARD_SHAPES, FLOATS, SHAPES, fuzzed, gaussian, integers
+from support.formats import AWKWARD_SHAPES, FLOATS, SHAPES, named
+from support.fuzzing import fuzzed
+from support.inputs import gaussian, integers
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.rule import assert_rule, draws, exact
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from spectral_kernels import _extension
-from support.inputs import refusal
+from support.fuzzing import refusal
 
 HERE = Path(__file__).parent / "tiles"
 ISA = HERE.parent.parent / "csrc" / "cpu" / "isa"

@@ -10,7 +10,8 @@ import spectral_kernels as sk
 import torch
 from spectral_kernels import _extension
 from support.cases import case, labels
-from support.inputs import gaussian, instruction_set, semidefinite
+from support.fuzzing import instruction_set
+from support.inputs import gaussian, semidefinite
 from support.layouts import same_bits
 from torch.profiler import ProfilerActivity, profile
 

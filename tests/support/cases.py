@@ -18,7 +18,8 @@ from spectral_kernels._operators import TABLE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .inputs import FLOATS, FULL, MUON, gaussian, orthogonal, semidefinite, state_dtype
+from .formats import FLOATS, FULL, state_dtype
+from .inputs import MUON, gaussian, orthogonal, semidefinite
 
 
 @functools.cache
@@ -409,8 +410,3 @@ def labels(dtype: torch.dtype = torch.float32) -> list[str]:
 def every_case(keep: Callable[[str], bool] = lambda label: True) -> list[tuple[str, torch.dtype]]:
     """(label, dtype) of every case in every dtype."""
     return [(label, dtype) for dtype in FLOATS for label in labels(dtype) if keep(label)]
-
-
-def named(pair: Any) -> str | None:
-    """pytest ids of dtypes."""
-    return str(pair).removeprefix("torch.") if isinstance(pair, torch.dtype) else None

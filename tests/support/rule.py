@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import generator, state_dtype
+from .formats import state_dtype
+from .inputs import generator
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

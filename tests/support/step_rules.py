@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .cases import Case, copied, later_step, new_step, next_step
-from .inputs import state_dtype
+from .formats import state_dtype
 from .layouts import Placed, same_bits
 from .rule import (
     FACTOR,

@@ -7,8 +7,8 @@ import math
 import pytest
 import spectral_kernels as sk
 import torch
-from support.cases import named
-from support.inputs import FLOATS, SHAPES, gaussian
+from support.formats import FLOATS, SHAPES, named
+from support.inputs import gaussian
 from support.layouts import LAYOUTS, Placed, same_bits
 
 pytestmark = pytest.mark.usefixtures("backend")
