@@ -474,14 +474,8 @@ def test_rates_of_an_earlier_checkpoint_keep_their_proportion(cls, initial):
     with_grads([vector, matrix])
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    adamw = {
-        "lr": 0.125,
-        "betas": (0.5, 0.75),
-        "eps": 0.25,
-        "weight_decay": 0.25,
-        "amsgrad": False,
-        "maximize": False,
-    }
+    adamw = {**FIELDS, "lr": 0.125, "eps": 0.25, "weight_decay": 0.25}
+    adamw.update(amsgrad=False, maximize=False)
     if initial:
         saved["param_groups"][0].update(lr=0.0, initial_lr=0.5)
         adamw.update(lr=0.0, initial_lr=0.125)

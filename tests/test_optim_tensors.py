@@ -214,31 +214,40 @@ MOVES: dict[str, Callable[[nn.Parameter], None]] = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_memory_that_changes_between_steps(make, move):
-    """As an optimizer of new, plain parameters that got the state."""
+def after_three_steps(make):
+    """An optimizer and its parameters, one of which is flattened and one a vector."""
     needs_kernels()
     params = [parameter(6, 3, 2, 2), parameter(7, 7), parameter(5)]
     optimizer = make(params)
     stepped(optimizer, params, 3)
-    for param in params:
-        MOVES[move](param)
+    return optimizer, params
+
+
+def taken_over(make, optimizer, params):
+    """A new optimizer of copies of the parameters, which has got the state of the old one."""
     plain = [
         nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format))
         for param in params
     ]
     other = make(plain)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other, plain
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_memory_that_changes_between_steps(make, move):
+    """As an optimizer of new, plain parameters that got the state."""
+    optimizer, params = after_three_steps(make)
+    for param in params:
+        MOVES[move](param)
+    other, plain = taken_over(make, optimizer, params)
     assert_go_on_alike((optimizer, params), (other, plain), range(3, 6))
 
 
 @pytest.mark.parametrize("how", ["restrided", "replaced"])
 def test_state_that_is_restrided_or_replaced_between_steps(make, how):
     """Parts hold views of state where a parameter is flattened or cut into blocks."""
-    needs_kernels()
-    params = [parameter(6, 3, 2, 2), parameter(7, 7), parameter(5)]
-    optimizer = make(params)
-    stepped(optimizer, params, 3)
+    optimizer, params = after_three_steps(make)
     for param in params:
         state = optimizer.state[param]
         for name, value in state.items():
@@ -248,9 +257,7 @@ def test_state_that_is_restrided_or_replaced_between_steps(make, how):
             elif not isinstance(value, dict) and value.shape == param.shape:
                 whole = param.ndim > 1 and how == "restrided"
                 value.data = transposed(value.data) if whole else value.data.mul(2)
-    plain = [nn.Parameter(param.detach().clone()) for param in params]
-    other = make(plain)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other, plain = taken_over(make, optimizer, params)
     assert_go_on_alike((optimizer, params), (other, plain), range(3, 6))
     assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
 

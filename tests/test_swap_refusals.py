@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -91,15 +92,9 @@ def test_soap_with_changed_code_is_refused(doubles: None, monkeypatch: Any) -> N
     soap = importlib.import_module("soap")
     own = soap.SOAP.update_preconditioner
 
-    def faster(
-        self: Any,
-        grad: Tensor,
-        state: Any,
-        max_precond_dim: int = 10000,
-        merge_dims: bool = False,
-        precondition_1d: bool = False,
-    ) -> None:
-        own(self, 2 * grad, state, max_precond_dim, merge_dims, precondition_1d)
+    @functools.wraps(own)
+    def faster(self: Any, grad: Tensor, *others: Any, **options: Any) -> None:
+        own(self, 2 * grad, *others, **options)
 
     monkeypatch.setattr(soap.SOAP, "update_preconditioner", faster)
     with swap_in("SOAP") as swap:

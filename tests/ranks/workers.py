@@ -56,13 +56,8 @@ def serve(connection: Connection, rank: int, world: int, store: str, timeout: fl
     cases = _cases()
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
+    where, limit = f"file://{store}", datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", where, limit, world_size=world, rank=rank)
     while True:
         try:
             name, args = connection.recv()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .optimizers import with_grads
 
@@ -29,14 +30,7 @@ def golden(name: str) -> ModuleType:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors(each)
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Any]:

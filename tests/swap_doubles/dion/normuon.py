@@ -1,6 +1,7 @@
 """A small stand-in for dion's module of the same name."""
 
 import torch
+from stand_in import parameters
 from torch.optim import Optimizer
 
 from .polar_express import polar_express
@@ -13,17 +14,13 @@ class NorMuon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                    state["variance_neuron"] = torch.zeros_like(p[:, :1])
-                m, v = state["momentum"], state["variance_neuron"]
-                m.mul_(group["mu"]).add_(p.grad)
-                update = self._newton_schulz_func(m.bfloat16(), epsilon=torch.tensor(group["eps"]))
-                update = update.to(p.dtype)
-                length = update.norm()
-                v.lerp_(update.square().mean(-1, keepdim=True), 1 - group["muon_beta2"])
-                update = update / (v.sqrt() + 1e-8)
-                p.add_(update * (length / update.norm()), alpha=-group["lr"])
+        buffers = {"momentum": lambda p: p, "variance_neuron": lambda p: p[:, :1]}
+        for group, p, state in parameters(self, **buffers):
+            m, v = state["momentum"], state["variance_neuron"]
+            m.mul_(group["mu"]).add_(p.grad)
+            update = self._newton_schulz_func(m.bfloat16(), epsilon=torch.tensor(group["eps"]))
+            update = update.to(p.dtype)
+            length = update.norm()
+            v.lerp_(update.square().mean(-1, keepdim=True), 1 - group["muon_beta2"])
+            update = update / (v.sqrt() + 1e-8)
+            p.add_(update * (length / update.norm()), alpha=-group["lr"])

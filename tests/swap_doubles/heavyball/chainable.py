@@ -1,6 +1,7 @@
 """A small stand-in for the module of the same name."""
 
 import torch
+from stand_in import parameters
 from torch.optim import Optimizer
 
 from . import utils
@@ -12,11 +13,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["buffer"] = torch.zeros_like(p)
-                update = state["buffer"].mul_(group["momentum"]).add_(p.grad).clone()
-                utils.inplace_orthogonal_(update, out=update, scale_mode="scale")
-                p.add_(update, alpha=-group["lr"])
+        for group, p, state in parameters(self, buffer=lambda p: p):
+            update = state["buffer"].mul_(group["momentum"]).add_(p.grad).clone()
+            utils.inplace_orthogonal_(update, out=update, scale_mode="scale")
+            p.add_(update, alpha=-group["lr"])

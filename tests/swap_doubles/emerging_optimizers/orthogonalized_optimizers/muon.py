@@ -1,6 +1,7 @@
 """A small stand-in for the module of the same name."""
 
 import torch
+from stand_in import averaged
 from torch.optim import Optimizer
 
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
@@ -15,14 +16,9 @@ class Muon(Optimizer):
     def step(self, closure=None):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = muon_utils.newton_schulz(
-                    buffer, steps=5, coefficient_type="quintic", use_syrk=False
-                )
-                p.add_(update, alpha=-group["lr"] * max(p.shape) ** 0.5)
+        for group, p, buffer in averaged(self):
+            update = muon_utils.newton_schulz(
+                buffer, steps=5, coefficient_type="quintic", use_syrk=False
+            )
+            p.add_(update, alpha=-group["lr"] * max(p.shape) ** 0.5)
         torch.set_float32_matmul_precision(before)

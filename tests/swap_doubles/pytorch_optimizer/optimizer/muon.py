@@ -1,6 +1,7 @@
 """A small stand-in for the module of the same name."""
 
 import torch
+from stand_in import averaged
 from torch.optim import Optimizer
 
 from pytorch_optimizer.optimizer.shampoo_utils import zero_power_via_newton_schulz_5
@@ -12,11 +13,6 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = zero_power_via_newton_schulz_5(buffer, num_steps=5)
-                p.add_(update, alpha=-group["lr"])
+        for group, p, buffer in averaged(self):
+            update = zero_power_via_newton_schulz_5(buffer, num_steps=5)
+            p.add_(update, alpha=-group["lr"])

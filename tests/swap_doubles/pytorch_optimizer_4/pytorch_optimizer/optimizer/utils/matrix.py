@@ -2,6 +2,7 @@
 
 import torch
 
+SIMPLE = (3.4445, -4.7750, 2.0315)
 EXPRESS = [(8.2373, -23.1577, 16.6806), (4.0824, -2.8930, 0.5253), (1.875, -1.25, 0.375)]
 
 
@@ -12,12 +13,7 @@ def get_newton_schulz_weights(weights):
 
 
 def zero_power_via_newton_schulz_5(
-    g,
-    num_steps=5,
-    eps=1e-7,
-    safety_factor=1.0,
-    weights=(3.4445, -4.7750, 2.0315),
-    dtype=torch.bfloat16,
+    g, num_steps=5, eps=1e-7, safety_factor=1.0, weights=SIMPLE, dtype=torch.bfloat16
 ):
     x = g.to(dtype)
     norm = torch.linalg.matrix_norm(x, keepdim=True)
@@ -29,7 +25,7 @@ def zero_power_via_gram_newton_schulz(
     num_steps=5,
     eps=1e-7,
     safety_factor=1.0,
-    weights=(3.4445, -4.7750, 2.0315),
+    weights=SIMPLE,
     dtype=torch.float16,
     reset_steps=(2,),
 ):
