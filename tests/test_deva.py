@@ -9,22 +9,14 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels._operators import TABLE
+from support import step_rules
 from support.cases import later_step, new_step, next_step
 from support.formats import FLOATS, FULL, named
 from support.fuzzing import fuzzed
 from support.inputs import gaussian, generator, orthogonal
 from support.layouts import LAYOUTS, same_bits
 from support.rule import error, unit_roundoff
-from support.step_rules import (
-    assert_first_call,
-    assert_run_follows_reference,
-    assert_skips_the_second,
-    assert_spares_its_mates,
-    assert_step_rule,
-    assert_writes_nothing_around,
-    assert_zero_gradients_decay_only,
-    roundings_of,
-)
+from support.step_rules import assert_step_rule
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -132,7 +124,7 @@ def test_deva_options(dtype, options, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=named)
 def test_bfloat16_products(dtype, backend):
     case = started(LIST, dtype, compute_dtype=torch.bfloat16)
-    assert_step_rule(case, backend.name, roundings=roundings_of(dtype, torch.bfloat16))
+    assert_step_rule(case, backend.name, roundings=step_rules.roundings_of(dtype, torch.bfloat16))
 
 
 @pytest.mark.in_full("cuda")
@@ -145,7 +137,9 @@ def test_first_call(dtype, options, backend):
         assert error(q.mT @ q, eye) < 16.0 * unit_roundoff(dtype)
 
     case = new_step("deva_step_", SQUARES, dtype, **options)
-    assert_first_call(case, backend.name, idle=options is PUBLIC, assert_basis=assert_basis)
+    step_rules.assert_first_call(
+        case, backend.name, idle=options is PUBLIC, assert_basis=assert_basis
+    )
 
 
 def test_first_update_is_the_scaled_polar_factor(backend):
@@ -163,7 +157,7 @@ def test_first_update_is_the_scaled_polar_factor(backend):
 def test_a_run_follows_the_specification(options, backend):
     first = new_step("deva_step_", ((6, 6), (8, 8)), torch.float64, **options)
     follows = {"steps": 12, "refreshed": lambda t: t % 4 == 3, "limit": 1e-7}
-    assert_run_follows_reference(first, backend.name, **follows)
+    step_rules.assert_run_follows_reference(first, backend.name, **follows)
 
 
 def test_elementwise_limit_is_adam(backend):
@@ -231,7 +225,7 @@ def test_power_of_two_gradients_give_the_same_bits(norm, variance, backend):
 
 @pytest.mark.parametrize("exponent", [-52, 52])
 def test_gradients_out_of_range_are_skipped(exponent, backend):
-    assert_skips_the_second("deva_step_", 2.0**exponent, backend.name)
+    step_rules.assert_skips_the_second("deva_step_", 2.0**exponent, backend.name)
 
 
 @pytest.mark.in_full("cuda")
@@ -262,7 +256,7 @@ def test_what_is_not_finite_is_kept(where, variance, backend):
         matrix.view(-1)[13 % matrix.numel()] = math.nan
 
     case = started(((3, 5, 6), (4, 4)), torch.float32, variance=variance, refresh=[1, 0])
-    assert_spares_its_mates(case, spoil, backend.name)
+    step_rules.assert_spares_its_mates(case, spoil, backend.name)
 
 
 def test_permuted_bases_give_the_same_updates(backend):
@@ -284,7 +278,9 @@ def test_permuted_bases_give_the_same_updates(backend):
 @pytest.mark.parametrize("options", [{}, {"variance": "low_memory"}, PUBLIC], ids=str)
 def test_zero_gradients_from_the_start(options, backend):
     decays = options is not PUBLIC
-    assert_zero_gradients_decay_only("deva_step_", backend.name, decays=decays, **options)
+    step_rules.assert_zero_gradients_decay_only(
+        "deva_step_", backend.name, decays=decays, **options
+    )
 
 
 @pytest.mark.parametrize("options", [{}, PUBLIC], ids=["corrected", "public"])
@@ -305,7 +301,7 @@ def test_deva_step_in_any_layout_writes_nothing_around(variance, layout, dtype, 
     case = started(((2, 5, 5), (4, 7)), dtype, variance=variance)
     # Packed variances are one line, see below.
     but = ("exp_avg_sqs",) if variance == "low_memory" else ()
-    assert_writes_nothing_around(case, layout, backend.name, but=but)
+    step_rules.assert_writes_nothing_around(case, layout, backend.name, but=but)
 
 
 @pytest.mark.in_full("cuda")

@@ -14,7 +14,7 @@ from support.formats import FLOATS, named
 from support.inputs import gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped, with_grads
-from support.states import assert_same
+from support.states import assert_refused_when_written_later, assert_resumes
 from support.step_rules import assert_step_rule, roundings_of
 from torch import nn
 
@@ -265,13 +265,7 @@ def test_checkpoints_resume_and_take_up_moments():
     first = sk.optim.Muon([param], lr=0.1, beta2=0.9)
     stepped(first, [param], 3)
     assert first.state[param]["second_momentum_buffer"].shape == (6, 1)
-    other = nn.Parameter(param.detach().clone())
-    second = sk.optim.Muon([other], lr=0.1)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for optimizer, each in ((first, param), (second, other)):
-        stepped(optimizer, [each], 2)
-    assert torch.equal(param, other)
-    assert_same(first.state_dict()["state"], second.state_dict()["state"])
+    _, other = assert_resumes((first, param), lambda other: sk.optim.Muon([other], lr=0.1), 2)
 
     plain = sk.optim.Muon([param], lr=0.1)
     stepped(plain, [param], 1)
@@ -315,11 +309,7 @@ def test_bad_values_are_refused(values, error):
 @pytest.mark.usefixtures("one_thread")
 def test_a_beta2_that_is_written_later_needs_state():
     param = parameter(4, 6)
-    optimizer = sk.optim.Muon([param], lr=0.1)
-    stepped(optimizer, [param], 1)
-    optimizer.param_groups[0]["beta2"] = 0.9
-    with pytest.raises(ValueError, match="no second_momentum_buffer"):
-        stepped(optimizer, [param], 1)
+    assert_refused_when_written_later(param, "beta2", 0.9, "no second_momentum_buffer")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -9,19 +9,14 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels._operators import TABLE
+from support import step_rules
 from support.cases import later_step, new_step, next_step
 from support.formats import FLOATS, FULL, named
 from support.fuzzing import fuzzed
 from support.inputs import generator
 from support.layouts import LAYOUTS, same_bits
 from support.rule import FACTOR, LEAST_JITTER, error, jittered, orthogonality, unit_roundoff
-from support.step_rules import (
-    assert_first_call,
-    assert_spares_its_mates,
-    assert_step_rule,
-    assert_writes_nothing_around,
-    assert_zero_gradients_decay_only,
-)
+from support.step_rules import assert_step_rule
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -76,7 +71,7 @@ def test_first_call(dtype, skip_first, backend):
 
     # In its own eigenbases a first gradient is diagonal; a large eps damps the noise beside it.
     case = new_step("soap_step_", SQUARES, dtype, skip_first=skip_first, eps=1.0)
-    assert_first_call(case, backend.name, idle=skip_first, assert_basis=assert_basis)
+    step_rules.assert_first_call(case, backend.name, idle=skip_first, assert_basis=assert_basis)
 
 
 def test_a_run_follows_the_specification(backend):
@@ -155,7 +150,7 @@ def test_what_is_not_finite_is_kept(where, backend):
             case[where][0][1, 3, 2] = math.nan
 
     case = later_step("soap_step_", ((3, 5, 6), (4, 4)), refresh=[1, 1])
-    assert_spares_its_mates(case, spoil, backend.name)
+    step_rules.assert_spares_its_mates(case, spoil, backend.name)
 
 
 @pytest.mark.in_full("cuda")
@@ -202,7 +197,7 @@ def test_without_sides_it_is_adam(backend):
 @pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("skip_first", [True, False])
 def test_zero_gradients_from_the_start(skip_first, backend):
-    assert_zero_gradients_decay_only(
+    step_rules.assert_zero_gradients_decay_only(
         "soap_step_", backend.name, decays=not skip_first, skip_first=skip_first
     )
 
@@ -212,7 +207,7 @@ def test_zero_gradients_from_the_start(skip_first, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_soap_step_in_any_layout_writes_nothing_around(layout, dtype, backend):
     case = later_step("soap_step_", ((2, 5, 5), (4, 4)), dtype)
-    assert_writes_nothing_around(case, layout, backend.name)
+    step_rules.assert_writes_nothing_around(case, layout, backend.name)
 
 
 @st.composite

@@ -17,6 +17,7 @@ import torch
 from spectral_kernels import swap_in
 from spectral_kernels.swap import ADAPTERS
 from support.moves import distance, gradient, moved, parameters, steps
+from support.oracles import exact_newton_schulz
 from support.packages import DOUBLES, modules_of, public_code
 from torch import Tensor
 from torch.optim import Optimizer
@@ -264,14 +265,7 @@ def exact(target: Target, x: Tensor) -> Tensor:
 
 def polynomial(x: Tensor, rows: Sequence[Sequence[float]], divisor: float = 1.0) -> Tensor:
     """In float64."""
-    y = x.double()
-    y = y / (divisor * torch.linalg.matrix_norm(y, keepdim=True))
-    tall = y.shape[-2] > y.shape[-1]
-    y = y.mT if tall else y
-    for a, b, c in rows:
-        r = y @ y.mT
-        y = a * y + (b * r + c * r @ r) @ y
-    return y.mT if tall else y
+    return torch.from_numpy(exact_newton_schulz(x, rows, divisor).astype(float))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

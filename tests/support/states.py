@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+import spectral_kernels as sk
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .optimizers import with_grads
+from .optimizers import stepped, with_grads
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -50,6 +52,42 @@ def assert_go_on_alike(
             with_grads(params, seed)
             optimizer.step()
         assert_same([p.detach().contiguous() for p in one[1]], [p.detach() for p in other[1]])
+
+
+def assert_refused_when_written_later(
+    param: nn.Parameter, field: str, value: Any, said: str
+) -> torch.optim.Optimizer:
+    """A value that Muon's group is given after a step is refused, and nothing moves."""
+    optimizer = sk.optim.Muon([param], lr=0.1)
+    stepped(optimizer, [param], 1)
+    optimizer.param_groups[0][field] = value
+    before = param.detach().clone()
+    with_grads([param])
+    with pytest.raises(ValueError, match=said):
+        optimizer.step()
+    assert torch.equal(param, before)
+    return optimizer
+
+
+def assert_resumes(
+    one: tuple[torch.optim.Optimizer, nn.Parameter],
+    other: Callable[[nn.Parameter], torch.optim.Optimizer],
+    steps: int,
+) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    """An optimizer of a copy of the parameter loads the state, and goes on alike; both are moved.
+
+    Returns:
+        The other optimizer and its parameter.
+    """
+    first, param = one
+    copied = nn.Parameter(param.detach().clone())
+    second = other(copied)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for optimizer, each in ((first, param), (second, copied)):
+        stepped(optimizer, [each], steps)
+    assert torch.equal(param, copied)
+    assert_same(first.state_dict()["state"], second.state_dict()["state"])
+    return second, copied
 
 
 def assert_same(one: Any, other: Any) -> None:

@@ -191,6 +191,20 @@ class Strided {
   std::vector<T> buffer_;
 };
 
+// What a product or a combination writes three times: as it is, transposed, and to plain memory.
+template <class T>
+struct Results {
+  Packed out, out_t;
+  Strided<T> store;
+  // A field of the same name of the work is where each goes.
+  template <class Work>
+  void go_to(Work& work) const {
+    work.out = out.panels;
+    work.out_t = out_t.panels;
+    work.store = store.matrix;
+  }
+};
+
 // Every element within `tolerance` of the expected one, relative to 1 and to it; 0: exactly it.
 template <class M>
 void compare(const std::string& what, const M& got, const Dense& expected, double tolerance) {
@@ -214,6 +228,15 @@ inline void compare_packed(const std::string& what, const Packed& got, const Den
   compare(what, got, wanted, tolerance);
   check(got.padding_is_zero(), what + ": the padding is zero");
   check(got.margins_are_whole(), what + ": nothing else is written");
+}
+
+// Of small integers: exactly so.
+template <class Named, class T>
+void compare_results(const Named& named, const Results<T>& got, const Dense& expected) {
+  compare_packed(named("out"), got.out, expected, 0);
+  compare_packed(named("out_t"), got.out_t, transposed(expected), 0);
+  compare(named("store"), got.store, expected, 0);
+  check(got.store.margins_are_whole(), named("around store"));
 }
 
 }  // namespace spectral_kernels::cpu

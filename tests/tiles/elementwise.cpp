@@ -65,6 +65,17 @@ class Elementwise {
         dense(1, 1, [&](int64_t, int64_t) { return wanted; }));
   }
 
+  // Adam's moments and where their ratio goes.
+  template <class Work>
+  void give_moments(Work& work, const Packed& g, Strided<T>& m, Strided<T>& v) const {
+    work.g = g.panels;
+    work.m = m.matrix;
+    work.v = v.matrix;
+    work.beta1 = kBeta1;
+    work.beta2 = kBeta2;
+    work.eps = kEps;
+  }
+
   void square_average() {
     const Strided<T> g(g_, false);
     Strided<T> v(v_, true);
@@ -105,12 +116,7 @@ class Elementwise {
     Strided<T> m(m_, false), v(v_, true);
     Packed out = blank(rows_, cols_), out_t = blank(cols_, rows_);
     AdamMoments work;
-    work.g = g.panels;
-    work.m = m.matrix;
-    work.v = v.matrix;
-    work.beta1 = kBeta1;
-    work.beta2 = kBeta2;
-    work.eps = kEps;
+    give_moments(work, g, m, v);
     work.out = out.panels;
     work.out_t = out_t.panels;
     kernels_.adam_moments[kWide](work, 0, blocks_);
@@ -214,14 +220,9 @@ class Elementwise {
     Strided<T> m(m_, false), v(v_, true);
     Packed out = blank(rows_, cols_), out_t = blank(cols_, rows_);
     SignAdaptation work;
-    work.g = g.panels;
-    work.m = m.matrix;
-    work.v = v.matrix;
-    work.beta1 = kBeta1;
-    work.beta2 = kBeta2;
+    give_moments(work, g, m, v);
     work.m_scale = 2;
     work.v_scale = 4;
-    work.eps = kEps;
     work.scale = kScale;
     work.nesterov = true;
     work.seen_m = of_m;

@@ -111,8 +111,8 @@ void check_combine(const Kernels& kernels, Kind kind, const Shape& s) {
   const Dense a = integers(s.m, s.n), b = integers(s.m, s.n), d = integers(s.m, s.n);
   const Packed pa(kernels, kind, a), pb(kernels, other, b);
   const Strided<double> added(d, true);
-  Packed out(kernels, other, s.m, s.n), out_t(kernels, kind, s.n, s.m);
-  Strided<float> store(d, false);
+  const Results<float> results{Packed(kernels, other, s.m, s.n), Packed(kernels, kind, s.n, s.m),
+                               Strided<float>(d, false)};
   Combine c;
   c.a = pa.panels;
   c.b = pb.panels;
@@ -121,17 +121,13 @@ void check_combine(const Kernels& kernels, Kind kind, const Shape& s) {
   c.gamma = 3;
   c.delta = 4;
   c.add = added.matrix;
-  c.out = out.panels;
-  c.out_t = out_t.panels;
-  c.store = store.matrix;
+  results.go_to(c);
   kernels.combine[kind == Kind::kF64 ? 1 : 0](c, 0, ceil_div(s.n, kernels.panel[int(kind)]));
   const Dense sum = dense(s.m, s.n, [&](int64_t i, int64_t j) {
     return 2 * a(i, j) - 0.5 * b(i, j) + (i == j ? 3 : 0) + 4 * d(i, j);
   });
-  compare_packed(named("combine, out", kind, s), out, sum, 0);
-  compare_packed(named("combine, out_t", kind, s), out_t, transposed(sum), 0);
-  compare(named("combine, store", kind, s), store, sum, 0);
-  check(store.margins_are_whole(), named("combine, around store", kind, s));
+  compare_results([&](const char* what) { return named("combine, ", kind, s) + what; }, results,
+                  sum);
 }
 
 void check_scale_and_sums(const Kernels& kernels, Kind kind, const Shape& s) {

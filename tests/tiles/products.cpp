@@ -37,9 +37,9 @@ void check_general(const Kernels& kernels, Kind kind, const Size& s) {
               e = integers(s.m, s.n);
   const Packed pa(kernels, kind, a), pb(kernels, kind, b), pe(kernels, kind, e);
   const Strided<float> added(d, false);
-  Packed out(kernels, kind, s.m, s.n), out_t(kernels, full, s.n, s.m),
-      scaled(kernels, full, s.m, s.n), copy(kernels, full, s.m, s.n);
-  Strided<double> store(d, true);
+  const Results<double> results{Packed(kernels, kind, s.m, s.n), Packed(kernels, full, s.n, s.m),
+                                Strided<double>(d, true)};
+  Packed scaled(kernels, full, s.m, s.n), copy(kernels, full, s.m, s.n);
   Product p;
   p.a = pa.panels;
   p.b = pb.panels;
@@ -49,23 +49,18 @@ void check_general(const Kernels& kernels, Kind kind, const Size& s) {
   p.gamma = 5;
   p.add = added.matrix;
   p.add_panels = pe.panels;
-  p.out = out.panels;
-  p.out_t = out_t.panels;
   p.scaled = scaled.panels;
   p.alpha2 = 0.5;
   p.gamma2 = 7;
   p.copy = copy.panels;
-  p.store = store.matrix;
+  results.go_to(p);
   run(kernels, p, 2);
   const Dense ab = product(a, b);
   const Dense c = dense(s.m, s.n, [&](int64_t i, int64_t j) {
     return plus(2 * ab(i, j) - d(i, j) + 3 * e(i, j), i == j, 5);
   });
-  compare_packed(named("product, out", kind, s), out, c, 0);
-  compare_packed(named("product, out_t", kind, s), out_t, transposed(c), 0);
+  compare_results([&](const char* what) { return named("product, ", kind, s) + what; }, results, c);
   compare_packed(named("product, copy", kind, s), copy, c, 0);
-  compare(named("product, store", kind, s), store, c, 0);
-  check(store.margins_are_whole(), named("product, around store", kind, s));
   const Dense half =
       dense(s.m, s.n, [&](int64_t i, int64_t j) { return plus(0.5 * c(i, j), i == j, 7); });
   compare(named("product, scaled", kind, s), scaled, half, 0);
