@@ -1,41 +1,13 @@
-"""The reference's eigenbases."""
+"""What the specification of eigenbases alone promises."""
 
 import math
 
 import pytest
 import torch
-from spectral_kernels.coefficients import resolve
-from spectral_kernels.reference import (
-    deva_step_,
-    eigenbasis,
-    refresh_eigenbasis,
-    soap_step_,
-)
-from support.cases import step_options
-
-F64 = torch.float64
-MUON = resolve("muon").rows
-NONE = torch.empty(0)
-
+from spectral_kernels.reference import eigenbasis, refresh_eigenbasis
+from support.specified import F64, eye, relative, turned, with_spectrum
 
 pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
-
-
-def relative(x, y):
-    return float((x.double() - y).norm() / y.norm())
-
-
-def eye(n):
-    return torch.eye(n, dtype=F64)
-
-
-def orthogonal(n):
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64))[0]
-
-
-def with_spectrum(values, q):
-    a = (q * values) @ q.mT
-    return 0.5 * (a + a.mT)
 
 
 # eigenbasis
@@ -78,7 +50,7 @@ def test_eigenbasis_of_diagonal_and_extreme_matrices():
     values, vectors = eigenbasis(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
     assert values.tolist() == [3.0, 2.0, 1.0]
     assert torch.equal(vectors, torch.eye(3)[:, [1, 2, 0]])
-    a = with_spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=F64), orthogonal(3))
+    a = with_spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=F64), turned(3))
     for scale in (1e-300, 1e300):
         assert relative(eigenbasis(scale * a)[1], eigenbasis(a)[1]) < 1e-12
 
@@ -99,7 +71,7 @@ SPECTRA = {
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("n", [1, 5, 64])
 def test_refresh_is_a_round_of_orthogonal_iteration(spectrum, dtype, n):
-    basis = orthogonal(n)
+    basis = turned(n)
     a = with_spectrum(SPECTRA[spectrum](n), basis)
     turn = 0.05 * torch.randn(n, n, dtype=F64)
     q = (torch.linalg.matrix_exp(turn - turn.mT) @ basis)[:, torch.randperm(n)].to(dtype)
@@ -130,7 +102,7 @@ def test_refresh_is_a_round_of_orthogonal_iteration(spectrum, dtype, n):
 
 def test_repeated_refresh_converges_to_the_eigenbasis():
     values = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=F64)
-    basis = orthogonal(4)
+    basis = turned(4)
     a = with_spectrum(values, basis)
     q = basis[:, [2, 0, 3, 1]] @ torch.linalg.matrix_exp(
         0.1 * torch.ones(4, 4, dtype=F64).triu(1) - 0.1 * torch.ones(4, 4, dtype=F64).tril(-1)
@@ -143,8 +115,8 @@ def test_repeated_refresh_converges_to_the_eigenbasis():
 
 
 def test_F08_refresh_falls_back_to_householder_and_then_to_the_old_basis(monkeypatch):
-    q = orthogonal(6)
-    a = with_spectrum(SPECTRA["1e2"](6), orthogonal(6))
+    q = turned(6)
+    a = with_spectrum(SPECTRA["1e2"](6), turned(6))
     _, expected = refresh_eigenbasis(q, a, sort=False)
     monkeypatch.setattr(
         torch.linalg, "cholesky_ex", lambda a, **_: (a, torch.ones((), dtype=torch.int32))
@@ -157,7 +129,7 @@ def test_F08_refresh_falls_back_to_householder_and_then_to_the_old_basis(monkeyp
 
 
 def test_refresh_of_zero_keeps_the_basis():
-    q = orthogonal(5)
+    q = turned(5)
     values, new = refresh_eigenbasis(q, torch.zeros(5, 5, dtype=F64), sort=True)
     assert torch.equal(new, q)
     assert torch.equal(values, torch.zeros(5, dtype=F64))
@@ -166,16 +138,16 @@ def test_refresh_of_zero_keeps_the_basis():
 
 def test_refresh_keeps_directions_that_dead_rows_leave_alone():
     padded, q = torch.zeros(5, 5, dtype=F64), torch.zeros(5, 5, dtype=F64)
-    padded[:3, :3] = with_spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=F64), orthogonal(3))
-    q[:3, :3], q[3:, 3:] = orthogonal(3), orthogonal(2)
+    padded[:3, :3] = with_spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=F64), turned(3))
+    q[:3, :3], q[3:, 3:] = turned(3), turned(2)
     _, new = refresh_eigenbasis(q, padded, sort=False)
     assert relative(new[:, 3:], q[:, 3:]) < 1e-15
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_refresh_at_any_scale(dtype):
-    q = orthogonal(6).to(dtype)
-    a = with_spectrum(torch.logspace(0, -3, 6, dtype=F64), orthogonal(6)).to(dtype)
+    q = turned(6).to(dtype)
+    a = with_spectrum(torch.logspace(0, -3, 6, dtype=F64), turned(6)).to(dtype)
     values, new = refresh_eigenbasis(q, a, sort=False)
     for exponent in (-100, 100):
         scaled_values, scaled = refresh_eigenbasis(q, a * 2.0**exponent, sort=False)
@@ -184,7 +156,7 @@ def test_refresh_at_any_scale(dtype):
 
 
 def test_F04_refresh_of_a_nan_matrix_leaves_the_others():
-    q = orthogonal(4).expand(3, 4, 4).clone()
+    q = turned(4).expand(3, 4, 4).clone()
     a = torch.randn(3, 4, 4, dtype=F64)
     a = a @ a.mT
     clean = refresh_eigenbasis(q, a, sort=False)
@@ -214,73 +186,3 @@ def test_empty_bases():
 def test_refresh_errors(q, a, error, words):
     with pytest.raises(error, match=words):
         refresh_eigenbasis(q, a, sort=False)
-
-
-# Steps
-
-_HERE = {"shampoo_beta": 0.8, "weight_decay": 0.0}
-SOAP = {**step_options("soap_step_"), **_HERE}
-DEVA = {**step_options("deva_step_"), **_HERE}
-
-
-class Rotated:
-    """One parameter with its state, for either step."""
-
-    def __init__(self, param, kind, sides="lr", **options):
-        *batch, m, n = param.shape
-        dtype = F64 if param.dtype == F64 else torch.float32
-        self.kind = kind
-        self.param = param.clone()
-        self.m = torch.zeros(param.shape, dtype=dtype)
-        low_memory = options.get("variance") == "low_memory"
-        self.v = torch.zeros(*batch, m + n, dtype=dtype) if low_memory else torch.zeros_like(self.m)
-        left, right = ("l" in sides, "r" in sides)
-        self.left, self.left_basis = (
-            torch.zeros(*batch, m, m, dtype=dtype) if left else NONE for _ in range(2)
-        )
-        self.right, self.right_basis = (
-            torch.zeros(*batch, n, n, dtype=dtype) if right else NONE for _ in range(2)
-        )
-        self.count = torch.zeros(batch)
-        self.skipped = torch.zeros((), dtype=torch.int64)
-        self.options = {**(SOAP if kind == "soap" else DEVA), **options}
-
-    @property
-    def state(self):
-        return (
-            self.param,
-            self.m,
-            self.v,
-            self.left,
-            self.right,
-            self.left_basis,
-            self.right_basis,
-            self.count,
-        )
-
-    def step(self, grad, lr=1.0, refresh=0, scale=1.0, **options):
-        before = self.param.clone()
-        options = {**self.options, **options}
-        step = soap_step_
-        if self.kind == "deva":
-            step, options = deva_step_, {**options, "scales": [scale]}
-        step(
-            [self.param],
-            [grad],
-            [self.m],
-            [self.v],
-            [self.left],
-            [self.right],
-            [self.left_basis],
-            [self.right_basis],
-            [self.count],
-            self.skipped,
-            torch.tensor(lr, dtype=F64),
-            refresh=[refresh],
-            **options,
-        )
-        return (before - self.param) / lr
-
-
-PUBLIC_DEVA = {"reference": True, "eps_mode": "inside"}
-PUBLIC_LINF = {**PUBLIC_DEVA, "norm": "linf", "eps": 1e-5}

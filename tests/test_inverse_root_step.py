@@ -1,4 +1,4 @@
-"""The reference's Shampoo step."""
+"""What the specification of the Shampoo step alone promises."""
 
 import json
 import math
@@ -6,130 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectral_kernels.reference import (
-    newton_schulz,
-    polar,
-    shampoo_step_,
-)
+from spectral_kernels.reference import newton_schulz, polar
 from support.rule import FACTOR, unit_roundoff
+from support.specified import F64, NONE, Shampoo, exact_root, eye, relative
 
-F64 = torch.float64
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.json").read_text())
 
 
 pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
-
-
-def relative(x, y):
-    return float((x.double() - y).norm() / y.norm())
-
-
-def with_spectrum(values):
-    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=F64))
-    a = (q * values) @ q.mT
-    return 0.5 * (a + a.mT)
-
-
-def graded(n, condition):
-    return with_spectrum(torch.logspace(0, -math.log10(condition), n, dtype=F64))
-
-
-def exact_root(a, p):
-    values, vectors = torch.linalg.eigh(a.double())
-    return (vectors * values ** (-1.0 / p)) @ vectors.mT
-
-
-def eye(n):
-    return torch.eye(n, dtype=F64)
-
-
-# Factors
-
-
-def counter():
-    return torch.zeros((), dtype=torch.int64)
-
-
-NONE = torch.empty(0)
-
-
-# Shampoo
-
-SHAMPOO = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "graft_beta2": 0.9,
-    "root": 4,
-    "ridge": 0.0,
-    "relative_ridge": 1e-6,
-    "root_method": "auto",
-    "weight_decay": 0.0,
-    "graft": "none",
-    "graft_eps": 1e-8,
-    "graft_eps_mode": "relative",
-    "kl": False,
-    "kl_order": "sequential",
-    "debias": True,
-    "maximize": False,
-    "nonfinite": "skip",
-}
-
-
-class Shampoo:
-    """One parameter with its state, roots starting as the identity."""
-
-    def __init__(self, param, sides="lr", **options):
-        *batch, m, n = param.shape
-        dtype = F64 if param.dtype == F64 else torch.float32
-        self.param = param.clone()
-        self.momentum = torch.zeros(param.shape, dtype=dtype)
-        self.squares = torch.zeros(param.shape, dtype=dtype)
-        self.left, self.right = NONE, NONE
-        self.left_root, self.right_root = NONE, NONE
-        if "l" in sides:
-            self.left = torch.zeros(*batch, m, m, dtype=dtype)
-            self.left_root = torch.eye(m, dtype=dtype).expand(*batch, m, m).clone()
-        if "r" in sides:
-            self.right = torch.zeros(*batch, n, n, dtype=dtype)
-            self.right_root = torch.eye(n, dtype=dtype).expand(*batch, n, n).clone()
-        self.failures = torch.zeros(*batch, 2, dtype=torch.int64)
-        self.count = torch.zeros(batch)
-        self.skipped = counter()
-        self.options = {**SHAMPOO, **options}
-
-    @property
-    def state(self):
-        return (
-            self.param,
-            self.momentum,
-            self.squares,
-            self.left,
-            self.right,
-            self.left_root,
-            self.right_root,
-            self.failures,
-            self.count,
-        )
-
-    def step(self, grad, lr=1.0, refresh=1, **options):
-        before = self.param.clone()
-        shampoo_step_(
-            [self.param],
-            [grad],
-            [self.momentum],
-            [self.left],
-            [self.right],
-            [self.left_root],
-            [self.right_root],
-            [self.squares],
-            [self.failures],
-            [self.count],
-            self.skipped,
-            torch.tensor(lr, dtype=F64),
-            refresh=[refresh],
-            **{**self.options, **options},
-        )
-        return (before - self.param) / lr
 
 
 PUBLIC = {
@@ -198,16 +82,8 @@ def test_without_memory_shampoo_is_the_polar_factor(shape):
     update = opt.step(g)
     assert relative(update, polar(g)) < 1e-12
     rows = ((1.875, -1.25, 0.375),) * 30
-    same = newton_schulz(
-        g,
-        rows,
-        method="gram",
-        restarts=(),
-        compute_dtype=F64,
-        eps=0.0,
-        norm="frobenius",
-        norm_factor=1.0,
-    )
+    options = {"method": "gram", "restarts": (), "compute_dtype": F64, "eps": 0.0}
+    same = newton_schulz(g, rows, **options, norm="frobenius", norm_factor=1.0)
     assert relative(update, same) < 1e-10
 
 

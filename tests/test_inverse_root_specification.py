@@ -1,14 +1,12 @@
-"""The reference's inverse roots."""
+"""What the specification of inverse roots alone promises."""
 
 import math
 
 import pytest
 import torch
-from spectral_kernels.reference import (
-    inverse_root,
-)
+from spectral_kernels.reference import inverse_root
 from spectral_kernels.reference.inverse_root import sign_matrix
-from test_reference_shampoo import F64, exact_root, eye, graded, relative, with_spectrum
+from support.specified import F64, exact_root, eye, graded, relative, with_spectrum
 
 ROOT = {"ridge": 0.0, "relative_ridge": 0.0, "method": "auto"}
 CONVERGED, STAGNATED, FELL_BACK, RANK_DEFICIENT, NON_FINITE = range(5)

@@ -1,13 +1,12 @@
-"""What the reference's DeVA step alone does."""
+"""What the specification of the DeVA step alone promises."""
 
 import math
 
 import pytest
 import torch
-from spectral_kernels.reference import (
-    newton_schulz,
-)
-from test_reference_bases import F64, MUON, PUBLIC_DEVA, PUBLIC_LINF, Rotated, relative
+from spectral_kernels.reference import newton_schulz
+from support.inputs import MUON
+from support.specified import F64, PUBLIC_DEVA, PUBLIC_LINF, Rotated, relative
 
 pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 

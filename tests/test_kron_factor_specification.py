@@ -1,14 +1,11 @@
-"""The reference's Kronecker factors."""
+"""What the specification of Kronecker factors alone promises."""
 
 import math
 
 import pytest
 import torch
-from spectral_kernels.reference import (
-    kron_factors_update_,
-    kron_precondition,
-)
-from test_reference_shampoo import F64, NONE, counter, graded, relative
+from spectral_kernels.reference import kron_factors_update_, kron_precondition
+from support.specified import F64, NONE, counter, graded, relative
 
 pytestmark = pytest.mark.usefixtures("seeded", "one_thread")
 

@@ -1,4 +1,4 @@
-"""The reference's symmetric product, Newton-Schulz iterations, polar factor and Muon step."""
+"""What the specification alone promises of iterations, the polar factor and Muon."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The reference's steps in eigenbases, of SOAP and of DeVA."""
+"""What the specification promises of steps in eigenbases, SOAP's and DeVA's alike."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reference_bases import F64, NONE, PUBLIC_DEVA, PUBLIC_LINF, Rotated, eye, relative
+from support.specified import F64, NONE, PUBLIC_DEVA, PUBLIC_LINF, Rotated, eye, relative
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "public_trajectories.json").read_text())
 
