@@ -88,13 +88,10 @@ def mates(case: Case, kept: list[int]) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
 def test_a_nonfinite_element_is_skipped_and_counted(place, value, backend):
-    check_skip(place, value)
-
-
-def check_skip(place, value):
     """One element of one matrix: it keeps every bit, is counted, and its mates do not see it."""
     variant, name = place
     case = case_of(variant)
@@ -113,7 +110,9 @@ def check_skip(place, value):
     assert same_bits(mates(case, [0, 2]), mates(clean, [0, 1]))
 
 
-def check_raise(place):
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
+def test_a_nonfinite_element_raises_before_anything_is_written(place, backend):
     """One element of one matrix: it is named, and nothing is written."""
     variant, name = place
     case = case_of(variant, nonfinite="raise")
@@ -124,11 +123,7 @@ def check_raise(place):
     assert same_bits(case.written(), before.written())
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
-def test_a_nonfinite_element_raises_before_anything_is_written(place, backend):
-    check_raise(place)
-
-
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("name", ["grads", "momentum"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_propagated_elements_reach_the_parameter_at_once(variant, name, backend):
@@ -158,6 +153,7 @@ def test_signs_of_nan_are_nan(variant, backend):
     assert case["params"][0].isnan().all() == (variant != "deva-linf")
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("skip_first", [True, False])
 def test_first_call_with_nonfinite_state(skip_first, backend):
     for name in ("lefts", "rights", "exp_avgs", "exp_avg_sqs"):
@@ -174,9 +170,10 @@ def test_first_call_with_nonfinite_state(skip_first, backend):
         assert case["left_bases"][1].any()
 
 
-@pytest.mark.parametrize(
-    "variant", ["muon", "shampoo-between", "soap-between", "deva-between", "deva-linf"]
-)
+STEPPING = ("muon", "shampoo-between", "soap-between", "deva-between", "deva-linf")
+
+
+@pytest.mark.parametrize("variant", STEPPING)
 def test_a_parameter_that_would_overflow_is_skipped(variant, backend):
     """The largest fp16 number is 65504; a step of 0.1 on 6e4 with decay away from 0 passes it."""
     op, options = VARIANTS[variant]
@@ -198,6 +195,26 @@ def test_a_parameter_that_would_overflow_is_skipped(variant, backend):
             assert same_bits(case[name], before[name]), name
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", STEPPING)
+def test_a_parameter_that_would_overflow_spares_its_mates(variant, dtype, backend):
+    op, options = VARIANTS[variant]
+    options = {**options, "refresh": [0, 0]} if "refresh" in options else options
+    case = later_step(op, ((6, 9), (4, 5)), dtype, taken=2, **options)
+    case["params"][0].fill_(torch.finfo(dtype).max)
+    case["lr"].fill_(30.0)
+    case = case.with_(weight_decay=1.0)  # the old parameter times -29
+    before = case.clone()
+    case.run()
+    assert case["skipped"] == 1
+    for name in case.names(write=True):
+        if name != "skipped":
+            assert same_bits(case[name][0], before[name][0]), name
+    assert not same_bits(case["params"][1], before["params"][1])
+
+
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", ["left", "right", "left_root", "right_root"])
 def test_factors_with_a_nonfinite_element_keep_every_bit(side, value, backend):
