@@ -15,15 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import parity
 import torch
+from parity import LR, WEIGHT_DECAY
 from spectral_kernels import _records
 
 OUT = Path(__file__).with_name("public_trajectories.json")
 CALLS = 14
 FREQUENCY = 4
-# A power of two: Distributed Shampoo keeps the learning rate in float32.
-LR = 2.0**-7
-WEIGHT_DECAY = 0.125
 
 
 def trajectory(make_optimizer, start, grads):
@@ -37,18 +36,13 @@ def trajectory(make_optimizer, start, grads):
 
 
 def basis_cases(deva, soap):
-    common = {"lr": LR, "weight_decay": WEIGHT_DECAY, "betas": (0.9, 0.95)}
-    rotated = {**common, "shampoo_beta": 0.8, "precondition_frequency": FREQUENCY}
+    """Those of parity.py at another frequency, and two more."""
+    rotated = {**parity.ROTATED, "precondition_frequency": FREQUENCY}
+    linf = {name: rotated[name] for name in ("lr", "weight_decay", "betas")}
     return {
-        "soap": lambda p: soap.SOAP(p, **rotated),
-        "soap_normalized": lambda p: soap.SOAP(p, normalize_grads=True, **rotated),
+        **parity.basis_cases(deva, soap, rotated),
         "soap_uncorrected": lambda p: soap.SOAP(p, correct_bias=False, **rotated),
-        "deva": lambda p: deva.DeVASchattenNorm(p, **rotated),
-        "deva_plain": lambda p: deva.DeVASchattenNorm(p, nesterov=False, **rotated),
-        "deva_sign": lambda p: deva.DeVASchattenNormSignStablization(p, **rotated),
-        "deva_instant": lambda p: deva.DeVASchattenNormIns(p, **rotated),
-        "deva_linf": lambda p: deva.DeVAEuclideanNorm(p, **common),
-        "deva_linf_nesterov": lambda p: deva.DeVAEuclideanNorm(p, nestrov=True, **common),
+        "deva_linf_nesterov": lambda p: deva.DeVAEuclideanNorm(p, nestrov=True, **linf),
     }
 
 

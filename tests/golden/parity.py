@@ -182,15 +182,17 @@ class OneProcess:
         pass
 
 
-def basis_cases(deva: Any, soap: Any) -> dict[str, Callable[..., Any]]:
-    linf = {name: ROTATED[name] for name in ("lr", "weight_decay", "betas")}
+def basis_cases(
+    deva: Any, soap: Any, rotated: dict[str, Any] = ROTATED
+) -> dict[str, Callable[..., Any]]:
+    linf = {name: rotated[name] for name in ("lr", "weight_decay", "betas")}
     return {
-        "soap": lambda p: soap.SOAP(p, **ROTATED),
-        "soap_normalized": lambda p: soap.SOAP(p, normalize_grads=True, **ROTATED),
-        "deva": lambda p: deva.DeVASchattenNorm(p, **ROTATED),
-        "deva_plain": lambda p: deva.DeVASchattenNorm(p, nesterov=False, **ROTATED),
-        "deva_instant": lambda p: deva.DeVASchattenNormIns(p, **ROTATED),
-        "deva_sign": lambda p: deva.DeVASchattenNormSignStablization(p, **ROTATED),
+        "soap": lambda p: soap.SOAP(p, **rotated),
+        "soap_normalized": lambda p: soap.SOAP(p, normalize_grads=True, **rotated),
+        "deva": lambda p: deva.DeVASchattenNorm(p, **rotated),
+        "deva_plain": lambda p: deva.DeVASchattenNorm(p, nesterov=False, **rotated),
+        "deva_instant": lambda p: deva.DeVASchattenNormIns(p, **rotated),
+        "deva_sign": lambda p: deva.DeVASchattenNormSignStablization(p, **rotated),
         "deva_linf": lambda p: deva.DeVAEuclideanNorm(p, **linf),
     }
 
