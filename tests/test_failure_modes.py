@@ -364,7 +364,7 @@ def test_import_changes_nothing_for_others():
 def test_F67_first_step_does_not_wait_for_anything(op):
     code = (
         f"import sys, time; sys.path.insert(0, {TESTS!r});"
-        "import torch; from support import new_step;"
+        "import torch; from support.cases import new_step;"
         f"one = new_step({op!r}, ((64, 96), (128, 32)));"
         "start = time.perf_counter(); one.run(); print(time.perf_counter() - start)"
     )

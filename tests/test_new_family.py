@@ -95,7 +95,7 @@ import torch
 import spectral_kernels as sk
 from spectral_kernels import _cuda, _dispatch, _fake, benchmarks, reference
 from spectral_kernels.benchmarks import run
-from support import case, schemas
+from support.cases import case, schemas
 
 name = "scaled_sign"
 assert Path(sk.__file__).is_relative_to(Path.cwd()), sk.__file__

@@ -46,7 +46,8 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_map
 from emulated_cuda import Guarded
-from support import case, instruction_set, labels
+from support.cases import case, labels
+from support.fuzzing import instruction_set
 
 count = 0
 with instruction_set({isa!r}):
