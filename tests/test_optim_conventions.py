@@ -300,12 +300,16 @@ def test_F70_autocast_does_not_change_a_step(make_few):
 
 
 def test_step_in_inference_mode_leaves_usable_state(make_few):
-    net = model()
-    optimizer = make_few(net.parameters())
-    with_grads(net.parameters())
+    nets = model(), model()
+    inside, outside = (make_few(net.parameters()) for net in nets)
+    for net in nets:
+        with_grads(net.parameters())
     with torch.inference_mode():
+        inside.step()
+    outside.step()
+    for optimizer in (inside, outside):
         optimizer.step()
-    optimizer.step()
+    assert_same(*(list(net.parameters()) for net in nets))
 
 
 def test_default_dtype_does_not_matter(make_few):

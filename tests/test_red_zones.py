@@ -22,7 +22,7 @@ TESTS = str(Path(__file__).parent)
 def test_margins_of_every_tensor_stay(dtype, layout, backend):
     """Every matrix of every operator lies among NaN, which keep their bits."""
     if backend.name == "reference":
-        return
+        pytest.skip("torch's own operations")
     for label in labels(dtype):
         placed: list[Placed] = []
 
@@ -73,7 +73,7 @@ print(count)
 def test_memory_beyond_every_tensor_is_not_touched(backend):
     """Each tensor ends, or begins, at a page that nobody may touch: one access ends the process."""
     if backend.name == "reference":
-        return
+        pytest.skip("torch's own operations")
     code = _GUARDED.format(tests=TESTS, isa=backend.isa)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     lines = done.stdout.splitlines()
