@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from spectral_kernels import _cuda
-from support.cases import later_step
+from support.cases import later_step, next_step
 from support.emulated_steps import (
     assert_is_its_entries,
     assert_touches_nothing_outside,
@@ -13,7 +13,7 @@ from support.emulated_steps import (
 )
 from support.layouts import same_bits
 from support.step_rules import assert_step_rule
-from test_deva import started
+from test_deva import NORMS_AND_VARIANCES, started
 
 pytestmark = pytest.mark.usefixtures("native", "backend_emulated")
 
@@ -33,6 +33,26 @@ def test_deva_step_of_larger_matrices(variance):
 def test_means_of_several_blocks(norm):
     case = started(((70, 130),), torch.float32, norm=norm, eps=1e-1, sides=(), taken=2)
     assert_step_rule(case, "cuda")
+
+
+@pytest.mark.parametrize(("norm", "variance"), NORMS_AND_VARIANCES)
+def test_power_of_two_gradients_give_the_same_bits(norm, variance):
+    """Between refreshes; the bases' own decompositions take the emulation a second each."""
+    case = started(((5, 7),), torch.float32, taken=0, refresh=[0], norm=norm, variance=variance)
+    for name in ("lefts", "rights"):
+        case[name][0].zero_()
+
+    def run_of_two(scale):
+        x = case.clone()
+        for seed in (3, 4):
+            x = next_step(x, seed)
+            x = x.with_(grads=[g * scale for g in x["grads"]])
+            x.run("cuda")
+        return x["params"]
+
+    unit = run_of_two(1.0)
+    for power in (-31, 46):
+        assert same_bits(run_of_two(2.0**power), unit), power
 
 
 @pytest.mark.parametrize("options", [{}, {"variance": "low_memory"}, {"norm": "linf"}], ids=str)
