@@ -86,29 +86,16 @@ def test_public_trajectory(options, dtype, refresh, backend):
 
 
 OPTIONS = (
-    {"maximize": True},
+    *step_rules.OPTIONS,
     {"nesterov": False},
-    {"beta1": 0.0},
-    {"beta2": 0.0, "shampoo_beta": 0.0},
-    {"weight_decay": 0.0},
-    {"correct_bias": False},
-    {"normalize_grads": True},
     {"sign": True},
-    {"eps": 1e-2},
     {"eps_mode": "inside", "eps": 1e-3},
     {"eps_mode": "outside", "eps": 1e-3},
     {"variance": "low_memory", "eps_mode": "outside", "eps": 1e-3},
     {"variance": "low_memory", "eps_mode": "inside", "eps": 1e-3, "correct_bias": False},
-    {"sides": ("left",)},
-    {"sides": ("right",)},
-    {"sides": ()},
     {"scales": [0.0, 0.5, 1.0, 2.0]},
-    {"per_matrix_counts": True},
-    {"refresh": [1, 0, 1, 0]},
     {"eps": 0.0},
     {"norm": "linf", "eps_mode": "outside", "eps": 1e-3, "maximize": True},
-    {"nonfinite": "propagate"},
-    {"nonfinite": "raise"},
 )
 
 

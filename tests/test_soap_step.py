@@ -33,23 +33,7 @@ def test_soap_step(refresh, dtype, backend):
     assert_step_rule(case, backend.name)
 
 
-OPTIONS = (
-    {"maximize": True},
-    {"beta1": 0.0},
-    {"beta2": 0.0, "shampoo_beta": 0.0},
-    {"weight_decay": 0.0},
-    {"correct_bias": False},
-    {"normalize_grads": True},
-    {"eps": 1e-2},
-    {"permute_squares": True},
-    {"sides": ("left",)},
-    {"sides": ("right",)},
-    {"sides": ()},
-    {"per_matrix_counts": True},
-    {"refresh": [1, 0, 1, 0]},
-    {"nonfinite": "propagate"},
-    {"nonfinite": "raise"},
-)
+OPTIONS = (*step_rules.OPTIONS, {"permute_squares": True})
 
 
 @pytest.mark.in_full("cuda")

@@ -52,14 +52,15 @@ def counter() -> Tensor:
 
 
 class Stepped:
-    """One parameter with its state; `state` is in the order of the step's lists."""
+    """One parameter with its state; `lists` names it and that in the order of the step's lists."""
 
+    lists: tuple[str, ...]
     skipped: Tensor
     options: dict[str, Any]
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        return tuple(getattr(self, name) for name in self.lists)
 
     def moved(self, step: Any, grad: Tensor, lr: float, **options: Any) -> Tensor:
         """Takes a step; what it has moved against, in units of lr."""
@@ -77,6 +78,8 @@ DEVA = {**step_options("deva_step_"), **_BETA}
 
 class Rotated(Stepped):
     """One parameter with its state, for either step."""
+
+    lists = ("param", "m", "v", "left", "right", "left_basis", "right_basis", "count")
 
     def __init__(self, param: Tensor, kind: str, sides: str = "lr", **options: Any) -> None:
         *batch, m, n = param.shape
@@ -96,19 +99,6 @@ class Rotated(Stepped):
         self.count = torch.zeros(batch)
         self.skipped = counter()
         self.options = {**(SOAP if kind == "soap" else DEVA), **options}
-
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        return (
-            self.param,
-            self.m,
-            self.v,
-            self.left,
-            self.right,
-            self.left_basis,
-            self.right_basis,
-            self.count,
-        )
 
     def step(
         self, grad: Tensor, lr: float = 1.0, refresh: int = 0, scale: float = 1.0, **options: Any
@@ -145,6 +135,11 @@ SHAMPOO = {
 class Shampoo(Stepped):
     """One parameter with its state, roots starting as the identity."""
 
+    lists = (
+        *("param", "momentum", "left", "right", "left_root", "right_root"),
+        *("squares", "failures", "count"),
+    )
+
     def __init__(self, param: Tensor, sides: str = "lr", **options: Any) -> None:
         *batch, m, n = param.shape
         dtype = state_dtype(param.dtype)
@@ -163,20 +158,6 @@ class Shampoo(Stepped):
         self.count = torch.zeros(batch)
         self.skipped = counter()
         self.options = {**SHAMPOO, **options}
-
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        return (
-            self.param,
-            self.momentum,
-            self.left,
-            self.right,
-            self.left_root,
-            self.right_root,
-            self.squares,
-            self.failures,
-            self.count,
-        )
 
     def step(self, grad: Tensor, lr: float = 1.0, refresh: int = 1, **options: Any) -> Tensor:
         return self.moved(shampoo_step_, grad, lr, refresh=[refresh], **options)

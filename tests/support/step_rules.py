@@ -28,6 +28,24 @@ from .rule import (
     unit_roundoff,
 )
 
+# Options of steps in eigenbases, of a list of four square entries.
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"maximize": True},
+    {"beta1": 0.0},
+    {"beta2": 0.0, "shampoo_beta": 0.0},
+    {"weight_decay": 0.0},
+    {"correct_bias": False},
+    {"normalize_grads": True},
+    {"eps": 1e-2},
+    {"sides": ("left",)},
+    {"sides": ("right",)},
+    {"sides": ()},
+    {"per_matrix_counts": True},
+    {"refresh": [1, 0, 1, 0]},
+    {"nonfinite": "propagate"},
+    {"nonfinite": "raise"},
+)
+
 
 def assert_run_follows_reference(
     first: Case, backend: str, *, steps: int, refreshed: Callable[[int], bool], limit: float
