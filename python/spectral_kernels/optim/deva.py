@@ -1,4 +1,4 @@
-"""DeVA: variance adaptation times an orthogonalised direction."""
+"""DeVA: variance adaptation times an orthogonalized direction."""
 
 from __future__ import annotations
 

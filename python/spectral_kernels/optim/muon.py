@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised."""
+"""Muon: momentum, orthogonalized."""
 
 from __future__ import annotations
 
