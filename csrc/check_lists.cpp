@@ -128,21 +128,22 @@ void check_factors(at::TensorList factors, const char* name, at::TensorList para
   }
 }
 
+void check_partners(at::TensorList factors, const char* name, at::TensorList partners,
+                    const char* partner) {
+  for (size_t i = 0; i < factors.size(); i++)
+    TORCH_CHECK_VALUE((factors[i].numel() == 0) == (partners[i].numel() == 0), name, "[", i,
+                      "] has shape ", factors[i].sizes(), ", ", partner, "[", i, "] ",
+                      partners[i].sizes());
+}
+
 void check_eigenbasis_lists(const BasisLists& lists) {
-  const at::TensorList params = lists.params, lefts = lists.lefts, rights = lists.rights;
-  const at::TensorList left_bases = lists.left_bases, right_bases = lists.right_bases;
-  check_factors(lefts, "lefts", params, 0);
-  check_factors(rights, "rights", params, 1);
-  check_factors(left_bases, "left_bases", params, 0);
-  check_factors(right_bases, "right_bases", params, 1);
-  for (size_t i = 0; i < params.size(); i++) {
-    TORCH_CHECK_VALUE((lefts[i].numel() == 0) == (left_bases[i].numel() == 0), "lefts[", i,
-                      "] has shape ", lefts[i].sizes(), ", left_bases[", i, "] ",
-                      left_bases[i].sizes());
-    TORCH_CHECK_VALUE((rights[i].numel() == 0) == (right_bases[i].numel() == 0), "rights[", i,
-                      "] has shape ", rights[i].sizes(), ", right_bases[", i, "] ",
-                      right_bases[i].sizes());
-  }
+  const at::TensorList params = lists.params;
+  check_factors(lists.lefts, "lefts", params, 0);
+  check_factors(lists.rights, "rights", params, 1);
+  check_factors(lists.left_bases, "left_bases", params, 0);
+  check_factors(lists.right_bases, "right_bases", params, 1);
+  check_partners(lists.lefts, "lefts", lists.left_bases, "left_bases");
+  check_partners(lists.rights, "rights", lists.right_bases, "right_bases");
   TORCH_CHECK_VALUE(lists.refresh.size() == params.size(), "refresh has ", lists.refresh.size(),
                     " entries, params has ", params.size());
 }
@@ -179,6 +180,13 @@ void check_distinct(std::initializer_list<at::TensorList> written, at::TensorLis
                         " overlap in memory, or are the same, and one of them is written");
     }
   }
+}
+
+void check_eigenbasis_distinct(const BasisLists& lists, bool squares) {
+  check_distinct(
+      {lists.params, lists.exp_avgs, squares ? at::TensorList(lists.exp_avg_sqs) : at::TensorList(),
+       lists.lefts, lists.rights, lists.left_bases, lists.right_bases},
+      lists.grads);
 }
 
 void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries) {

@@ -19,10 +19,15 @@ void check_momentum(at::TensorList state, const char* name, at::TensorList param
 void check_rows_state(at::TensorList state, const char* name, at::TensorList params, bool present);
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
 void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
+// Partners of factors, their roots or bases, are there where they are.
+void check_partners(at::TensorList factors, const char* name, at::TensorList partners,
+                    const char* partner);
 // Factors, bases on the same sides, and one flag an entry.
 void check_eigenbasis_lists(const BasisLists& lists);
 // No tensor that is written overlaps another, or one that is read.
 void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
+// The same of the lists of a step in eigenbases, exp_avg_sqs among them if `squares`.
+void check_eigenbasis_distinct(const BasisLists& lists, bool squares);
 // Flat restarts of a list: those of entry i end at ends[i]; no ends, no restarts.
 void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries);
 

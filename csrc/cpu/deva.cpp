@@ -337,14 +337,7 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
   check_eigenbasis_lists(lists);
   const Variance kind = check_deva(lists, options);
-  if (kind != Variance::kNone)
-    check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
-                    lists.left_bases, lists.right_bases},
-                   lists.grads);
-  else
-    check_distinct({lists.params, lists.exp_avgs, lists.lefts, lists.rights, lists.left_bases,
-                    lists.right_bases},
-                   lists.grads);
+  check_eigenbasis_distinct(lists, kind != Variance::kNone);
   const NonFinite policy = nonfinite_policy(options.nonfinite);
   const DevaStep step{options, scalar(lists.lr), kind, policy != NonFinite::kPropagate};
   // Rows are not used by the elementwise norm, and may be empty there.
@@ -358,16 +351,8 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   const NewtonSchulz ns = make(options.compute_dtype), ns64 = make(at::kDouble);
   const std::vector<Item> items = items_of(lists.params);
   if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", lists.grads},
-                            {"exp_avgs", lists.exp_avgs},
-                            {"exp_avg_sqs", squares_as_matrices(lists.exp_avg_sqs, kind)},
-                            {"lefts", lists.lefts},
-                            {"rights", lists.rights},
-                            {"left_bases", lists.left_bases},
-                            {"right_bases", lists.right_bases},
-                            {"params", lists.params}});
-  std::vector<double> work =
-      eigenbasis_work(items, lists.params, lists.lefts, lists.rights, lists.refresh);
+    raise_nonfinite(items, lists, squares_as_matrices(lists.exp_avg_sqs, kind));
+  std::vector<double> work = eigenbasis_work(items, lists);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
     return lists.params[e].scalar_type() == at::kDouble ? ns64 : ns;
   };
@@ -379,10 +364,10 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
     }
   const auto tensors_of = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return DevaTensors{
-        MatrixBatch(lists.params[e])[item.index], MatrixBatch(lists.grads[e])[item.index],
-        MatrixBatch(lists.exp_avgs[e])[item.index], squares_of(lists.exp_avg_sqs[e], item, kind),
-        sides_of(item, lists.lefts, lists.rights, lists.left_bases, lists.right_bases)};
+    return DevaTensors{MatrixBatch(lists.params[e])[item.index],
+                       MatrixBatch(lists.grads[e])[item.index],
+                       MatrixBatch(lists.exp_avgs[e])[item.index],
+                       squares_of(lists.exp_avg_sqs[e], item, kind), sides_of(item, lists)};
   };
   std::vector<size_t> bytes;
   for (const Item& item : items) {

@@ -1,8 +1,5 @@
 #include "neurons.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -11,6 +8,7 @@
 
 #include "parallel.h"
 #include "product.h"
+#include "with_type.h"
 
 namespace spectral_kernels::cpu {
 namespace {
@@ -116,21 +114,6 @@ void update(const NeuronStep& p, int64_t r0, int64_t r1) {
     update_as<true, T, W>(p, r0, r1);
   else
     update_as<false, T, W>(p, r0, r1);
-}
-
-// f(W{}) with the type of the parameter.
-template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF64:
-      return f(double{});
-    case DType::kBF16:
-      return f(c10::BFloat16{});
-    case DType::kF16:
-      return f(c10::Half{});
-  }
 }
 
 template <class T>

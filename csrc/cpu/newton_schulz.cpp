@@ -281,12 +281,7 @@ class Iteration {
   // out = b R + c R², from R² where that is known already.
   void form_polynomial(double b, double c, const Panels& r, const Panels& r2, const Panels& out) {
     if (r2) return combine(out, r2, c, r, b, 0);
-    Product p = multiply(r, r, c);
-    p.symmetric = true;
-    p.beta_panels = b;
-    p.add_panels = r;
-    p.out = out;
-    run(p, threads_);
+    symmetric(r, r, c, b, out);
   }
 
   // 1 / the norm that X is divided by, 0 for X = 0 (a mix of gradient and momentum can cancel).

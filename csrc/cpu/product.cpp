@@ -1,8 +1,5 @@
 #include "product.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -13,6 +10,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "with_type.h"
 
 namespace spectral_kernels::cpu {
 namespace {
@@ -357,20 +355,6 @@ void convert(double value, c10::Half& to) { to = c10::Half(float(value)); }
 void* address(const Matrix& m, int64_t i, int64_t j) {
   return static_cast<char*>(m.data) +
          (i * m.row_stride + j * m.col_stride) * int64_t(element_size(m.dtype));
-}
-
-template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF64:
-      return f(double{});
-    case DType::kBF16:
-      return f(c10::BFloat16{});
-    case DType::kF16:
-      return f(c10::Half{});
-  }
 }
 
 // Square by square, so that both of two matrices, one the other way round, stay in cache.

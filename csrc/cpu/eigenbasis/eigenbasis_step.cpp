@@ -255,26 +255,37 @@ void EigenbasisStep::refresh(const Matrix& v, bool permute) {
   two_sided(back.out, back.out_t, false, forth);
 }
 
-Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
-               at::TensorList left_bases, at::TensorList right_bases) {
+Sides sides_of(const Item& item, const BasisLists& lists) {
   const size_t e = size_t(item.entry);
-  return {optional_matrix(lefts[e], item.index), optional_matrix(rights[e], item.index),
-          optional_matrix(left_bases[e], item.index), optional_matrix(right_bases[e], item.index)};
+  return {optional_matrix(lists.lefts[e], item.index), optional_matrix(lists.rights[e], item.index),
+          optional_matrix(lists.left_bases[e], item.index),
+          optional_matrix(lists.right_bases[e], item.index)};
 }
 
-std::vector<double> eigenbasis_work(const std::vector<Item>& items, at::TensorList params,
-                                    at::TensorList lefts, at::TensorList rights,
-                                    at::IntArrayRef refresh) {
+void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists,
+                     at::TensorList squares) {
+  raise_nonfinite(items, {{"grads", lists.grads},
+                          {"exp_avgs", lists.exp_avgs},
+                          {"exp_avg_sqs", squares},
+                          {"lefts", lists.lefts},
+                          {"rights", lists.rights},
+                          {"left_bases", lists.left_bases},
+                          {"right_bases", lists.right_bases},
+                          {"params", lists.params}});
+}
+
+std::vector<double> eigenbasis_work(const std::vector<Item>& items, const BasisLists& lists) {
   std::vector<double> work;
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);
-    const double m = double(params[e].size(-2)), n = double(params[e].size(-1));
-    double sum = m * n;
-    if (lefts[e].numel() > 0)
-      sum += 2.5 * m * m * n + (refresh[e] != 0 ? refresh_work(int64_t(m)) + 2 * m * m * n : 0);
-    if (rights[e].numel() > 0)
-      sum += 2.5 * m * n * n + (refresh[e] != 0 ? refresh_work(int64_t(n)) + 2 * m * n * n : 0);
-    work.push_back(sum);
+    const int64_t m = lists.params[e].size(-2), n = lists.params[e].size(-1);
+    const double area = double(m) * double(n);
+    const auto of_side = [&](const at::Tensor& factor, int64_t size) {
+      if (factor.numel() == 0) return 0.0;
+      const double product = area * double(size);
+      return 2.5 * product + (lists.refresh[e] != 0 ? refresh_work(size) + 2 * product : 0);
+    };
+    work.push_back(area + of_side(lists.lefts[e], m) + of_side(lists.rights[e], n));
   }
   return work;
 }

@@ -87,11 +87,11 @@ class EigenbasisStep {
   Panels x_, x_t_;  // in kind_, as far as the rotation needs them
 };
 
-Sides sides_of(const Item& item, at::TensorList lefts, at::TensorList rights,
-               at::TensorList left_bases, at::TensorList right_bases);
+Sides sides_of(const Item& item, const BasisLists& lists);
+// nonfinite="raise", with exp_avg_sqs as matrices.
+void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists,
+                     at::TensorList squares);
 // Multiply-adds of every matrix besides the Newton–Schulz steps, to schedule by.
-std::vector<double> eigenbasis_work(const std::vector<Item>& items, at::TensorList params,
-                                    at::TensorList lefts, at::TensorList rights,
-                                    at::IntArrayRef refresh);
+std::vector<double> eigenbasis_work(const std::vector<Item>& items, const BasisLists& lists);
 
 }  // namespace spectral_kernels::cpu

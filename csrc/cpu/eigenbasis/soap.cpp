@@ -91,27 +91,17 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
   check_state(lists.exp_avg_sqs, "exp_avg_sqs", lists.params, false);
   check_eigenbasis_lists(lists);
-  check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
-                  lists.left_bases, lists.right_bases},
-                 lists.grads);
+  check_eigenbasis_distinct(lists, true);
   const NonFinite policy = nonfinite_policy(options.nonfinite);
   const SoapStep step{options, scalar(lists.lr), policy != NonFinite::kPropagate};
   const std::vector<Item> items = items_of(lists.params);
-  if (policy == NonFinite::kRaise)
-    raise_nonfinite(items, {{"grads", lists.grads},
-                            {"exp_avgs", lists.exp_avgs},
-                            {"exp_avg_sqs", lists.exp_avg_sqs},
-                            {"lefts", lists.lefts},
-                            {"rights", lists.rights},
-                            {"left_bases", lists.left_bases},
-                            {"right_bases", lists.right_bases},
-                            {"params", lists.params}});
+  if (policy == NonFinite::kRaise) raise_nonfinite(items, lists, lists.exp_avg_sqs);
   const auto matrix_of = [&](const Item& item) {
     const size_t e = size_t(item.entry);
-    return SoapMatrix{
-        MatrixBatch(lists.params[e])[item.index], MatrixBatch(lists.grads[e])[item.index],
-        MatrixBatch(lists.exp_avgs[e])[item.index], MatrixBatch(lists.exp_avg_sqs[e])[item.index],
-        sides_of(item, lists.lefts, lists.rights, lists.left_bases, lists.right_bases)};
+    return SoapMatrix{MatrixBatch(lists.params[e])[item.index],
+                      MatrixBatch(lists.grads[e])[item.index],
+                      MatrixBatch(lists.exp_avgs[e])[item.index],
+                      MatrixBatch(lists.exp_avg_sqs[e])[item.index], sides_of(item, lists)};
   };
   std::vector<size_t> bytes;
   for (const Item& item : items)
@@ -126,8 +116,7 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
     else if (outcome == Outcome::kUpdated)
       progress.updated(item);
   };
-  parallel_matrices(eigenbasis_work(items, lists.params, lists.lefts, lists.rights, lists.refresh),
-                    update, bytes);
+  parallel_matrices(eigenbasis_work(items, lists), update, bytes);
 }
 
 }  // namespace

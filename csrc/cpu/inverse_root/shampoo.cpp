@@ -211,6 +211,14 @@ class ShampooMatrix {
       if (root) set_identity(root, 1 / std::sqrt(lam0 + delta));
   }
 
+  Panels packed(Workspace& workspace, const Matrix& root) {
+    Pack pack;
+    pack.x = root;
+    pack.out = take_panels(workspace, root.rows, root.cols, kind_);
+    run(pack, threads_);
+    return pack.out;
+  }
+
   // L <- beta2 L + w / n (G X_R)(G X_R)ᵀ and R likewise, as asked for, from the roots as they are.
   template <class F>
   bool kl_increment(bool of_left, bool of_right, const F& before) {
@@ -224,24 +232,17 @@ class ShampooMatrix {
     const Panels g = pack.out = take_panels(workspace, m_, n_, kind_);
     const Panels g_t = pack.out_t = take_panels(workspace, n_, m_, kind_);
     run(pack, threads_);
-    const auto packed_root = [&](const Matrix& root, int64_t size) {
-      Pack of_root;
-      of_root.x = root;
-      of_root.out = take_panels(workspace, size, size, kind_);
-      run(of_root, threads_);
-      return of_root.out;
-    };
     Panels x_t = g_t, x = g;  // (G X_R)ᵀ and X_L G
     if (of_left && state_.right_root) {
       Product product;
       product.a = g_t;
-      product.b = packed_root(state_.right_root, n_);
+      product.b = packed(workspace, state_.right_root);
       product.out_t = x_t = take_panels(workspace, n_, m_, kind_);
       run(product, threads_);
     }
     if (of_right && state_.left_root) {
       Product product;
-      product.a = packed_root(state_.left_root, m_);
+      product.a = packed(workspace, state_.left_root);
       product.b = g;
       product.out = x = take_panels(workspace, m_, n_, kind_);
       run(product, threads_);
@@ -292,16 +293,9 @@ class ShampooMatrix {
     else
       moment.out_t = operands.x_t = take_panels(workspace, n_, m_, kind_);
     run(moment, threads_);
-    const auto packed = [&](const Matrix& root, int64_t size) {
-      Pack pack;
-      pack.x = root;
-      pack.out = take_panels(workspace, size, size, kind_);
-      run(pack, threads_);
-      return pack.out;
-    };
     // The roots are symmetric, so they are their own transposes.
-    if (shape.has_left) operands.left_t = packed(state_.left_root, m_);
-    if (shape.has_right) operands.right = packed(state_.right_root, n_);
+    if (shape.has_left) operands.left_t = packed(workspace, state_.left_root);
+    if (shape.has_right) operands.right = packed(workspace, state_.right_root);
     const double decay = 1 - step_.lr * step_.weight_decay;
     if (step_.kind == Graft::kNone && sides) {
       Product last;
@@ -376,13 +370,6 @@ Graft graft_of(const std::string& name) {
   return name == "rmsprop" ? Graft::kRmsprop : Graft::kAdam;
 }
 
-void check_roots(at::TensorList factors, at::TensorList roots, const char* name) {
-  for (size_t i = 0; i < factors.size(); i++)
-    TORCH_CHECK_VALUE((factors[i].numel() == 0) == (roots[i].numel() == 0), name, "_roots[", i,
-                      "] has shape ", roots[i].sizes(), ", ", name, "s[", i, "] ",
-                      factors[i].sizes());
-}
-
 void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
   count_call("shampoo_step_", "cpu");
   check_step(lists);
@@ -391,8 +378,8 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
   check_factors(lists.rights, "rights", lists.params, 1);
   check_factors(lists.left_roots, "left_roots", lists.params, 0);
   check_factors(lists.right_roots, "right_roots", lists.params, 1);
-  check_roots(lists.lefts, lists.left_roots, "left");
-  check_roots(lists.rights, lists.right_roots, "right");
+  check_partners(lists.lefts, "lefts", lists.left_roots, "left_roots");
+  check_partners(lists.rights, "rights", lists.right_roots, "right_roots");
   const Graft kind = graft_of(options.graft);
   check_state(lists.graft_squares, "graft_squares", lists.params,
               kind == Graft::kNone || kind == Graft::kSgd);

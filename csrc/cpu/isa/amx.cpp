@@ -11,6 +11,7 @@
 
 #include "../tiles.h"
 #include "sets.h"
+#include "target.h"
 
 #if defined(SK_EMULATE_TILES)
 #define SK_HAS_F16C 0
@@ -19,14 +20,9 @@
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
 #if defined(__clang__)
-#pragma clang attribute push(                                              \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,"            \
-                          "avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), \
-    apply_to = function)
+SK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
 #else
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+SK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c" SK_WIDEST_VECTORS)
 #endif
 #endif
 namespace spectral_kernels::cpu::amx {
@@ -34,7 +30,6 @@ namespace spectral_kernels::cpu::amx {
 #define SK_MR 8
 #define SK_NV 2
 #define SK_PV 2
-#define SK_BLOCK_K 192
 #include "amx_product.inl"
 
 const Kernels& table() {
@@ -68,10 +63,6 @@ const Kernels& fma_table() {
 }
 }  // namespace spectral_kernels::cpu::amx
 #if !defined(SK_EMULATE_TILES)
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SK_TARGET_END
 #endif
 #endif

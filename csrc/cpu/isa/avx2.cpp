@@ -7,28 +7,18 @@
 
 #include "../tiles.h"
 #include "sets.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+SK_TARGET_BEGIN("avx2,fma,f16c")
 namespace spectral_kernels::cpu::avx2 {
 #define SK_NAME "avx2"
 #define SK_VECTOR_BYTES 32
 #define SK_MR 4
 #define SK_NV 3
 #define SK_PV 3
-#define SK_BLOCK_K 192
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
 #include "table.inl"
-const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SK_TARGET_END
 #endif

@@ -7,31 +7,18 @@
 
 #include "../tiles.h"
 #include "sets.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
-#endif
+SK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c" SK_WIDEST_VECTORS)
 namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_NAME "avx512bf16"
 #define SK_VECTOR_BYTES 64
 #define SK_MR 8
 #define SK_NV 2
 #define SK_PV 2
-#define SK_BLOCK_K 192
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
 #include "table.inl"
-const Kernels& table() { return kTable; }
 }  // namespace spectral_kernels::cpu::avx512bf16
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SK_TARGET_END
 #endif

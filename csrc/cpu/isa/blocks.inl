@@ -4,7 +4,6 @@
 //   SK_VECTOR_BYTES  bytes of a vector register
 //   SK_MR, SK_NV     rows and vectors of a register tile (SK_MR * SK_NV accumulators)
 //   SK_PV            vectors of a panel, a multiple of SK_NV: the panel width is P = SK_PV * lanes
-//   SK_BLOCK_K       rows of a panel that are multiplied before the accumulators go to memory
 //   SK_HAS_F16C, SK_HAS_BF16_DOT  0 or 1
 //   SK_NAME          what `info` calls this set
 // and is inside a namespace of its own. No standard header may be included from here.

@@ -1,4 +1,4 @@
-// The table of this instruction set.
+// The table of this instruction set, and `table()`, by which it is found.
 
 #include "elementwise.inl"
 
@@ -45,3 +45,5 @@ static const Kernels kTable = {
 #endif
     },
 };
+
+const Kernels& table() { return kTable; }

@@ -179,6 +179,9 @@ SK_INLINE Range nonzero_rows(Triangle shape, int64_t j, int64_t width, int64_t b
   return {begin, end};
 }
 
+// Rows of a panel that are multiplied before the accumulators go to memory.
+constexpr int64_t kBlockK = 192;
+
 template <class T, class E>
 static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                            void* scratch) {
@@ -186,9 +189,9 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
   constexpr bool kPairs = sizeof(T) == 4 && __is_same(E, uint32_t);
   const int64_t m = p.a.cols, n = p.b.cols;
   const int64_t k_rows = kPairs ? (p.a.rows + 1) / 2 : p.a.rows;
-  // Equal stretches of k no longer than SK_BLOCK_K; they depend on k alone, so every element is
+  // Equal stretches of k no longer than kBlockK; they depend on k alone, so every element is
   // summed in the same order whatever the tiles and threads.
-  const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, int64_t(SK_BLOCK_K)) : 1;
+  const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, kBlockK) : 1;
   const int64_t stretch = ceil_div(k_rows, stretches);
   T* tile = static_cast<T*>(scratch);
   for (int64_t s = 0; s < stretches; s++) {

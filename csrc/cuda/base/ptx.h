@@ -19,21 +19,17 @@ namespace spectral_kernels::cuda {
 
 DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// D (16 x 8, fp32) += A (16 x 16) B (16 x 8)
-DEVICE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DEVICE void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// D (16 x 8, fp32) += A (16 x 16) B (16 x 8). A macro, since an instruction is a literal.
+#define MMA_OF(name, type)                                                            \
+  DEVICE void name(float d[4], const uint32_t a[4], const uint32_t b[2]) {            \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type               \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"            \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  }
+MMA_OF(mma_bf16, "bf16")
+MMA_OF(mma_f16, "f16")
+#undef MMA_OF
 
 // Four 8 x 8 matrices of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrix(uint32_t r[4], const void* row) {

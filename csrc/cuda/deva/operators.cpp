@@ -1,7 +1,6 @@
 // deva_step_ on CUDA tensors.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <string>
 #include <vector>
@@ -66,14 +65,7 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   Deva deva;
   deva.variance = check_deva(lists, options);
   const bool none = deva.variance == Variance::kNone;
-  if (none)
-    check_distinct({lists.params, lists.exp_avgs, lists.lefts, lists.rights, lists.left_bases,
-                    lists.right_bases},
-                   lists.grads);
-  else
-    check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
-                    lists.left_bases, lists.right_bases},
-                   lists.grads);
+  check_eigenbasis_distinct(lists, !none);
   deva.nesterov = options.nesterov;
   deva.sign = options.sign;
   deva.relative = options.eps_mode == "relative";
@@ -91,21 +83,13 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   basis.schedule.correct_bias = options.correct_bias && options.public_schatten();
   basis.schedule.decay_last = options.public_schatten();
   EigenbasisStep step(lists, basis, kOp);
-  if (step.empty()) return;
-  const c10::DeviceGuard guard(lists.params[0].device());
-  step.begin();
-  while (step.next_slice()) {
-    step.rotate();
-    if (!step.moment_entries().empty()) {
-      Directions directions(step, kOp);
-      if (options.schatten())
-        directions.schatten(deva, options.rows, options.compute_dtype);
-      else
-        directions.signs(deva);
-    }
-    step.finish();
-  }
-  step.count();
+  step.run([&] {
+    Directions directions(step, kOp);
+    if (options.schatten())
+      directions.schatten(deva, options.rows, options.compute_dtype);
+    else
+      directions.signs(deva);
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <string>
 #include <vector>
@@ -73,26 +74,39 @@ class EigenbasisStep {
  public:
   EigenbasisStep(const BasisLists& lists, const EigenbasisOptions& options, const char* op);
 
-  bool empty() const { return items_.empty(); }
-  // First calls, numbers, and which matrices are not finite.
-  void begin();
-  // Takes the next matrices, and their workspaces.
-  bool next_slice();
-  void rotate();
+  // All of it, slice by slice: `pass` takes the matrices of one from G' to their directions.
+  template <class F>
+  void run(const F& pass) {
+    if (items_.empty()) return;
+    const c10::DeviceGuard guard(lists_.params[0].device());
+    begin();
+    while (next_slice()) {
+      rotate();
+      if (!moment_entries_.empty()) pass();
+      finish();
+    }
+    count();
+  }
+
   // The matrices of the slice that are updated, for the step's own passes from G' to the direction.
   const std::vector<MomentEntry>& moment_entries() const { return moment_entries_; }
   std::vector<at::Tensor> directions() const;
   int64_t matrices() const { return largest_.numel(); }
   at::TensorOptions options() const { return items_[begin_].param.options(); }
-  // Back out of the bases, factors, their refresh; state and parameters of what is not kept.
-  void finish();
-  void count();
 
   Numbers* numbers() const { return static_cast<Numbers*>(numbers_.data_ptr()); }
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
   void* stream() const { return stream_; }
 
  private:
+  // First calls, numbers, and which matrices are not finite.
+  void begin();
+  // Takes the next matrices, and their workspaces.
+  bool next_slice();
+  void rotate();
+  // Back out of the bases, factors, their refresh; state and parameters of what is not kept.
+  void finish();
+  void count();
   void find_first();
   void number();
   void look_at_idle_squares();

@@ -63,25 +63,17 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   count_call(kOp, "cuda");
   check_lists(lists, kOp);
   check_state(lists.exp_avg_sqs, "exp_avg_sqs", lists.params, false);
-  check_distinct({lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.lefts, lists.rights,
-                  lists.left_bases, lists.right_bases},
-                 lists.grads);
+  check_eigenbasis_distinct(lists, true);
   EigenbasisOptions basis(options);
   basis.idle_first = options.skip_first;
   basis.permute_squares = options.permute_squares;
   basis.schedule.correct_bias = options.correct_bias;
   basis.schedule.decay_last = true;
   EigenbasisStep step(lists, basis, kOp);
-  if (step.empty()) return;
-  const c10::DeviceGuard guard(lists.params[0].device());
-  step.begin();
-  while (step.next_slice()) {
-    step.rotate();
+  step.run([&] {
     check_launch(launch_adam(step.moment_entries(), basis.adam, step.largest(), step.stream()),
                  kOp);
-    step.finish();
-  }
-  step.count();
+  });
 }
 
 }  // namespace

@@ -1,0 +1,26 @@
+// The C++ type of a storage dtype.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "tiles.h"
+
+namespace spectral_kernels::cpu {
+
+// f(T{}).
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kF64:
+      return f(double{});
+    case DType::kBF16:
+      return f(c10::BFloat16{});
+    case DType::kF16:
+      return f(c10::Half{});
+  }
+}
+
+}  // namespace spectral_kernels::cpu
