@@ -9,21 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, coefficients as _coefficients
 from ._adapter import Adapter
 from ._points import Point, agree, trial_matrix, unfit
 
 Row = tuple[float, float, float]
 
 # What most of them iterate with: 5 steps of one row, or 5 rows.
-SIMPLE: Row = (3.4445, -4.7750, 2.0315)
-QUINTIC: tuple[Row, ...] = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
+SIMPLE: Row = _coefficients.resolve("muon").rows[0]
+QUINTIC: tuple[Row, ...] = _coefficients.resolve("quintic").rows
 # Two correct codes with products in bfloat16 differ by some percent.
 BOUND = 0.1
 _TRIALS = ((4, 6), (6, 4))

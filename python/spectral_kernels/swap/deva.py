@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 
 from ..newton_schulz import newton_schulz
 from ._adapter import Adapter
+from ._orthogonalizer import SIMPLE
 from ._points import Point, agree, trial_matrix, unfit
 from .soap import EigenbasisMethods, eigenbasis_classes, prove_methods
-
-_ROW = (3.4445, -4.7750, 2.0315)
 
 
 class Deva(Adapter):
@@ -56,7 +55,7 @@ class Deva(Adapter):
         """Newton-Schulz under the Schatten-8 norm, in bfloat16."""
         return newton_schulz(
             x.bfloat16(),
-            coefficients=_ROW,
+            coefficients=SIMPLE,
             steps=steps,
             eps=math.sqrt(eps),
             norm="schatten8",

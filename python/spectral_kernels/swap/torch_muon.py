@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..newton_schulz import muon_step_, newton_schulz
 from ._adapter import Adapter
+from ._orthogonalizer import SIMPLE
 from ._points import Point, Refused, agree, require_parameters, trial_matrix, unfit
 
 _STEP = "_single_tensor_muon"
@@ -165,20 +166,19 @@ class TorchMuon(Adapter):
     def prove(self, points: list[Point]) -> None:
         """One step of a wide and a tall matrix in each precision."""
         step, orthogonalize = (point.check() for point in points)
-        coefficients = (3.4445, -4.7750, 2.0315)
         for shape in ((4, 6), (6, 4)):
             x = trial_matrix(*shape)
             agree(
                 _ORTHOGONALIZE,
-                self.orthogonalize(orthogonalize, x, coefficients, 5, 1e-7),
-                orthogonalize(x, coefficients, 5, 1e-7),
+                self.orthogonalize(orthogonalize, x, SIMPLE, 5, 1e-7),
+                orthogonalize(x, SIMPLE, 5, 1e-7),
                 0.1,
             )
             options: dict[str, Any] = {
                 "lr": 0.5,
                 "weight_decay": 0.25,
                 "momentum": 0.75,
-                "ns_coefficients": coefficients,
+                "ns_coefficients": SIMPLE,
                 "ns_steps": 5,
                 "eps": 1e-7,
                 "has_complex": False,
