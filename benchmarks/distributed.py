@@ -12,10 +12,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from spectral_kernels.optim._distributed import owners
 
 from . import distributed_costs, report, run
 from .distributed_costs import Bucket, Costs, Layout, Prediction, Shape
@@ -28,6 +30,8 @@ MEAN_ERROR, WORST_ERROR = 0.15, 0.30
 # What two processes are to take of the step that each takes for itself.
 GOAL = 0.65
 _MOST_RANKS = 8
+# Steps with refreshes are measured by whole periods of ten, so theirs are smaller by default.
+_SHAPES = {"muon": "gpt2-block"}
 _PARTS = ("computing", "copying", "exchanging", "begin")
 
 Row = dict[str, Any]
@@ -49,9 +53,11 @@ def campaign(options: argparse.Namespace) -> tuple[list[int], Campaign]:
     for op in ops:
         if op not in known:
             raise ValueError(f"--ranks takes --op of {', '.join(known)}, not {op!r}")
-    shapes = parameter_shapes(options.shape or "gpt2-block")
-    algorithms = tuple(known[op] for op in ops)
-    return [int(part) for part in given], Campaign(shapes, algorithms, run.BUDGET)
+    shapes = {
+        known[op]: parameter_shapes(options.shape or _SHAPES.get(known[op], "small-list"))
+        for op in ops
+    }
+    return [int(part) for part in given], Campaign(shapes, run.BUDGET, progress=True)
 
 
 def main(options: argparse.Namespace, facts: Mapping[str, Any], console: Console) -> int:
@@ -84,7 +90,7 @@ def compared(measured: Campaign, found: Sequence[Found], others: float | None = 
     """
     ranks = len(found)
     rows = []
-    for algorithm in measured.algorithms:
+    for algorithm, shapes in measured.shapes.items():
         alone = together((each.steps[algorithm, "replicated"] for each in found), WALL)
         for name, layout in {"replicated": None, **layouts(ranks)}.items():
             times = together((each.steps[algorithm, name] for each in found), WALL)
@@ -97,7 +103,7 @@ def compared(measured: Campaign, found: Sequence[Found], others: float | None = 
                 "op": f"{algorithm}_step_",
                 "layout": name,
                 "ranks": ranks,
-                "matrices": [list(shape) for shape in measured.shapes],
+                "matrices": [list(shape) for shape in shapes],
                 "median_s": median,
                 "low_s": low,
                 "high_s": high,
@@ -137,12 +143,18 @@ def _prediction(
 ) -> tuple[Prediction, str | None]:
     """The step that the parts foretell, and why the plan is not the optimizer's, if it is not."""
     costs = measured_costs(found, algorithm, name, clock)
+    shapes = measured.shapes[algorithm]
     if layout is None:
-        return distributed_costs.replicated(measured.shapes, len(found), costs), None
-    buckets = distributed_costs.planned(algorithm, measured.shapes, layout)
+        return distributed_costs.replicated(shapes, len(found), costs), None
+    buckets = distributed_costs.planned(algorithm, shapes, layout, rates=_here())
     return distributed_costs.predicted(buckets, layout, costs), _unlike(
         buckets, layout, algorithm, found[0].loads[algorithm, name]
     )
+
+
+def _here() -> owners.Rates:
+    """The rates by which optimizers on this machine choose owners."""
+    return owners.rates_of(torch.device("cpu"))
 
 
 def _unlike(
@@ -151,7 +163,7 @@ def _unlike(
     """Whether owners or bytes of the model are not those of `plan()`."""
     loads = [
         sum(
-            count * distributed_costs.matrix(algorithm, shape)[0]
+            count * distributed_costs.cost(algorithm, shape, rates=_here()).flops
             for each in buckets
             for shape, count in each.owned[rank].items()
         )

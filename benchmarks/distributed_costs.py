@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,19 +45,33 @@ def _optimizer(algorithm: str, shape: Shape) -> Any:
     return ALGORITHMS[algorithm]([{"params": [param], "algorithm": "matrix"}])
 
 
-def cost(algorithm: str, shape: Shape, place: int = 0) -> owners.Cost:
-    """What a matrix costs its owner that has this place among others."""
+def cost(
+    algorithm: str, shape: Shape, place: int = 0, rates: owners.Rates | None = None
+) -> owners.Cost:
+    """What a matrix costs its owner that has this place among others, by default on a card."""
     optimizer = _optimizer(algorithm, shape)
     (group,) = optimizer.param_groups
     form = form_of(shape, batched=False, matrix_dims=None)
     offset = place if optimizer._staggered(group) else None
-    return owners.cost(optimizer._operator, form, group, 4 * math.prod(shape), offset)
+    return owners.cost(
+        optimizer._operator, form, group, torch.float32, offset, rates or owners.CARD
+    )
 
 
 @functools.cache
-def matrix(algorithm: str, shape: Shape) -> tuple[int, int]:
-    """Floating-point operations of a matrix's step, a refresh by its share, and bytes of state."""
-    return cost(algorithm, shape).flops, _optimizer(algorithm, shape).memory_estimate()
+def work(algorithm: str, shape: Shape) -> tuple[float, float]:
+    """Operations of a matrix's step, a refresh by its share, and elements read or written."""
+    optimizer = _optimizer(algorithm, shape)
+    (group,) = optimizer.param_groups
+    step, refreshes = owners.work(optimizer._operator, *shape, group, torch.float32)
+    share = sum(refreshes) / group.get("precondition_frequency", 1)
+    return step.products + step.polynomials + share, step.accesses
+
+
+@functools.cache
+def state_bytes(algorithm: str, shape: Shape) -> int:
+    """Of a matrix."""
+    return _optimizer(algorithm, shape).memory_estimate()
 
 
 @dataclass(frozen=True)
@@ -119,12 +132,17 @@ def _elements(matrices: Counter[Shape]) -> int:
 
 
 def planned(
-    algorithm: str, shapes: Sequence[Shape], layout: Layout, bucket_bytes: int = BUCKET
+    algorithm: str,
+    shapes: Sequence[Shape],
+    layout: Layout,
+    bucket_bytes: int = BUCKET,
+    rates: owners.Rates | None = None,
 ) -> list[Bucket]:
     """Who owns what, and what travels: the choices that the optimizers make."""
     names = {f"{i:06}": shape for i, shape in enumerate(shapes)}
     costs = {
-        name: cost(algorithm, shape, place) for place, (name, shape) in enumerate(names.items())
+        name: cost(algorithm, shape, place, rates)
+        for place, (name, shape) in enumerate(names.items())
     }
     who = owners.assign(costs, [owners.Load() for _ in range(layout.ranks)])
     entries = [(name, costs[name].bytes) for name in owners.in_order(costs)]
@@ -283,7 +301,10 @@ class Cards:
 
         def step(shape: Shape) -> float:
             full = min(1.0, min(shape) / self.full_side) ** 0.5
-            return matrix(algorithm, shape)[0] / (self.rate * full) + self.launch
+            operations, accesses = work(algorithm, shape)
+            # A copy reads and writes.
+            passes = accesses * 4 / (2 * self.memory)
+            return operations / (self.rate * full) + passes + self.launch
 
         def way(most: float, ranks: int) -> float:
             near = (min(self.node, ranks) - 1) / (ranks - 1) if ranks > 1 else 1.0
@@ -375,11 +396,11 @@ def estimated(
     # As many whole experts on every rank, which nothing is sent for.
     share = Counter(model.experts)
     experts = sum(count * costs.step(shape) for shape, count in share.items()) / layout.ranks
-    of_experts = sum(count * matrix(algorithm, shape)[1] for shape, count in share.items())
+    of_experts = sum(count * state_bytes(algorithm, shape) for shape, count in share.items())
     state = numpy.zeros(layout.ranks) + of_experts / layout.ranks
     for bucket in buckets:
         state += [
-            sum(count * matrix(algorithm, shape)[1] for shape, count in own.items())
+            sum(count * state_bytes(algorithm, shape) for shape, count in own.items())
             for own in bucket.owned
         ]
     return Estimate(

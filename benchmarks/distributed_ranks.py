@@ -9,7 +9,7 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,21 @@ class Campaign:
     """What to measure.
 
     Attributes:
-        shapes: the matrices of the model.
-        algorithms: names of optimizers.
+        shapes: of every optimizer, by its name, the matrices of the model.
         budget: seconds of timing for each thing.
         most: bytes of the largest exchange that is timed by itself.
+        progress: the first rank prints what it has measured.
     """
 
-    shapes: tuple[Shape, ...]
-    algorithms: tuple[str, ...]
+    shapes: Mapping[str, tuple[Shape, ...]]
     budget: float
     most: int = 4 * _SIZES[-1]
+    progress: bool = False
+
+    def say(self, what: str, start: float) -> None:
+        """Prints what has ended, and how many seconds after `start`."""
+        if self.progress and dist.get_rank() == 0:
+            print(f"  {what}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 @dataclass
@@ -127,9 +132,12 @@ def _begin(rank: int, ranks: int, folder: str, campaign: Campaign) -> None:
 def measured(campaign: Campaign) -> Found:
     """Everything of one rank. All ranks call it."""
     found = Found()
+    start = time.perf_counter()
     _time_exchanges(found, campaign)
-    for algorithm in campaign.algorithms:
-        trainings = _trainings(algorithm, campaign.shapes)
+    campaign.say("exchanges and copies", start)
+    for algorithm, model in campaign.shapes.items():
+        start = time.perf_counter()
+        trainings = _trainings(algorithm, model)
         period = 1 if algorithm == "muon" else FREQUENCY
         for name, (_, optimizer) in trainings.items():
             rows = optimizer.plan().rows
@@ -137,7 +145,7 @@ def measured(campaign: Campaign) -> Found:
             found.loads[algorithm, name] = optimizer.plan().loads, sent
         steps = {name: optimizer.step for name, (_, optimizer) in trainings.items()}
         # Between the steps that they are to foretell, so that what disturbs one disturbs both.
-        shapes = list(dict.fromkeys([_TINY, *campaign.shapes]))
+        shapes = list(dict.fromkeys([_TINY, *model]))
         steps |= {str(shape): _alone(algorithm, shape) for shape in shapes}
         rounds = _rounds(steps, period, campaign.budget * len(trainings))
         found.steps |= {(algorithm, name): rounds[name] for name in trainings}
@@ -147,12 +155,11 @@ def measured(campaign: Campaign) -> Found:
         }
         tiny = {
             name: optimizer.step
-            for name, (_, optimizer) in _trainings(
-                algorithm, [_TINY] * len(campaign.shapes)
-            ).items()
+            for name, (_, optimizer) in _trainings(algorithm, [_TINY] * len(model)).items()
         }
         rounds = _rounds(tiny, period, campaign.budget / 4)
         found.begin |= {(algorithm, name): times for name, times in rounds.items()}
+        campaign.say(f"{algorithm}, {len(model)} matrices", start)
     return found
 
 
@@ -202,14 +209,17 @@ def _rounds(
 ) -> dict[str, list[Sample]]:
     """Of every call the seconds of some rounds, one after the other, all ranks together.
 
-    A round is a whole period, so that every kind of step is in it.
+    A round is a whole period, so that every kind of step is in it. Before the first one a call
+    makes what is made once.
     """
-    first = sum(_one_round(call, period)[WALL] for call in calls.values())
+    for call in calls.values():
+        call()
+    samples = {name: [_one_round(call, period)] for name, call in calls.items()}
+    first = sum(times[0][WALL] for times in samples.values())
     agreed = torch.tensor([first], device="cpu", dtype=torch.float64)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     count = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(budget / max(float(agreed), 1e-9))))
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
-    for _ in range(count):
+    for _ in range(count - 1):
         for name, call in calls.items():
             samples[name].append(_one_round(call, period))
     return samples

@@ -80,6 +80,25 @@ def test_what_a_step_over_two_ranks_is_predicted_to_take():
     assert distributed_costs.replicated(shapes, 2, narrow).total == 7.0 + 2 * 240.0
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("algorithm", list(distributed_costs.ALGORITHMS))
+def test_state_is_spread_as_the_work_is(algorithm, ranks):
+    """No rank has more than its share of GPT-2's state and that of one matrix."""
+    shapes = distributed_costs.GPT2.matrices
+    layout = distributed_costs.Layout(1, ranks)
+    held = [
+        sum(
+            count * distributed_costs.state_bytes(algorithm, shape)
+            for bucket in distributed_costs.planned(algorithm, shapes, layout)
+            for shape, count in bucket.owned[rank].items()
+        )
+        for rank in range(ranks)
+    ]
+    each = [distributed_costs.state_bytes(algorithm, shape) for shape in shapes]
+    assert sum(held) == sum(each)
+    assert max(held) <= sum(each) / ranks + max(each)
+
+
 def test_replicas_send_on_what_they_were_given():
     layout = distributed_costs.Layout(2, 2)
     (bucket,) = distributed_costs.planned("muon", ((4, 6),) * 4, layout)
@@ -104,14 +123,14 @@ def test_ranks_that_make_no_sense(arguments, words, capsys):
 
 def found_alone(ranks, campaign):
     """What one rank might have measured."""
-    assert ranks == 1 and campaign.shapes == ((24, 16), (16, 24))
+    assert ranks == 1 and campaign.shapes == {"muon": ((24, 16), (16, 24))}
     found = distributed_ranks.Found(copied=(1e-9, 1e-9))
     for name, took in (("replicated", 4.0), ("ddp", 6.0)):
         found.steps["muon", name] = [(took, took / 2)] * 3
         found.begin["muon", name] = [(1.0, 0.5)] * 3
-    cost = distributed_costs.matrix("muon", (24, 16))[0]
+    cost = distributed_costs.cost("muon", (24, 16), rates=distributed._here()).flops
     found.loads["muon", "ddp"] = [2 * cost], 0
-    found.matrices = {("muon", shape): 2.0 for shape in campaign.shapes}
+    found.matrices = {("muon", shape): 2.0 for shape in campaign.shapes["muon"]}
     found.pieces = found.everyone = [(0, (0.5, 0.25)), (0, (0.75, 0.5))]
     return [found]
 

@@ -8,7 +8,17 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import given, settings, strategies as st
-from spectral_kernels.optim._distributed.owners import Cost, Load, assign, buckets, cost
+from spectral_kernels.optim._distributed.owners import (
+    CARD,
+    Cost,
+    Load,
+    Rates,
+    assign,
+    buckets,
+    cost,
+    rates_of,
+    work,
+)
 from support.fuzzing import CAMPAIGN
 
 ENTRIES = st.dictionaries(
@@ -42,12 +52,15 @@ def test_no_owner_has_more_than_the_mean_and_one_entry(costs, ranks, random):
     assert owners == assign(shuffled, [Load() for _ in range(ranks)])
 
 
-def _cost(optimizer, place=0):
+USUAL = Rates()
+
+
+def _cost(optimizer, place=0, rates=USUAL):
     (param,) = optimizer.param_groups[0]["params"]
     values = optimizer.param_groups[0]
     offset = place if optimizer._staggered(values) else None
     form = optimizer._form(param, values)
-    return cost(optimizer._operator, form, values, 4 * param.numel(), offset)
+    return cost(optimizer._operator, form, values, param.dtype, offset, rates)
 
 
 @pytest.mark.parametrize("frequency, ranks", [(4, 4), (10, 4), (10, 8), (3, 2)])
@@ -66,28 +79,81 @@ def test_no_step_has_the_refreshes_on_one_rank(make, frequency, ranks):
         assert load.refreshes == {(frequency, when): each for when in range(frequency)}
 
 
-def test_what_costs_count():
-    def of(make, *shape, **values):
-        return _cost(make([torch.nn.Parameter(torch.empty(shape))], **values))
+# Operations alone, of any dtype.
+BARE = Rates(wide=1.0, access=0.0, entry=0.0)
 
+
+def of(make, *shape, rates=BARE, dtype=torch.float32, **values):
+    param = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
+    return _cost(make([("w", param)], **values), rates=rates)
+
+
+def test_what_costs_count():
     muon, shampoo, deva = sk.optim.Muon, sk.optim.Shampoo, sk.optim.DeVA
-    overhead = of(muon, 1, 1).flops - 5 * 4
-    third = of(muon, 64, 64).flops - overhead
+    third = of(muon, 64, 64).flops
     # Three matrices one below the other, and more steps.
-    assert of(muon, 192, 64, split=3).flops == 3 * third + overhead
+    assert of(muon, 192, 64, split=3).flops == 3 * third
     assert of(muon, 192, 64, split=(64, 128)).flops == third + of(muon, 128, 64).flops
     assert of(muon, 192, 192, split=3).flops < of(muon, 192, 192).flops
-    assert of(muon, 64, 64, ns_steps=10).flops == 2 * third + overhead
-    assert of(muon, 64, 64, coefficients="polar_express_8").flops * 5 == 8 * third + 5 * overhead
+    standard = {"method": "standard", "coefficients": [(3.4445, -4.7750, 2.0315)] * 5}
+    assert of(muon, 8, 96, **standard).flops == 5 * (3 * 8 * 8 * 96 + 8**3)
+    more = {**standard, "coefficients": standard["coefficients"] * 2}
+    assert of(muon, 8, 96, **more).flops == 2 * of(muon, 8, 96, **standard).flops
+    # One Gram matrix for all five steps of a long matrix: X is read twice, not 15 times.
+    assert of(muon, 64, 640).flops == 3 * 64 * 64 * 640 + 17 * 64**3
     # One side alone, or none.
     both, left = (of(shampoo, 64, 32, sides=sides).refreshes for sides in ("both", "left"))
-    assert both == {(10, 0): 20 * (64**3 + 32**3)} and left == {(10, 0): 20 * 64**3}
-    assert of(shampoo, 64, 32, sides="shorter").refreshes == {(10, 0): 20 * 32**3}
-    assert of(deva, 64, 64, norm="linf").flops == overhead < of(deva, 64, 64).flops
+    assert both == {(10, 0): 35 * (64**3 + 32**3)} and left == {(10, 0): 35 * 64**3}
+    assert of(shampoo, 64, 32, sides="shorter").refreshes == {(10, 0): 35 * 32**3}
+    assert of(deva, 64, 64, norm="linf").flops == 0 < of(deva, 64, 64).flops
     # Blocks take turns too, and what is always due has no turn.
     blocks = of(shampoo, 96, 32, block_size=32, precondition_frequency=2).refreshes
-    assert blocks == {(2, 0): 2 * 40 * 32**3, (2, 1): 40 * 32**3}
+    assert blocks == {(2, 0): 2 * 70 * 32**3, (2, 1): 70 * 32**3}
     assert of(shampoo, 64, 64, precondition_frequency=1).refreshes == {}
+
+
+def test_passes_and_kinds_of_arithmetic_count():
+    muon = sk.optim.Muon
+    passes = Rates(narrow=0.0, access=1.0, entry=0.0)
+    plain = of(muon, 64, 64, rates=passes).flops
+    assert plain == 8 * 64 * 64
+    for more, extra in (({"beta2": 0.95}, 4), ({"hyperball": True}, 4)):
+        assert of(muon, 64, 64, rates=passes, **more).flops == plain + extra * 64 * 64
+    narrow = of(muon, 64, 64, rates=passes, state_dtype=torch.bfloat16).flops
+    assert narrow == plain + 12 * 64 * 64
+    # A factor of 1024 rows is read and written, however short the other side is.
+    assert of(sk.optim.SOAP, 4, 1024, rates=passes).flops > 6 * 1024**2
+    tiles = Rates(narrow=0.25, wide=3.0, access=0.0, entry=0.0)
+    sixteen, thirtytwo, sixtyfour = (
+        of(muon, 64, 64, rates=tiles, compute_dtype=compute, dtype=dtype, method="standard").flops
+        for compute, dtype in (
+            (None, torch.float32),
+            (torch.float32, torch.float32),
+            (None, torch.float64),
+        )
+    )
+    assert 4 * sixteen == thirtytwo and sixtyfour == 3 * thirtytwo
+    # Of a mixture of both the tiles speed up Newton-Schulz alone.
+    deva = sk.optim.DeVA
+    assert of(deva, 64, 64, rates=tiles).flops < of(deva, 64, 64).flops
+    assert of(sk.optim.SOAP, 64, 64, rates=tiles) == of(sk.optim.SOAP, 64, 64)
+    half = Rates(access=0.0, entry=0.0, side=256)
+    assert of(muon, 64, 64, rates=half).flops == 2 * of(muon, 64, 64).flops
+    assert rates_of(torch.device("cuda")) is CARD
+
+
+def test_work_has_no_shape_of_its_own():
+    """Batches are as many matrices."""
+    params = [torch.nn.Parameter(torch.empty(shape)) for shape in ((16, 24), (5, 16, 24))]
+    one, five = (
+        _cost(sk.optim.SOAP([{"params": [x], "batched": x.ndim == 3, "algorithm": "matrix"}]))
+        for x in params
+    )
+    assert five.flops == 5 * one.flops and five.bytes == 5 * one.bytes
+    assert five.refreshes == {when: 5 * taken for when, taken in one.refreshes.items()}
+    values = sk.optim.SOAP([params[0]]).param_groups[0]
+    step, refreshes = work("soap_step_", 16, 24, values, torch.float32)
+    assert step.polynomials == 0.0 and len(refreshes) == 1
 
 
 @settings(max_examples=200, **CAMPAIGN)

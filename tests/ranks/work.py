@@ -69,6 +69,7 @@ def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dic
         "sent": sum(sent),
         "targets": max(targets, default=0),
         "bytes": {row.name: row.bytes for row in table.rows},
+        "costs": {row.name: row.flops for row in table.rows},
         "planned": sum(row.bytes for row in table.rows),
         "buckets": len({row.bucket for row in table.rows if row.bucket is not None}),
         "loads": table.loads,
@@ -109,5 +110,19 @@ def benchmarked() -> tuple[Any, Any]:
     from spectral_kernels.benchmarks.distributed_ranks import Campaign, measured
 
     shapes = ((16, 24), (7, 5), (24, 16), (3, 8), (10, 10))
-    campaign = Campaign(shapes, ("muon",), budget=1e-3, most=1 << 12)
+    campaign = Campaign({"muon": shapes}, budget=1e-3, most=1 << 12)
     return campaign, measured(campaign)
+
+
+def groups_of_another() -> tuple[int, bool]:
+    """How many process groups a second optimizer of the same mesh makes, and whether both step."""
+    first = made("muon", "stages")
+    known = dist.distributed_c10d._world.pg_map
+    before = len(known)
+    second = made("muon", "stages")
+    more = len(known) - before
+    for step in range(2):
+        for each in (first, second):
+            stepped(*each, range(step, step + 1), torch.float32)
+    expected = alone("muon", steps=2)
+    return more, different(first[0], expected) == different(second[0], expected) == []

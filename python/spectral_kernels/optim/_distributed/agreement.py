@@ -91,33 +91,52 @@ class Agreement:
         """
         if self._copies_compared:
             return
+        error: BaseException | None = None
         for exchange in self.exchanges:
-            channel = exchange.channel
-            copies = [member for member in exchange.members if member.on_all]
-            if not copies:
-                continue
-            own = [
-                (_bit_sum(plain(member.key)), _bit_sum(grads.get(member.key))) for member in copies
-            ]
-            of_all = channel.objects(own, "compare their copies")
-            for member, sums in zip(copies, zip(*of_all, strict=True), strict=True):
-                for which, sum_of_each in enumerate(zip(*sums, strict=True)):
-                    if len(set(sum_of_each)) > 1:
-                        what = ("weights", "gradients")[which]
-                        raise ValueError(
-                            f"the {what} of {member.name} are not the same on the ranks "
-                            f"{channel.members}, which all hold it whole: give them the same "
-                            "weights, and average gradients before step(), as DDP does"
-                        )
+            error = self._unlike_copies(exchange, grads) or error
+        error = self.passed_on(error)
+        if error is not None:
+            raise error
         self._copies_compared = True
+
+    @staticmethod
+    def _unlike_copies(exchange: Exchange, grads: Mapping[Tensor, Tensor]) -> ValueError | None:
+        """What is said of copies that are not the same."""
+        channel = exchange.channel
+        copies = [member for member in exchange.members if member.on_all]
+        if not copies:
+            return None
+        own = [(_bit_sum(plain(member.key)), _bit_sum(grads.get(member.key))) for member in copies]
+        of_all = channel.objects(own, "compare their copies")
+        for member, sums in zip(copies, zip(*of_all, strict=True), strict=True):
+            for which, sum_of_each in enumerate(zip(*sums, strict=True)):
+                if len(set(sum_of_each)) > 1:
+                    what = ("weights", "gradients")[which]
+                    return ValueError(
+                        f"the {what} of {member.name} are not the same on the ranks "
+                        f"{channel.members}, which all hold it whole: give them the same "
+                        "weights, and average gradients before step(), as DDP does"
+                    )
+        return None
 
     def tell(self, error: BaseException | None) -> None:
         """Raises on all ranks where one of them has met an error. All call it."""
         for exchange in self.exchanges:
             error = self.told(exchange, error)
+        error = self.passed_on(error)
         if error is not None:
             self.hear(error)
             raise error
+
+    def passed_on(self, error: BaseException | None) -> BaseException | None:
+        """The error, or one that another mesh's ranks have heard of after this one's were asked."""
+        for exchange in self.exchanges:
+            if not exchange.linked:
+                continue
+            [has] = exchange.channel.most([int(error is not None)], "tell one another of errors")
+            if has:
+                error = self.told(exchange, error)
+        return error
 
     def hear(self, error: BaseException) -> None:
         """Notes an error that all ranks know of."""

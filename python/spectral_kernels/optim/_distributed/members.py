@@ -130,6 +130,7 @@ class Exchange:
         lines: of the mesh, where what travels goes along one after another.
         loads: of every rank, of what it owns.
         rooms: by dtype the memory of the whole matrices of the bucket that is stepped.
+        linked: some of its ranks share other parameters over other meshes.
     """
 
     mesh: DeviceMesh
@@ -140,6 +141,7 @@ class Exchange:
     lines: list[Line] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     rooms: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    linked: bool = False
 
     def route(self, items: Sequence[Item]) -> Route:
         """The way of some items to their owners and back."""

@@ -9,17 +9,79 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
+from ... import _extension, _restarts
 from ..._options import DEVA_VARIANTS
-from ...coefficients import resolve
+from ...coefficients import Coefficients, resolve
 from .._forms import Form
 from .._split import sizes_of
 
 Entry = TypeVar("Entry")
 
-# What a matrix costs whatever its size, in floating-point operations of a core: some 20 us.
-_OVERHEAD = 1_000_000
 # So many ranks are looked at for one entry, those that have least.
 _CHOICES = 16
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What work takes on some hardware, in the time of an operation of float32 products.
+
+    Attributes:
+        narrow: an operation of 16-bit products.
+        wide: one of float64.
+        access: an element of a matrix that is read or written.
+        entry: a matrix, whatever its size.
+        side: products of a shorter side s run at sqrt(s / side) of the rate.
+    """
+
+    narrow: float = 1.0
+    wide: float = 2.0
+    access: float = 50.0
+    entry: float = 1e6
+    side: int = 1
+
+    def of(self, work: Work, shorter: int, dtype: torch.dtype) -> int:
+        """Work on a matrix of this shorter side, and of this dtype."""
+        state = self.wide if dtype == torch.float64 else 1.0
+        products = state * work.products
+        products += (self.narrow if work.narrow else state) * work.polynomials
+        slower = math.sqrt(min(1.0, shorter / self.side)) if shorter else 1.0
+        return int(products / slower + self.access * state * work.accesses)
+
+
+# One core of a Xeon with AVX-512 and no 16-bit products, 2026-11-29: 65 GFLOP/s of float32, 30 of
+# float64, 0.8 ns an element of 4 bytes. 16-bit products have twice the peak of float32 with
+# AVX512-BF16 and 20 times with tiles, of which Newton-Schulz gets a quarter.
+_CPUS = {"avx512bf16": Rates(narrow=0.5), "amx": Rates(narrow=0.2)}
+# Assumed, since none was measured: an H100 with 60 TFLOP/s of float32, 545 of 16 bits, 8 us a
+# matrix.
+CARD = Rates(narrow=0.11, access=70.0, entry=5e8, side=2048)
+
+
+def rates_of(device: torch.device) -> Rates:
+    """Those of what this process computes on."""
+    if device.type == "cuda":
+        return CARD
+    isa = "" if _extension.MODULE is None else _extension.MODULE.current_isa()
+    return _CPUS.get(isa, Rates())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done, as numbers of operations and elements.
+
+    Attributes:
+        products: operations of products in the dtype of the state.
+        polynomials: those of Newton-Schulz.
+        narrow: the latter are of 16 bits.
+        accesses: elements that are read or written.
+    """
+
+    products: float = 0.0
+    polynomials: float = 0.0
+    narrow: bool = False
+    accesses: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +89,7 @@ class Cost:
     """What a parameter costs its owner.
 
     Attributes:
-        flops: floating-point operations of a step, roughly, a refresh by its share.
+        flops: of a step, in operations of float32 products, a refresh by its share.
         bytes: of the parameter.
         refreshes: of every step of a schedule, as (frequency, remainder), those of the refreshes
             that fall on it, in full.
@@ -39,47 +101,79 @@ class Cost:
 
 
 def cost(
-    operator: str, form: Form, values: Mapping[str, Any], size: int, offset: int | None
+    operator: str,
+    form: Form,
+    values: Mapping[str, Any],
+    dtype: torch.dtype,
+    offset: int | None,
+    rates: Rates,
 ) -> Cost:
-    """That of one parameter, from shapes and options alone, so that it is the same on every rank.
+    """That of one parameter, from shapes, options and rates that all ranks know.
 
     It decides who owns what and nothing else.
 
     Args:
-        operator, form, values: of its step.
-        size: its bytes.
+        operator, form, values, dtype: of its step.
         offset: its place in a staggered schedule, None where all refresh at once.
+        rates: of the hardware.
     """
     *batch, m, n = form.shape
     count = math.prod(batch)
-    step, refreshes = _COSTS[operator](m, n, values)
+    step, refreshes = work(operator, m, n, values, dtype)
     frequency = values.get("precondition_frequency", 1)
     falls: dict[tuple[int, int], int] = {}
+    each = rates.entry + rates.of(step, min(m, n), dtype)
     for block, refresh in enumerate(refreshes):
         # Entry i is i steps ahead.
         when = frequency, 0 if offset is None else (offset + block) % frequency
-        falls[when] = falls.get(when, 0) + count * int(refresh)
-    each = int(step + sum(refreshes) / frequency)
-    falls = {when: flops for when, flops in falls.items() if flops}
-    return Cost(count * (each + _OVERHEAD), size, falls if frequency > 1 else {})
+        taken = rates.of(Work(products=refresh), 0, dtype)
+        falls[when] = falls.get(when, 0) + count * taken
+        each += taken / frequency
+    falls = {when: taken for when, taken in falls.items() if taken}
+    size = math.prod(form.shape) * dtype.itemsize
+    return Cost(count * int(each), size, falls if frequency > 1 else {})
 
 
-# Of a matrix the step without refreshes, and the refreshes of its blocks.
-_Parts = tuple[float, list[float]]
+# The step without refreshes, and the operations of the refreshes of its blocks.
+_Parts = tuple[Work, list[float]]
 
 
-def _polynomials(m: int, n: int, steps: int) -> float:
-    """Newton-Schulz: X X^T and A A, of which one triangle is computed, and B X."""
+def work(operator: str, m: int, n: int, values: Mapping[str, Any], dtype: torch.dtype) -> _Parts:
+    """That of one matrix."""
+    return _WORK[operator](m, n, values, dtype)
+
+
+def _polynomials(m: int, n: int, rows: Coefficients, restarts: Sequence[int]) -> float:
+    """Newton-Schulz: of X X^T and products of symmetric matrices one triangle is computed.
+
+    A step by itself takes X X^T, R R and Z X. Several that stand on one X X^T take it and Q X once,
+    R R in each step, Q W from the second and W R W up to the last but one.
+    """
     s, wide = sorted((m, n))
-    return steps * (3.0 * s * s * wide + 1.0 * s**3)
+    count = len(rows.rows)
+    starts = [0, *restarts, count]
+    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return sum(3.0 * s * s * wide + (4 * k - 3) * 1.0 * s**3 for k in lengths)
 
 
-def _muon(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
+def _muon(m: int, n: int, values: Mapping[str, Any], dtype: torch.dtype) -> _Parts:
     if values["coefficients"] is not None:
-        steps = len(resolve(values["coefficients"]).rows)
+        rows = resolve(values["coefficients"])
     else:
-        steps = len(resolve(values["ns_coefficients"], values["ns_steps"]).rows)
-    return sum(_polynomials(rows, n, steps) for rows in sizes_of(m, values["split"])), []
+        rows = resolve(values["ns_coefficients"], values["ns_steps"])
+    computed = torch.float64 if dtype == torch.float64 else values["compute_dtype"]
+    computed = computed or torch.bfloat16
+    operations = 0.0
+    for part in sizes_of(m, values["split"]):
+        like = torch.empty(part, n, device="meta", dtype=dtype)
+        restarts = _restarts.restarts_for(like, rows, values["method"], computed)
+        operations += _polynomials(part, n, rows, restarts)
+    passes = 8.0
+    # Averages of neurons read the update again, as norms of spheres do; bits of rounding at random
+    # take a hash of every element.
+    passes += 4.0 * (values["beta2"] is not None) + 4.0 * values["hyperball"]
+    passes += 12.0 * (values["state_dtype"] is not None)
+    return Work(0.0, operations, computed.itemsize == 2, passes * m * n), []
 
 
 def _sides(m: int, n: int, limit: int | None) -> list[int]:
@@ -92,41 +186,47 @@ def _two_sided(m: int, n: int, sides: Sequence[int], products: int) -> float:
     return sum((1.0 + 2.0 * products) * m * n * size for size in sides)
 
 
-def _shampoo(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
+def _shampoo(m: int, n: int, values: Mapping[str, Any], dtype: torch.dtype) -> _Parts:
     block = values["block_size"] or max(m, n, 1)
     which = values["sides"]
     if which == "shorter":
         which = "left" if m <= n else "right"
-    step, refreshes = 0.0, []
+    products, squares, refreshes = 0.0, 0.0, []
     for rows in _pieces(m, block):
         for cols in _pieces(n, block):
             sides = {"left": [rows], "right": [cols]}.get(which, [rows, cols])
-            step += _two_sided(rows, cols, sides, 1)
-            # A root is about twenty products of one triangle each.
-            refreshes.append(sum(20.0 * size**3 for size in sides))
-    return step, refreshes
+            products += _two_sided(rows, cols, sides, 1)
+            squares += sum(size * size for size in sides)
+            # A root is some thirty products of one triangle each.
+            refreshes.append(sum(35.0 * size**3 for size in sides))
+    return Work(products, accesses=10.0 * m * n + 3.0 * squares), refreshes
 
 
 def _pieces(size: int, block: int) -> list[int]:
     return [min(block, size - start) for start in range(0, size, block)]
 
 
-def _eigenbases(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
+def _eigenbases(m: int, n: int, values: Mapping[str, Any], dtype: torch.dtype) -> _Parts:
     sides = _sides(m, n, values["max_precond_dim"])
     # A refresh is a product, a QR decomposition and the transport of the state.
-    refresh = sum(6.0 * size**3 + 4.0 * m * n * size for size in sides)
-    return _two_sided(m, n, sides, 2), [refresh]
+    refresh = sum(9.0 * size**3 + 8.0 * m * n * size for size in sides)
+    accesses = 12.0 * m * n + 6.0 * sum(size * size for size in sides)
+    return Work(_two_sided(m, n, sides, 2), accesses=accesses), [refresh]
 
 
-def _deva(m: int, n: int, values: Mapping[str, Any]) -> _Parts:
+def _deva(m: int, n: int, values: Mapping[str, Any], dtype: torch.dtype) -> _Parts:
     if (values["norm"] or DEVA_VARIANTS[values["variant"]][0]) == "linf":
-        return 0.0, []
-    step, refreshes = _eigenbases(m, n, values)
-    rows = resolve(values["coefficients"], values["steps"]).rows
-    return step + _polynomials(m, n, len(rows)), refreshes
+        return Work(accesses=12.0 * m * n), []
+    step, refreshes = _eigenbases(m, n, values, dtype)
+    rows = resolve(values["coefficients"], values["steps"])
+    computed = torch.float64 if dtype == torch.float64 else values["compute_dtype"]
+    narrow = (computed or torch.bfloat16).itemsize == 2
+    # Every step by itself.
+    operations = _polynomials(m, n, rows, range(1, len(rows.rows)))
+    return Work(step.products, operations, narrow, step.accesses + 6.0 * m * n), refreshes
 
 
-_COSTS: Mapping[str, Callable[[int, int, Mapping[str, Any]], _Parts]] = {
+_WORK: Mapping[str, Callable[[int, int, Mapping[str, Any], torch.dtype], _Parts]] = {
     "muon_step_": _muon,
     "shampoo_step_": _shampoo,
     "soap_step_": _eigenbases,

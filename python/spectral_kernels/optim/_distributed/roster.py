@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 # More than these get what travels along one dimension of their mesh after another: every target of
 # an exchange is a connection, and takes a message of its own.
 _MOST_TARGETS = 64
+
+
+# By the process group of all ranks, which ends them with itself, those of meshes that are only a
+# part of it: a group has threads and connections until then, and every optimizer of a mesh asks for
+# the same one.
+_groups: weakref.WeakKeyDictionary[Any, dict[tuple[float, ...], Any]] = weakref.WeakKeyDictionary()
 
 
 class Roster(Agreement):
@@ -93,11 +100,21 @@ class Roster(Agreement):
             return
         for exchange in self.exchanges:
             exchange.channel.open("the constructor, or add_param_group(),")
-        self.tell(error)
         for exchange in self.exchanges:
-            mine = [member for member in new if member in exchange.members]
-            self.compare(exchange, mine)
-            self._assign(exchange, [member for member in mine if member.is_matrix])
+            several = [int(len(self.exchanges) > 1)]
+            [exchange.linked] = map(bool, exchange.channel.most(several, "say what they share"))
+        self.tell(error)
+        mine = [
+            [member for member in new if member in exchange.members] for exchange in self.exchanges
+        ]
+        for exchange, members in zip(self.exchanges, mine, strict=True):
+            try:
+                self.compare(exchange, members)
+            except ValueError as found:
+                error = error or found
+        self.tell(error)
+        for exchange, members in zip(self.exchanges, mine, strict=True):
+            self._assign(exchange, [member for member in members if member.is_matrix])
         self._groups = len(self.optimizer.param_groups)
         self._copies_compared = False
         self._furnish()
@@ -118,6 +135,8 @@ class Roster(Agreement):
                 exchange = self._exchange_of(key)
                 if exchange is None:
                     continue
+                if is_matrix:
+                    self.check_wire(name, group)
                 placements = tuple(key.placements) if isinstance(key, DTensor) else (Replicate(),)
                 regions = exchange.grid.regions(key.shape, placements)
                 member = Member(key, index, position, name, is_matrix, placements, regions)
@@ -127,6 +146,18 @@ class Roster(Agreement):
                 exchange.members.append(member)
                 found.append(member)
         return found
+
+    def check_wire(self, name: str, group: Mapping[str, Any]) -> None:
+        """That a matrix can be stepped by updates alone, where they travel in place of weights.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.how.wire is not None and group.get("hyperball"):
+            raise ValueError(
+                f"{name} has hyperball=True, whose step needs the weights, and with "
+                f"wire={self.how.wire} only updates travel: give it a group without one of the two"
+            )
 
     def _exchange_of(self, key: Tensor) -> Exchange | None:
         """The one of a parameter, made if it is the first of its kind."""
@@ -157,17 +188,21 @@ class Roster(Agreement):
         """Owners and buckets of new matrices."""
         costs: dict[str, owners.Cost] = {}
         by_name: dict[str, Member] = {}
+        # Between unequal machines those of the first rank count.
+        own = owners.rates_of(exchange.channel.device)
+        rates = exchange.channel.objects(own, "choose owners")[0]
         for member in matrices:
             group = self.optimizer.param_groups[member.index]
             form = self.optimizer._form(member.key, group)
             if only_batches(form, member.key.shape, member.regions):
                 member.row = Row(member.name, tuple(member.key.shape), "matrix, whole where it is")
                 continue
-            size = member.key.numel() * member.key.element_size()
             offset = None
             if self.optimizer._staggered(group):
                 offset = self.optimizer._offsets_of(member.index, group)[member.position]
-            costs[member.label] = owners.cost(self.optimizer._operator, form, group, size, offset)
+            costs[member.label] = owners.cost(
+                self.optimizer._operator, form, group, member.key.dtype, offset, rates
+            )
             by_name[member.label] = member
         who = owners.assign(costs, exchange.loads)
         kinds: dict[tuple[torch.dtype, bool], list[tuple[Member, int]]] = {}
@@ -306,8 +341,12 @@ def _group_of(mesh: DeviceMesh) -> Any:
     ranks = sorted(mesh.mesh.flatten().tolist())
     if ranks == list(range(dist.get_world_size())):
         return dist.group.WORLD
-    # Its own ranks alone take part, so meshes of pipeline stages do not wait for one another. A
-    # new group would have the default timeout.
+    # A new group would have the default timeout.
     seconds = timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
-    timeout = datetime.timedelta(seconds=seconds)
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    key = (*ranks, seconds)
+    made = _groups.setdefault(dist.group.WORLD, {})
+    if key not in made:
+        # Its own ranks alone take part, so meshes of pipeline stages do not wait for one another.
+        timeout = datetime.timedelta(seconds=seconds)
+        made[key] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    return made[key]

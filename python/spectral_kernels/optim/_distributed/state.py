@@ -425,8 +425,10 @@ def _assembled(
 def brought_here(spread: Spread, found: Found) -> Found:
     """Of saved state, what this rank has to have: whole at the owner, its part of the rest."""
     spread.tell(None)
+    unlike: ValueError | None = None
     for exchange in spread.exchanges:
-        _compare(spread, exchange, found)
+        unlike = _compare(exchange, found) or unlike
+    spread.tell(unlike)
     result = dict(found)
     for exchange in spread.exchanges:
         error = None
@@ -447,8 +449,8 @@ def brought_here(spread: Spread, found: Found) -> Found:
     return result
 
 
-def _compare(spread: Spread, exchange: Exchange, found: Found) -> None:
-    """That all ranks were given the same state."""
+def _compare(exchange: Exchange, found: Found) -> ValueError | None:
+    """What is said where ranks were not given the same state."""
 
     def described(leaf: Any) -> str:
         if isinstance(leaf, DTensor):
@@ -464,13 +466,12 @@ def _compare(spread: Spread, exchange: Exchange, found: Found) -> None:
     of_all = exchange.channel.objects(lines, "compare what they were given")
     for member, theirs in zip(exchange.members, zip(*of_all, strict=True), strict=True):
         if len(set(theirs)) > 1:
-            error = ValueError(
+            return ValueError(
                 f"the ranks {exchange.channel.members} were given different state of "
                 f"{member.name}: give all of them the same state dict, or load with "
                 "broadcast_from_rank0"
             )
-            spread.hear(error)
-            raise error
+    return None
 
 
 @dataclass(eq=False)

@@ -84,11 +84,12 @@ class Spread(Roster):
 
     def _check_grads(self, work: Sequence[Work]) -> None:
         """That gradients can travel as the parameters do, without losing a bit."""
-        for _, _, _, (matrix, _) in work:
+        for _, group, _, (matrix, _) in work:
             for key, grad in zip(matrix.keys, matrix.grads, strict=True):
                 member = self.members.get(key)
                 if member is None or member.item is None:
                     continue
+                self.check_wire(member.name, group)
                 if torch.promote_types(grad.dtype, key.dtype) != key.dtype:
                     raise TypeError(
                         f"the gradient of {member.name} is {grad.dtype}, which {key.dtype} of the "
@@ -145,6 +146,8 @@ class Spread(Roster):
                 for member, is_bad in zip(exchange.members, some_bad, strict=True)
                 if is_bad
             )
+        with self._whole_or_broken():
+            error = self.passed_on(error)
         if error is not None:
             raise error
         self.compare_copies(grads)
