@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -12,12 +13,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
+@cache
+def mesh_of(shape: tuple[int, ...], *names: str) -> DeviceMesh:
+    """A mesh of all ranks. A new one would have process groups, and their threads, of its own."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names or None)
+
+
 def mesh_of_all() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    return mesh_of((dist.get_world_size(),))
 
 
-def _grid(*names: str) -> DeviceMesh:
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=names)
+def grid(*names: str) -> DeviceMesh:
+    return mesh_of((2, dist.get_world_size() // 2), *names)
 
 
 def place(
@@ -49,12 +56,12 @@ def ddp(net: nn.Module) -> None:
 
 def hsdp(net: nn.Module) -> None:
     """Two replicas, each sharded over the other ranks."""
-    fully_shard(net, mesh=_grid("dp_replicate", "dp_shard"))
+    fully_shard(net, mesh=grid("dp_replicate", "dp_shard"))
 
 
 def fsdp_of_tensor_parallel(net: nn.Module) -> None:
     """Some matrices sharded over the second dimension of the mesh, all by FSDP2 over the first."""
-    mesh = _grid("dp", "tp")
+    mesh = grid("dp", "tp")
     # Others are on the first dimension alone, so that there are two meshes.
     choices = {"even": [Shard(0)], "uneven": [Shard(0)], "tall": [Shard(1)], "conv": [Shard(0)]}
     chosen = {id(getattr(net, name)): placements for name, placements in choices.items()}
@@ -64,15 +71,21 @@ def fsdp_of_tensor_parallel(net: nn.Module) -> None:
 
 def both_dimensions(net: nn.Module) -> None:
     """Rows over one dimension of the mesh, columns over the other, both unevenly."""
-    mesh = _grid("rows", "columns")
+    mesh = grid("rows", "columns")
     place(net, lambda x: (mesh, [Shard(0), Shard(x.ndim - 1)]))
 
 
 def pipeline_stages(net: nn.Module) -> None:
     """Each half of the ranks has a mesh of two dimensions of its own."""
-    half = dist.get_world_size() // 2
-    mesh = init_device_mesh("cpu", (2, half, 1), mesh_dim_names=("stage", "rows", "rest"))
+    mesh = mesh_of((2, dist.get_world_size() // 2, 1), "stage", "rows", "rest")
     place(net, lambda x: (mesh["rows", "rest"], [Shard(0), Replicate()]))
+
+
+def some_plain(net: nn.Module) -> None:
+    """Every other parameter sharded, the others plain and the same on all ranks."""
+    mesh = mesh_of_all()
+    chosen = {id(x) for x in list(net.parameters())[::2]}
+    place(net, lambda x: (mesh, [Shard(0)]) if id(x) in chosen else None)
 
 
 LAYOUTS = {
@@ -81,12 +94,13 @@ LAYOUTS = {
     "replicated": replicated,
     "ddp": ddp,
 }
-# Of meshes of two dimensions.
+# Of meshes of two dimensions, and what is tried on four ranks alone.
 GRIDS = {
     "hsdp": hsdp,
     "fsdp_tp": fsdp_of_tensor_parallel,
     "both": both_dimensions,
     "stages": pipeline_stages,
+    "some_plain": some_plain,
 }
 
 
@@ -96,3 +110,11 @@ def full(x: Tensor) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
+
+
+def part_of(x: Tensor, whole: Tensor) -> Tensor:
+    """What this rank has of a whole tensor that lies as x does."""
+    if not isinstance(x, DTensor):
+        return whole
+    placed: Any = distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
+    return placed.to_local()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ranks.layouts import local
+from ranks.layouts import local, part_of
 
 # Rows that four ranks share evenly and not, fewer rows than ranks, one column, a convolution, and
 # what takes AdamW.
@@ -68,9 +68,4 @@ def give(net: nn.Module, grads: dict[str, Tensor], but: Iterable[str] = ()) -> N
 def set_weights(net: Net, values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, param in net.named_parameters():
-            value = values[name]
-            if isinstance(param, DTensor):
-                value = distribute_tensor(
-                    value, param.device_mesh, param.placements, src_data_rank=None
-                ).to_local()
-            local(param).copy_(value)
+            local(param).copy_(part_of(param, values[name]))

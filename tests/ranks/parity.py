@@ -15,11 +15,10 @@ from spectral_kernels.optim._distributed.layout import Grid
 from support.states import assert_same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ranks.layouts import fsdp, full, mesh_of_all, place
+from ranks.layouts import fsdp, full, mesh_of, mesh_of_all, place
 from ranks.nets import Net, give, gradients, set_weights, weights
 from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, stepped
 
@@ -54,8 +53,9 @@ def on_a_narrow_wire(layout: str, dtype: torch.dtype) -> tuple[Any, Any, list[st
         group = reference.param_groups[0]
         decay = 1.0 - group["lr"] * group["weight_decay"]
         share, same = 0.0, True
+        after = weights(dtype)
         for step in range(STEPS):
-            before = {key: full(param).clone() for key, param in net.named_parameters()}
+            before = after
             set_weights(one, before)
             grads = gradients(step, dtype)
             if step == 2:
@@ -67,8 +67,9 @@ def on_a_narrow_wire(layout: str, dtype: torch.dtype) -> tuple[Any, Any, list[st
             give(one, grads if layout in ("ddp", "replicated") else rounded, absent)
             optimizer.step()
             reference.step()
-            for key, param in net.named_parameters():
-                now, expected = full(param), getattr(one, key).detach()
+            after = {key: full(param).clone() for key, param in net.named_parameters()}
+            for key, now in after.items():
+                expected = getattr(one, key).detach()
                 if reference.algorithm_of(getattr(one, key)) != "matrix":
                     continue
                 if key in absent or (step == 2 and key == "uneven"):
@@ -81,7 +82,7 @@ def on_a_narrow_wire(layout: str, dtype: torch.dtype) -> tuple[Any, Any, list[st
                 share = max(share, float((error / (update.abs() / 256.0 + ulps)).max()))
         worst[name], left_alone[name] = share, same
         bits: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(bits, {key: full(x) for key, x in net.named_parameters()})
+        dist.all_gather_object(bits, after)
         differs += [key for key, x in bits[0].items() if any(not x.equal(b[key]) for b in bits)]
     return worst, left_alone, differs
 
@@ -232,7 +233,7 @@ def drawn(
 ) -> list[str]:
     """Any shapes in any placements on any mesh, through a state dict in the middle."""
     names = ("rows", "columns", "more")[: len(mesh_shape)]
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    mesh = mesh_of(mesh_shape, *names)
     shapes = {f"p{i}": shape for i, (shape, _) in enumerate(drawn_params)}
     net, one = (Net(weights(torch.float32, shapes)) for _ in range(2))
     for (param_name, param), (_, dims) in zip(
@@ -262,7 +263,7 @@ def placed_as_dtensor_does(
     cuts: Sequence[tuple[int, int] | None],
 ) -> bool:
     """A rank's region against the indices that DTensor gives it, in its strided way too."""
-    mesh = init_device_mesh("cpu", mesh_shape)
+    mesh = mesh_of(mesh_shape)
     placements = [
         Replicate()
         if cut is None

@@ -74,37 +74,75 @@ def _as_launched() -> Any:
     )
 
 
-def trained_by(package: str) -> list[str] | None:
-    """DDP as a trainer sets it up: as in one process. None where there is no such package."""
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError:
-        return None
+def trained_by(package: str) -> list[str]:
+    """DDP as a trainer sets it up: as in one process."""
     net, one = classifier(), classifier()
-    optimizer = OPTIMIZERS["muon"](net.named_parameters(), distributed=dist.group.WORLD)
     reference = OPTIMIZERS["muon"](one.named_parameters())
     with _as_launched():
-        if package == "accelerate":
-            trainer = importlib.import_module(package).Accelerator(cpu=True)
-            model, stepping = trainer.prepare(net, optimizer)
+        module = importlib.import_module(package)
+        if package == "lightning.pytorch":
+            optimizer, model = _under_a_trainer(module, net)
         else:
-            fabric = importlib.import_module("lightning.fabric")
-            trainer = fabric.Fabric(
-                accelerator="cpu", devices=dist.get_world_size(), strategy="ddp"
-            )
-            trainer.launch()
-            model, stepping = trainer.setup(net, optimizer)
-        for step in range(4):
-            loss = loss_of(model, step, slice(0, 8))
-            trainer.backward(loss)
-            loss_of(one, step, slice(0, 8)).backward()
-            for each in (stepping, reference):
-                each.step()
-                each.zero_grad()
+            optimizer, model = _in_a_loop(module, package, net)
+    for step in range(4):
+        loss_of(one, step, slice(0, 8)).backward()
+        reference.step()
+        reference.zero_grad()
     parallel = torch.nn.parallel.DistributedDataParallel
     assert any(isinstance(x, parallel) for x in model.modules())
     assert any(row.owner == 1 for row in optimizer.plan().rows)
     return different(net, dict(one.named_parameters()))
+
+
+def _in_a_loop(module: Any, package: str, net: torch.nn.Module) -> tuple[Any, torch.nn.Module]:
+    """accelerate's way, and Fabric's."""
+    optimizer = OPTIMIZERS["muon"](net.named_parameters(), distributed=dist.group.WORLD)
+    if package == "accelerate":
+        trainer = module.Accelerator(cpu=True)
+        model, stepping = trainer.prepare(net, optimizer)
+    else:
+        trainer = module.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
+        trainer.launch()
+        model, stepping = trainer.setup(net, optimizer)
+    for step in range(4):
+        trainer.backward(loss_of(model, step, slice(0, 8)))
+        stepping.step()
+        stepping.zero_grad()
+    return optimizer, model
+
+
+def _under_a_trainer(module: Any, net: torch.nn.Module) -> tuple[Any, torch.nn.Module]:
+    """Lightning's way: the Trainer has the loop, and asks for the optimizer."""
+    wrapped: list[torch.nn.Module] = []
+
+    class Task(module.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            # Afterwards it is taken off.
+            wrapped[:] = [self.trainer.strategy.model]
+            return loss_of(self.net, int(batch), slice(0, 8))
+
+        def configure_optimizers(self) -> Any:
+            return OPTIMIZERS["muon"](net.named_parameters(), distributed=dist.group.WORLD)
+
+    trainer = module.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy="ddp",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    task = Task()
+    trainer.fit(task, torch.utils.data.DataLoader(range(4), batch_size=1))
+    assert trainer.global_step == 4
+    return task.optimizers(use_pl_optimizer=False), wrapped[0]
 
 
 # torchtitan's container keeps the state of optimizers in one flat dict: "state.NAME.KEY" and
@@ -152,32 +190,57 @@ def _load_flat_state(optimizer: Any, flat: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _contained(layout: str, name: str) -> tuple[Net, Any]:
+class _Like:
+    """What torchtitan's container does to an optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.step = optimizer.step
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return _flat_state(self._optimizer)
+
+    def load_state_dict(self, flat: Mapping[str, Any]) -> None:
+        _load_flat_state(self._optimizer, flat)
+
+
+def _contained(layout: str, name: str, *, real: bool) -> tuple[Net, Any]:
     net = Net(weights(torch.float32))
     LAYOUTS[layout](net)
-    names = [key for key, _ in net.named_parameters()]
-    group = {"params": list(net.parameters()), "param_names": names, "fused": False}
-    return net, OPTIMIZERS[name]([group])
+    if not real:
+        names = [key for key, _ in net.named_parameters()]
+        group = {"params": list(net.parameters()), "param_names": names, "fused": False}
+        return net, _Like(OPTIMIZERS[name]([group]))
+    module = importlib.import_module("torchtitan.components.optimizer")
+
+    class Container(module.OptimizersContainer):
+        @staticmethod
+        def _resolve_optimizer_factory(name: str) -> Any:
+            return OPTIMIZERS[name]
+
+    groups = [module.ParamGroupConfig(pattern=".*", optimizer_name=name)]
+    config = Container.Config(param_groups=groups, implementation="for-loop")
+    return net, Container(config, model_parts=[net])
 
 
-def save_from_a_container(layout: str, folder: str) -> None:
+def save_from_a_container(layout: str, folder: str, real: bool) -> None:
     for name in OPTIMIZERS:
-        net, optimizer = _contained(layout, name)
-        stepped(net, optimizer, range(HALF), torch.float32)
-        saved = {**get_model_state_dict(net), **_flat_state(optimizer)}
+        net, container = _contained(layout, name, real=real)
+        stepped(net, container, range(HALF), torch.float32)
+        saved = {**get_model_state_dict(net), **container.state_dict()}
         dcp.save(saved, checkpoint_id=f"{folder}/{name}")
 
 
-def resume_in_a_container(layout: str, folder: str) -> dict[str, list[str]]:
+def resume_in_a_container(layout: str, folder: str, real: bool) -> dict[str, list[str]]:
     """Goes on with what another number of ranks has saved."""
     found = {}
     for name in OPTIMIZERS:
-        net, optimizer = _contained(layout, name)
-        of_net, flat = get_model_state_dict(net), _flat_state(optimizer)
+        net, container = _contained(layout, name, real=real)
+        of_net, flat = get_model_state_dict(net), container.state_dict()
         target = {**of_net, **flat}
         dcp.load(target, checkpoint_id=f"{folder}/{name}")
         set_model_state_dict(net, {key: target[key] for key in of_net})
-        _load_flat_state(optimizer, {key: target[key] for key in flat})
-        stepped(net, optimizer, range(HALF, STEPS), torch.float32)
+        container.load_state_dict({key: target[key] for key in flat})
+        stepped(net, container, range(HALF, STEPS), torch.float32)
         found[name] = different(net, alone(name))
     return found

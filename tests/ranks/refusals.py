@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from ranks.layouts import fsdp, full, local, mesh_of_all
+from ranks.layouts import fsdp, fsdp_of_tensor_parallel, full, local, mesh_of_all
 from ranks.nets import Net, give, gradients, weights
 from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, options, raised, stepped
 
@@ -68,10 +68,12 @@ def made_by_the_first_rank() -> tuple[list[str], str]:
     return warned, message
 
 
-def absent_on_one_rank(layout: str) -> tuple[str, list[str], list[str]]:
+def absent_on_one_rank(
+    layout: str, name: str = "tall", rank: int = 1
+) -> tuple[str, list[str], list[str]]:
     """Raises on all ranks before anything is written, and the next step goes on."""
     net, optimizer = made("muon", layout)
-    give(net, gradients(0, torch.float32), ("tall",) if dist.get_rank() == 1 else ())
+    give(net, gradients(0, torch.float32), (name,) if dist.get_rank() == rank else ())
     message = ""
     try:
         optimizer.step()
@@ -225,6 +227,12 @@ def refused(what: str) -> tuple[str, str]:
         fsdp(net)
         wire = torch.bfloat16 if rank == 1 else None
         more["distributed"] = sk.optim.Distributed(wire=wire)
+    elif what == "a sphere and a wire":
+        fsdp(net)
+        how = sk.optim.Distributed(wire=torch.bfloat16)
+        return raised(
+            lambda: sk.optim.Muon(net.named_parameters(), hyperball=True, distributed=how)
+        )
     elif what == "mesh of two dimensions":
         more["distributed"] = init_device_mesh("cpu", (1, dist.get_world_size()))
     elif what == "lr":
@@ -253,6 +261,30 @@ def refused(what: str) -> tuple[str, str]:
         fsdp(net)
         members = list(net.named_parameters())[: 3 if rank == 1 else 4]
     return raised(lambda: OPTIMIZERS["muon"](members or net.named_parameters(), **more))
+
+
+def refused_on_a_line(wrong: str) -> tuple[str, str, list[str]]:
+    """Groups differ between two ranks of a mesh, of which the others share a larger one."""
+    net = Net(weights(torch.float32))
+    fsdp_of_tensor_parallel(net)
+    named = dict(net.named_parameters())
+    if dist.get_rank() == 2:
+        mesh = named[wrong].device_mesh
+        other = distribute_tensor(torch.ones(2, 18), mesh, [Shard(0)], src_data_rank=None)
+        named[wrong] = nn.Parameter(other)
+    kind, message = raised(lambda: OPTIMIZERS["muon"](named.items()))
+    # Nothing is left that anybody waits for.
+    net, optimizer = made("muon", "fsdp_tp")
+    stepped(net, optimizer, range(STEPS), torch.float32)
+    return kind, message, different(net, alone("muon"))
+
+
+def wire_and_a_later_sphere() -> tuple[str, list[str]]:
+    net, optimizer = made("muon", "fsdp", wire=torch.bfloat16)
+    optimizer.param_groups[0]["hyperball"] = True
+    give(net, gradients(0, torch.float32))
+    _, message = raised(optimizer.step)
+    return message, different(net, weights(torch.float32))
 
 
 def copied() -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import fully_shard
 
-from ranks.layouts import full, mesh_of_all
+from ranks.layouts import full, grid, mesh_of_all
 from ranks.nets import Net, give, gradients, weights
 from ranks.runs import OPTIMIZERS, alone, different, made
 
@@ -28,7 +29,7 @@ def loss_of(net: nn.Module, step: int, part: slice) -> Tensor:
 
 
 def trained(kind: str, name: str) -> tuple[list[str], list[int]]:
-    """Two ranks with the same batches: forward, backward, clipping; as in one process."""
+    """Ranks with the same batches: forward, backward, clipping; as in one process."""
     net: nn.Module = classifier()
     one = classifier()
     more: dict[str, Any] = {}
@@ -38,12 +39,16 @@ def trained(kind: str, name: str) -> tuple[list[str], list[int]]:
     elif kind == "replicate":
         replicate(net, mesh=mesh_of_all())
     else:
+        mesh = mesh_of_all() if kind == "fsdp" else grid("dp_replicate", "dp_shard")
         for layer in net:
             if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh_of_all())
-        fully_shard(net, mesh=mesh_of_all())
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
     optimizer = OPTIMIZERS[name](net.named_parameters(), **more)
     reference = OPTIMIZERS[name](one.named_parameters())
+    if kind == "replicate":
+        for each in (optimizer, reference):
+            each.param_groups[0]["lr"] = torch.tensor(each.param_groups[0]["lr"])
     schedules = [
         torch.optim.lr_scheduler.StepLR(each, 2, gamma=0.5) for each in (optimizer, reference)
     ]
@@ -52,7 +57,9 @@ def trained(kind: str, name: str) -> tuple[list[str], list[int]]:
             (net, one), (optimizer, reference), schedules, strict=True
         ):
             for half in (slice(0, 4), slice(4, 8)):
-                loss_of(each, step, half).backward()
+                waiting = kind == "ddp" and each is net and half.start == 0
+                with net.no_sync() if waiting else nullcontext():
+                    loss_of(each, step, half).backward()
             stepping.step()
             schedule.step()
             stepping.zero_grad()
