@@ -128,6 +128,10 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
+# When copies by TMA and products by wgmma happen: see tests/cuda_emulation/sm90.h.
+DELIVERIES = ("late", "early", "random")
+
+
 def arrange(
     order: int = 0,
     *,
@@ -137,11 +141,14 @@ def arrange(
     residents: int = 1,
     queue: bool | None = None,
     multiprocessors: int = 132,
+    wgmma: bool = False,
+    delivery: str = "late",
 ) -> None:
     """The order of blocks, warps and lanes of later launches, the rounding of mma, a barrier, as
     "folder/file:line", that does nothing, the bytes of shared memory that a block may have, how
     many blocks are at work at a time, whether products of a list are one launch, or as the model
-    says, and for how many multiprocessors."""
+    says, and for how many multiprocessors; whether products are by wgmma, and when what is
+    asynchronous happens."""
     wish = -1 if queue is None else int(queue)
     library().set_emulation(
         order,
@@ -151,6 +158,8 @@ def arrange(
         residents,
         wish,
         multiprocessors,
+        int(wgmma),
+        DELIVERIES.index(delivery),
     )
 
 
@@ -177,8 +186,6 @@ def barriers() -> dict[str, str]:
     follows."""
     found = {}
     for path in sorted([*CUDA.glob("*/*.cu"), *CUDA.glob("*/*.h")]):
-        if path.stem in ("ptx_sm90", "product_wgmma"):
-            continue  # not in the emulation
         lines = [line.strip() for line in path.read_text().splitlines()]
         for number, line in enumerate(lines, 1):
             if line == "__syncthreads();" or line.startswith("BARRIER("):

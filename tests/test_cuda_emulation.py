@@ -142,6 +142,45 @@ def products():
     return [iterated(long, rows), iterated(square, 2 * rows)]
 
 
+# Products by wgmma, whose stretches of four steps fit into the ring: a warp may be a tile ahead.
+HOPPER = {"wgmma": True, "multiprocessors": 4, "delivery": "early"}
+
+
+def hopper_products():
+    """What only sm_90a runs, under HOPPER."""
+    return [iterated(gaussian(200, 300).bfloat16(), [(2.0, -1.5, 0.5)])]
+
+
+def misaligned(x):
+    """The same numbers an element further on."""
+    room = x.new_empty(x.numel() + 1)
+    return room[1:].view(x.shape).copy_(x)
+
+
+def unaligned():
+    """Inputs and state at addresses that are multiples of nothing but an element."""
+    gram = torch.ops.spectral_kernels_emulated.gram
+    xs = gaussian(60, 700), gaussian(20, 256).bfloat16(), gaussian(130, 129).half()
+    results = [iterated(misaligned(x)) for x in xs] + [gram(misaligned(xs[1]))]
+    case = new_step("muon_step_", [(33, 64), (70, 24)], torch.bfloat16)
+    case = case.with_(
+        **{name: [misaligned(x) for x in case[name]] for name in ("params", "grads")},
+        momentum_buffers=[misaligned(x) for x in case["momentum_buffers"]],
+    )
+    soap = later_step("soap_step_", [(40, 24)], refresh=[1])
+    soap = soap.with_(
+        **{
+            name: [misaligned(x) for x in soap[name]]
+            for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "lefts", "right_bases")
+        }
+    )
+    with emulated():
+        for step in (case, soap):
+            step.run("cuda")
+            results += step.written()
+    return results
+
+
 # Every kernel and every barrier of csrc/cuda, on more than one warp, step and tile; with the files
 # whose barriers a part is about.
 PARTS = {
@@ -181,7 +220,7 @@ def test_no_undefined_behaviour():
     program = (
         "import torch, emulated_cuda, test_cuda_emulation as t\n"
         "torch.set_num_threads(1)\n"
-        "with emulated_cuda.emulated(): t.workload()"
+        "with emulated_cuda.emulated(): t.workload(), t.unaligned()"
     )
     flags = "-O1 -fsanitize=undefined -fno-sanitize-recover=undefined"
     paths = os.pathsep.join([str(emulated_cuda.ROOT / "tests"), *filter(None, sys.path)])
@@ -192,6 +231,12 @@ def test_no_undefined_behaviour():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_addresses_are_multiples_of_nothing_but_an_element(monkeypatch):
+    found = unaligned()
+    monkeypatch.setattr(sys.modules[__name__], "misaligned", torch.clone)
+    assert same_bits(found, unaligned())
 
 
 def noticed(barrier, expected, **arrangement):
@@ -216,9 +261,14 @@ def noticed(barrier, expected, **arrangement):
 def test_every_barrier_is_missed():
     with emulated():
         everything, few = workload(), {products: products()}
+        with arranged(**HOPPER):
+            by_wgmma = {hopper_products: hopper_products()}
+        assert not noticed("none", by_wgmma, **HOPPER)
         assert not noticed("none", everything)
 
         def missed(site):
+            if site.startswith("symmetric_matmul/product_wgmma"):
+                return any(noticed(site, by_wgmma, order=order, **HOPPER) for order in (0, 1))
             together = ({"residents": 7}, {"residents": 4, "order": 3})
             if site.startswith(("symmetric_matmul/queue", "symmetric_matmul/tile")) and any(
                 noticed(site, few, **arrangement) for arrangement in together

@@ -71,7 +71,7 @@ def stream_k_pieces(tiles, steps, multiprocessors, most_parts):
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132])
 @pytest.mark.parametrize("most_parts", [2, 3, 4])
 def test_stream_k_deals_out_every_step_once(multiprocessors, most_parts):
-    """The schedule of the wgmma products, which the emulation does not run."""
+    """The schedule of the wgmma products."""
     longest = 0
     for tiles, steps in ((1, 1), (1, 100), (3, 7), (10, 64), (136, 32), (300, 48), (528, 64)):
         pieces = stream_k_pieces(tiles, steps, multiprocessors, most_parts)

@@ -13,12 +13,15 @@
 #include "../../csrc/cuda/symmetric_matmul/stream_k.h"
 
 extern "C" void set_emulation(int order, int truncation, const char* left_out, int64_t limit,
-                              int residents, int queue, int multiprocessors) {
+                              int residents, int queue, int multiprocessors, int wgmma,
+                              int delivery) {
   emulation::shared_limit = limit;
   emulation::residents = residents;
   emulation::multiprocessors = multiprocessors;
   spectral_kernels::cuda::switches().queue =
       queue < 0 ? std::nullopt : std::optional<bool>(queue > 0);
+  spectral_kernels::cuda::switches().wgmma = wgmma != 0;
+  emulation::delivery = emulation::Delivery(delivery);
   emulation::set_order(order);
   emulation::set_truncation(truncation != 0);
   emulation::leave_out(left_out);

@@ -9,6 +9,7 @@
 // misaligned shared addresses; barriers that not all threads reach; a missing barrier, since one
 // warp runs as far as it can before the next one does; waits that never end. Blocks run one after
 // another, or several at a time (`residents`), of which each goes from barrier to barrier in turn.
+// Barriers wait for as many threads as they say. What only sm_90a has is in sm90.h.
 // What it cannot find: memory fences, bank conflicts, speed.
 //
 // A failure ends the launch with a std::runtime_error; an access outside shared memory is a
@@ -36,7 +37,7 @@
 #define DEVICE inline
 #define HOST_DEVICE inline
 
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
@@ -111,6 +112,12 @@ inline void multiply(double d[16][8], const float a[16][16], const float b[16][8
     }
 }
 
+// As an accumulator takes it.
+inline float rounded_sum(double sum) {
+  const float rounded = float(sum);
+  return truncation && fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.f) : rounded;
+}
+
 // What the lanes have left: words of D in slots 0..3, of A in 4..7, of B in 8..9.
 template <float (*kValue)(uint32_t)>
 void multiply(Words& words) {
@@ -130,11 +137,7 @@ void multiply(Words& words) {
     }
   each([](uint32_t word, double& sum) { sum = double(from_bits(word)); });
   multiply(d, a, b);
-  each([](uint32_t& word, double sum) {
-    float rounded = float(sum);
-    if (truncation && fabs(double(rounded)) > fabs(sum)) rounded = nextafterf(rounded, 0.f);
-    word = to_bits(rounded);
-  });
+  each([](uint32_t& word, double sum) { word = to_bits(rounded_sum(sum)); });
 }
 
 template <float (*kValue)(uint32_t)>
@@ -183,13 +186,14 @@ inline void leave_out(const char* what) {
   const char* colon = strrchr(what, ':');
   left_out_line = colon == nullptr ? 0 : atoi(colon + 1);
 }
-inline void barrier(const char* file, int line) {
+// A barrier waits for `count` threads, whether or not others have ended.
+inline void barrier(int which, int count, const char* file, int line) {
   if (line == left_out_line) {
     const std::string place = std::string(file) + ":" + std::to_string(line);
     const size_t size = left_out.size();
     if (place.size() >= size && place.compare(place.size() - size, size, left_out) == 0) return;
   }
-  wait(block->barrier, block->alive, [] {});
+  wait(block->barriers[which], count, [] {});
 }
 
 inline void set_order(int value) {
@@ -215,8 +219,8 @@ inline int multiprocessors = 132;  // that a cost model is told
   T* name = reinterpret_cast<T*>(emulation::block->shared_memory->data())
 
 // Barriers know where they stand, so that a test can leave out one of them.
-#define __syncthreads() emulation::barrier(__FILE__, __LINE__)
-#define BARRIER(threads) emulation::barrier(__FILE__, __LINE__)
+#define __syncthreads() emulation::barrier(0, emulation::threads, __FILE__, __LINE__)
+#define BARRIER(threads) emulation::barrier(1, threads, __FILE__, __LINE__)
 inline void __threadfence() {}
 inline void __syncwarp() { emulation::wait_for_warp(); }
 template <class T>
@@ -313,3 +317,5 @@ inline uint32_t bits_of(float x) { return emulation::to_bits(x); }
 inline float float_of(uint32_t u) { return emulation::from_bits(u); }
 
 }  // namespace spectral_kernels::cuda
+
+#include "sm90.h"

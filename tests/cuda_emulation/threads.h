@@ -88,14 +88,23 @@ struct Exchange {
   Words words[2];
 };
 
+// What a block has of asynchronous units, see sm90.h.
+struct Extra {
+  virtual ~Extra() = default;
+  // Does what has been put off until nobody can go on; false if there is nothing.
+  virtual bool move_on() = 0;
+  virtual void check_end() = 0;
+};
+
 struct Block {
   dim3 index;
   int alive = 0;
-  Barrier barrier;
+  Barrier barriers[2];  // of __syncthreads, and the one that is counted
   std::vector<Barrier> warp_barriers;
   std::vector<Exchange> exchanges;
   std::vector<Fiber> fibers;
   std::unique_ptr<Guarded> shared_memory;
+  std::unique_ptr<Extra> extra;
 };
 
 inline Place scheduler;
@@ -232,7 +241,8 @@ inline void start_block(const dim3& index, size_t bytes) {
   const int warp_count = (threads + 31) / 32;
   block->index = index;
   block->alive = threads;
-  block->barrier = Barrier{};
+  for (Barrier& barrier : block->barriers) barrier = Barrier{};
+  block->extra.reset();
   block->warp_barriers.assign(size_t(warp_count), Barrier{});
   block->exchanges.resize(size_t(warp_count));
   if (int(block->fibers.size()) < threads) {
@@ -266,6 +276,23 @@ inline void run_block() {
 
 inline long launches = 0;
 
+// One thing of every block that was put off.
+inline bool move_on(const std::vector<Block*>& working) {
+  bool moved = false;
+  for (Block* at_work : working) {
+    block = at_work;
+    if (block->extra != nullptr && block->extra->move_on()) moved = true;
+  }
+  return moved;
+}
+
+inline void check_end(Block* ended) {
+  block = ended;
+  if (block->extra != nullptr) block->extra->check_end();
+  for (const Barrier& barrier : block->barriers)
+    if (barrier.arrived != 0) die("some threads have ended at a barrier");
+}
+
 template <class F>
 void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
   launches++;
@@ -296,9 +323,11 @@ void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
       block = at_work;
       run_block();
     }
-    if (before == progress) die("deadlock: not all threads reach a barrier, or a wait never ends");
+    if (before == progress && !move_on(working))
+      die("deadlock: not all threads reach a barrier, or a wait never ends");
     const auto done = std::stable_partition(working.begin(), working.end(),
                                             [](const Block* b) { return b->alive > 0; });
+    std::for_each(done, working.end(), check_end);
     free.insert(free.end(), done, working.end());
     working.erase(done, working.end());
   }

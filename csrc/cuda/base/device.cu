@@ -43,7 +43,7 @@ bool names_wgmma(std::string_view architectures) {
 const char* error_text(int) { return "emulated launch failed"; }
 int64_t shared_memory_limit(int) { return emulation::shared_limit; }
 int multiprocessors_of_kind(int) { return emulation::multiprocessors; }
-int wgmma_multiprocessors(int) { return 0; }
+int wgmma_multiprocessors(int) { return switches().wgmma ? emulation::multiprocessors : 0; }
 #else
 const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 

@@ -1,27 +1,15 @@
 // Grouped products by wgmma: a persistent block of one loading and two multiplying warpgroups. Of
 // symmetric intermediates only the lower triangle is stored; a block above the diagonal is its
 // mirror image, read through transposed descriptors, which cost 16-bit types nothing.
-#include "../base/launch.h"
-#include "product.h"
-
-#ifdef CUDA_EMULATION
-
-namespace spectral_kernels::cuda {
-
-int launch_product_wgmma(const std::vector<Entry>&, const Product&, const ProductBuffers&, int,
-                         void*) {
-  return 1;  // there is no TMA in the emulation
-}
-
-}  // namespace spectral_kernels::cuda
-
-#else
-
+#ifndef CUDA_EMULATION
 #include <cuda.h>
+#endif
 
 #include <algorithm>
 #include <type_traits>
 
+#include "../base/launch.h"
+#include "product.h"
 #include "ptx_sm90.h"
 #include "stream_k.h"
 #include "tile.h"
@@ -274,5 +262,3 @@ int launch_product_wgmma(const std::vector<Entry>& entries, const Product& produ
 }
 
 }  // namespace spectral_kernels::cuda
-
-#endif

@@ -1,7 +1,10 @@
-// PTX that only sm_90a has: mbarriers, TMA and wgmma. Not in the host emulation.
+// PTX that only sm_90a has: mbarriers, TMA and wgmma. tests/cuda_emulation/sm90.h holds the same
+// functions for g++.
 #pragma once
 
 #include "../base/ptx.h"
+
+#ifndef CUDA_EMULATION
 
 namespace spectral_kernels::cuda {
 
@@ -92,3 +95,5 @@ DEVICE void wgmma(float* d, uint64_t a, uint64_t b) {
 #undef FOUR
 
 }  // namespace spectral_kernels::cuda
+
+#endif
