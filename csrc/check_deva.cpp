@@ -5,9 +5,11 @@
 namespace spectral_kernels {
 namespace {
 
-void check_squares(at::TensorList squares, at::TensorList params, Variance variance) {
+void check_squares(at::TensorList squares, at::TensorList params, Variance variance, bool narrow) {
   if (variance == Variance::kNone) return check_list(squares, "exp_avg_sqs", params.size());
-  if (variance != Variance::kLowMemory) return check_state(squares, "exp_avg_sqs", params, false);
+  if (variance != Variance::kLowMemory)
+    return narrow ? check_moment(squares, "exp_avg_sqs", params)
+                  : check_state(squares, "exp_avg_sqs", params, false);
   check_list(squares, "exp_avg_sqs", params.size());
   for (size_t i = 0; i < params.size(); i++) {
     auto expected = params[i].sizes().vec();
@@ -32,12 +34,12 @@ Variance variance_of(const std::string& name) {
 
 }  // namespace
 
-Variance check_deva(const BasisLists& lists, const DevaOptions& options) {
+Variance check_deva(const BasisLists& lists, const DevaOptions& options, bool narrow) {
   const std::string &norm = options.norm, &eps_mode = options.eps_mode;
   check_one_of(eps_mode, "eps_mode", {"relative", "outside", "inside"});
   check_one_of(norm, "norm", {"schatten", "linf"});
   const Variance kind = variance_of(options.variance);
-  check_squares(lists.exp_avg_sqs, lists.params, kind);
+  check_squares(lists.exp_avg_sqs, lists.params, kind, narrow);
   const std::vector<double>& scales = options.scales;
   TORCH_CHECK_VALUE(scales.size() == lists.params.size(), "scales has ", scales.size(),
                     " entries, params has ", lists.params.size());

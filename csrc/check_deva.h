@@ -6,7 +6,8 @@
 
 namespace spectral_kernels {
 
-// The variance of that name, after a check of everything that only this step has.
-Variance check_deva(const BasisLists& lists, const DevaOptions& options);
+// The variance of that name, after a check of everything that only this step has. V may be bfloat16
+// if `narrow`.
+Variance check_deva(const BasisLists& lists, const DevaOptions& options, bool narrow);
 
 }  // namespace spectral_kernels

@@ -76,7 +76,7 @@ void check_state(at::TensorList state, const char* name, at::TensorList params, 
   }
 }
 
-void check_momentum(at::TensorList state, const char* name, at::TensorList params) {
+void check_moment(at::TensorList state, const char* name, at::TensorList params) {
   check_list(state, name, params.size());
   for (size_t i = 0; i < params.size(); i++) {
     if (state[i].scalar_type() != at::kBFloat16) {

@@ -13,8 +13,8 @@ void check_step(const StepLists& lists);
 // A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
 // `optional`.
 void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
-// Momentum: as check_state, or bfloat16 beside params that are not float64.
-void check_momentum(at::TensorList state, const char* name, at::TensorList params);
+// A moment: as check_state, or bfloat16 beside params that are not float64.
+void check_moment(at::TensorList state, const char* name, at::TensorList params);
 // As check_state, for one number a row, (..., m, 1), of every entry if `present`, else of none.
 void check_rows_state(at::TensorList state, const char* name, at::TensorList params, bool present);
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.

@@ -210,6 +210,7 @@ SAMPLED_CASES = {
     "test_kron_factor.py": {"triton": 2, "cuda": 1},
     "test_muon_step.py": {"triton": 2, "cuda": 1},
     "test_narrow_momentum.py": {"triton": 1, "cuda": 0},
+    "test_narrow_moments.py": {"triton": 2, "cuda": 0},
     "test_neurons.py": {"triton": 0, "cuda": 0},
     "test_newton_schulz.py": {"triton": 2, "cuda": 1},
     "test_nonfinite.py": {"triton": 3, "cuda": 3},

@@ -94,8 +94,9 @@ def rounded_at_random(x, step, rows, cols):
     """fp32 to bfloat16, see `spectral_kernels.reference`; rows and columns are the matrix's own."""
     seed = _mixed(tl.full((1,), 0, tl.uint32) + step.to(tl.uint32))
     seed = _mixed(seed + rows.to(tl.uint32) * 0x9E3779B9)
-    noise = _mixed(seed[:, None] + (cols.to(tl.uint32) * 0x9E3779B9)[None, :]) >> 16
     bits = x.to(tl.uint32, bitcast=True)
+    place = seed[:, None] + (cols.to(tl.uint32) * 0x9E3779B9)[None, :]
+    noise = _mixed(place ^ (bits >> 16)) >> 16
     size = bits & 0x7FFFFFFF
     quiet = tl.where(size > 0x7F800000, bits | 0x400000, bits)
     kept = tl.where(size >= 0x7F7F0000, quiet, bits + noise) >> 16

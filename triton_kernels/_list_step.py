@@ -12,6 +12,7 @@ from torch import Tensor
 from ._config import STACK_ELEMENTS
 from ._device import NONFINITE
 from ._layout import kept, upload
+from ._rounding import rounded_at_random
 
 R = TypeVar("R")
 
@@ -149,6 +150,11 @@ class Stack:
         parts = [x.reshape(-1, *x.shape[x.ndim - rank :]) for x in chosen]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def take_moment(self, tensors: Sequence[Tensor], rank: int = 2) -> Tensor | None:
+        """As `take`, in float32 where it is kept in bfloat16."""
+        taken = self.take(tensors, rank)
+        return taken.float() if taken is not None and taken.dtype == torch.bfloat16 else taken
+
     def _of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [piece.of(tensors[piece.entry]) for piece in self.pieces]
 
@@ -178,6 +184,20 @@ class Stack:
         targets = self._of(tensors)
         shaped = [part.reshape(x.shape) for x, part in zip(targets, parts, strict=True)]
         torch._foreach_copy_(targets, shaped)
+
+    def put_moment_(
+        self,
+        tensors: Sequence[Tensor],
+        old: Tensor | None,
+        new: Tensor | None,
+        where: Tensor,
+        t: Tensor,
+    ) -> None:
+        """As `put_`, rounded at random at steps t where it is kept in bfloat16."""
+        if old is not None and new is not None and self.option(tensors).dtype == torch.bfloat16:
+            # What is kept was in bfloat16.
+            old, new = old.to(torch.bfloat16), rounded_at_random(new, t)
+        self.put_(tensors, old, new, where)
 
     def count_(
         self, counts: Sequence[Tensor], skipped: Tensor, updated: Tensor, kept: Tensor

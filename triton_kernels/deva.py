@@ -130,8 +130,8 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
-        m, g = stack.take(exp_avgs), stack.take(grads)
-        v = stack.take(exp_avg_sqs, 1 if variance == "low_memory" else 2)
+        m, g = stack.take_moment(exp_avgs), stack.take(grads)
+        v = stack.take_moment(exp_avg_sqs, 1 if variance == "low_memory" else 2)
         v = None if variance == "none" else v
         assert m is not None and g is not None
         g = -g.float() if options.maximize else g.float()
@@ -175,13 +175,14 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
             kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
         stepped = ~kept & ~idle
         stack.put_(params, w, new_w, stepped)
-        stack.put_(exp_avgs, m, new_m, ~kept)
-        stack.put_(exp_avg_sqs, v, new_v, ~kept)
+        stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
+        stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
         for tensors, before, after in zip(states, old, new, strict=True):
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+    kinds = [(m.dtype, v.dtype) for m, v in zip(exp_avgs, exp_avg_sqs, strict=True)]
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
         step_of(stack)
 
 

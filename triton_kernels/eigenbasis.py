@@ -285,7 +285,7 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
-        m, v = stack.take(exp_avgs), stack.take(exp_avg_sqs)
+        m, v = stack.take_moment(exp_avgs), stack.take_moment(exp_avg_sqs)
         g = stack.take(grads)
         assert m is not None and v is not None and g is not None
         g = -g.float() if options.maximize else g.float()
@@ -324,13 +324,14 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
             kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
         stepped = ~kept & ~idle
         stack.put_(params, w, new_w, stepped)
-        stack.put_(exp_avgs, m, new_m, ~kept)
-        stack.put_(exp_avg_sqs, v, new_v, ~kept)
+        stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
+        stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
         for tensors, before, after in zip(states, old, new, strict=True):
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+    kinds = [(m.dtype, v.dtype) for m, v in zip(exp_avgs, exp_avg_sqs, strict=True)]
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
         step_of(stack)
 
 

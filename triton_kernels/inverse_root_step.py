@@ -45,7 +45,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
-        m, g = stack.take(momentum_buffers), stack.take(grads)
+        m, g = stack.take_moment(momentum_buffers), stack.take(grads)
         assert m is not None and g is not None
         g = -g.float() if options.maximize else g.float()
         t = stack.steps(step_counts)
@@ -55,7 +55,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
         if checked:
             kept = kept | ~finite(g, m)
         old = _Factors(*(stack.take(x) for x in states))
-        squares = stack.take(graft_squares) if options.squares else None
+        squares = stack.take_moment(graft_squares) if options.squares else None
         new, failed = _refreshed(old, g, t, options, refresh=stack.option(flags))
         new_squares = _new_squares(squares, g, options)
         new_m = options.beta1 * m + (1.0 - options.beta1) * g
@@ -67,8 +67,8 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
         if checked:
             kept = kept | ~finite(new_m, new_squares, *new, new_w)
         stack.put_(params, w, new_w, ~kept)
-        stack.put_(momentum_buffers, m, new_m, ~kept)
-        stack.put_(graft_squares, squares, new_squares, ~kept)
+        stack.put_moment_(momentum_buffers, m, new_m, ~kept, t)
+        stack.put_moment_(graft_squares, squares, new_squares, ~kept, t)
         for tensors, before, after in zip(states, old, new, strict=True):
             stack.put_(tensors, before, after, ~kept)
         failures = stack.take(root_failures, 1)
@@ -76,7 +76,8 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
         stack.put_(root_failures, failures, failures + failed, ~kept)
         stack.count_(step_counts, skipped, ~kept, kept)
 
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags):
+    kinds = [(m.dtype, v.dtype) for m, v in zip(momentum_buffers, graft_squares, strict=True)]
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
         step_of(stack)
 
 

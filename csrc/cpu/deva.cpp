@@ -16,6 +16,7 @@
 #include "list_step.h"
 #include "newton_schulz.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "views.h"
 
 namespace spectral_kernels::cpu {
@@ -334,9 +335,9 @@ std::vector<at::Tensor> squares_as_matrices(at::TensorList states, Variance vari
 void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   count_call("deva_step_", "cpu");
   check_step(lists);
-  check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
+  check_moment(lists.exp_avgs, "exp_avgs", lists.params);
   check_eigenbasis_lists(lists);
-  const Variance kind = check_deva(lists, options);
+  const Variance kind = check_deva(lists, options, true);
   check_eigenbasis_distinct(lists, kind != Variance::kNone);
   const NonFinite policy = nonfinite_policy(options.nonfinite);
   const DevaStep step{options, scalar(lists.lr), kind, policy != NonFinite::kPropagate};
@@ -373,22 +374,27 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   for (const Item& item : items) {
     const size_t e = size_t(item.entry);
     const NewtonSchulz* iteration = step.schatten() ? &newton_schulz_of(e) : nullptr;
-    bytes.push_back(tensors_of(item).bytes(iteration, lists.refresh[e] != 0));
+    DevaTensors tensors = tensors_of(item);
+    const size_t copies = Widened::bytes({tensors.moment, tensors.squares});
+    tensors.moment = in_full(tensors.moment);
+    tensors.squares = in_full(tensors.squares);
+    bytes.push_back(tensors.bytes(iteration, lists.refresh[e] != 0) + copies);
   }
   Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
-    DevaMatrix matrix(step, newton_schulz_of(e), tensors_of(item), options.scales[e],
-                      progress.step(item) + 1, threads);
+    DevaTensors tensors = tensors_of(item);
+    Widened wide({&tensors.moment, &tensors.squares}, threads);
+    const double count = progress.step(item);
+    DevaMatrix matrix(step, newton_schulz_of(e), tensors, options.scales[e], count + 1, threads);
     const bool factors = lists.lefts[e].numel() > 0 || lists.rights[e].numel() > 0;
     const bool bounded =
         !options.reference && step.relative() && (kind != Variance::kNone || factors);
     const auto outcome = matrix.run_step(bounded, lists.refresh[e] != 0);
-    if (outcome == DevaMatrix::Outcome::kSkipped)
-      progress.skip();
-    else if (outcome == DevaMatrix::Outcome::kUpdated)
-      progress.updated(item);
+    if (outcome == DevaMatrix::Outcome::kSkipped) return progress.skip();
+    wide.round_back(count);
+    if (outcome == DevaMatrix::Outcome::kUpdated) progress.updated(item);
   };
   parallel_matrices(work, update, bytes);
 }

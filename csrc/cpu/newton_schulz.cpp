@@ -476,7 +476,7 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
 void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   count_call("muon_step_", "cpu");
   check_step(lists);
-  check_momentum(lists.momentum_buffers, "momentum_buffers", lists.params);
+  check_moment(lists.momentum_buffers, "momentum_buffers", lists.params);
   TORCH_CHECK_VALUE(!options.hyperball || options.weight_decay == 0,
                     "a hyperball undoes weight decay: weight_decay must be 0, got ",
                     options.weight_decay);

@@ -27,8 +27,8 @@ inline uint32_t seed_of(uint64_t step, uint64_t row) {
 
 inline uint16_t rounded(uint32_t bits, uint32_t seed, uint32_t col) {
   const uint32_t size = bits & 0x7fffffffU;
-  const uint32_t up = (bits + (mixed(seed + col * kStride) >> 16)) >> 16;
   const uint32_t down = bits >> 16;
+  const uint32_t up = (bits + (mixed((seed + col * kStride) ^ down) >> 16)) >> 16;
   // The largest numbers do not become infinite; infinity and NaN keep what they are, a NaN with a
   // bit that bfloat16 has.
   const uint32_t special = down | (size > 0x7f800000U ? 0x40U : 0U);
@@ -44,6 +44,12 @@ void by_rows(const Matrix& m, int threads, const F& f) {
 
 // Whether lines are columns.
 bool by_columns(const Matrix& m) { return m.col_stride != 1 && m.row_stride == 1; }
+
+size_t scratch_of(std::initializer_list<Matrix*> moments) {
+  size_t sum = 0;
+  for (const Matrix* const m : moments) sum += Widened::bytes({*m});
+  return sum;
+}
 
 }  // namespace
 
@@ -96,6 +102,28 @@ void round_at_random(const Matrix& wide, uint64_t step, const Matrix& narrow, in
       }
     }
   });
+}
+
+size_t Widened::bytes(std::initializer_list<Matrix> moments) {
+  size_t sum = 0;
+  for (const Matrix& m : moments)
+    if (m && m.dtype == DType::kBF16) sum += wide_bytes(m);
+  return sum;
+}
+
+Widened::Widened(std::initializer_list<Matrix*> moments, int threads)
+    : workspace_(scratch_of(moments)), threads_(threads) {
+  for (Matrix* const m : moments) {
+    if (!*m || m->dtype != DType::kBF16) continue;
+    copies_.push_back({*m, take_wide(workspace_, *m)});
+    widen(*m, copies_.back().wide, threads);
+    *m = copies_.back().wide;
+  }
+}
+
+void Widened::round_back(double count) const {
+  for (const Copy& copy : copies_)
+    round_at_random(copy.wide, uint64_t(count), copy.narrow, threads_);
 }
 
 }  // namespace spectral_kernels::cpu

@@ -181,7 +181,7 @@ def rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) ->
     if options.get("hyperball"):
         return "the hyperball has no CUDA C++ kernel"
     if options.get("momentum_dtype") == torch.bfloat16:
-        return "momentum in bfloat16 has no CUDA C++ kernel"
+        return "moments in bfloat16 have no CUDA C++ kernel"
     tensors = [tensor for tensor in tensors if tensor.ndim >= 2]  # no counters, no learning rate
     if torch.float64 in (options.get("compute_dtype"), *(tensor.dtype for tensor in tensors)):
         return "the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64"

@@ -274,10 +274,10 @@ _PER_ENTRY = ("refresh", "restarts", "scales")
 
 
 def _of_lists(op: str, lists: Sequence[Any]) -> dict[str, Any]:
-    """What decides beside parameters and options: on cards momentum in bfloat16, in any entry."""
-    if op != "muon_step_" or not len(lists[0]) or lists[0][0].device.type == "cpu":
+    """What decides beside parameters and options: on cards moments in bfloat16, in any entry."""
+    if not TABLE[op].moments or not len(lists[0]) or lists[0][0].device.type == "cpu":
         return {}
-    if any(x.dtype == torch.bfloat16 for x in lists[2]):
+    if any(x.dtype == torch.bfloat16 for i in TABLE[op].moments for x in lists[i]):
         return {"momentum_dtype": torch.bfloat16}
     return {}
 

@@ -33,6 +33,15 @@ def counters(
     return step_counts, skipped
 
 
+def check_counted(step_counts: Sequence[Tensor] | None, **moments: Sequence[Tensor | None]) -> None:
+    """Moments in bfloat16 are rounded by the number of the step, so that it has to be given."""
+    for name, tensors in moments.items() if step_counts is None else ():
+        if any(x is not None and x.dtype == torch.bfloat16 for x in tensors):
+            raise ValueError(
+                f"{name} in bfloat16 are rounded at random by their step_counts, which are missing"
+            )
+
+
 def scale_factor(scale: str, m: int, n: int) -> float:
     """The factor of the polar factor of an m x n matrix.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ class Operator:
         """Of a list step, the lists that hold state: those between gradients and step counts."""
         names: tuple[str, ...] = self.lists._fields if self.lists is not None else ()
         return names[2:-3]
+
+    @cached_property
+    def moments(self) -> tuple[int, ...]:
+        """Of a list step, the places of the lists that may be in bfloat16 beside other state."""
+        names: tuple[str, ...] = self.lists._fields if self.lists is not None else ()
+        return tuple(i for i, name in enumerate(names) if name in _MOMENTS)
+
+
+_MOMENTS = ("momentum_buffers", "graft_squares", "exp_avgs", "exp_avg_sqs")
 
 
 def _step(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _options, coefficients as _coefficients
-from ._lists import counters, scales_of
+from ._lists import check_counted, counters, scales_of
 from ._options import EPS_MODES, DevaOptions, check_variant
 from .newton_schulz import CoefficientsLike
 
@@ -75,8 +75,9 @@ def deva_step_(
 
     Args:
         params, grads: (..., m, n) each, of one shape; leading dimensions are a batch of matrices.
-        exp_avgs: M, shapes of the params, float32 (float64 for float64).
-        exp_avg_sqs: V, shapes of the params; (..., m + n) for "low_memory"; None for "none".
+        exp_avgs: M, shapes of the params, float32 (float64 for float64), or bfloat16 as the
+            momentum of `muon_step_`.
+        exp_avg_sqs: V, likewise; (..., m + n) for "low_memory", not in bfloat16; None for "none".
         lefts, left_bases: L and Q_L, (..., m, m), or None (or size 0) for no left side. Bases start
             as zeros.
         rights, right_bases: R and Q_R, (..., n, n), likewise.
@@ -122,6 +123,8 @@ def deva_step_(
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs)):
         _checks.tensors(name, tensors, len(params))
+    _checks.tensors("exp_avg_sqs", exp_avg_sqs, len(params), optional=True)
+    check_counted(step_counts, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     rows = _coefficients.resolve(coefficients, steps)
     if shampoo_beta is None:
         shampoo_beta = _checks.number("beta2", beta2, 0.0, 1.0)

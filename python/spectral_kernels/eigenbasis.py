@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks, _dispatch, _options
-from ._lists import counters
+from ._lists import check_counted, counters
 from ._options import SoapOptions
 
 __all__ = ["eigenbasis", "refresh_eigenbasis", "soap_step_"]
@@ -120,7 +120,8 @@ def soap_step_(
 
     Args:
         params, grads: (..., m, n) each, of one shape; leading dimensions are a batch of matrices.
-        exp_avgs, exp_avg_sqs: M and V, shapes of the params, float32 (float64 for float64).
+        exp_avgs, exp_avg_sqs: M and V, shapes of the params, float32 (float64 for float64), or
+            bfloat16 as the momentum of `muon_step_`.
         lefts, left_bases: L and Q_L, (..., m, m), or None (or size 0) for no left side. Bases start
             as zeros.
         rights, right_bases: R and Q_R, (..., n, n), likewise.
@@ -157,6 +158,7 @@ def soap_step_(
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _checks.tensors(name, tensors, len(params))
+    check_counted(step_counts, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     if shampoo_beta is None:
         shampoo_beta = _checks.number("beta2", beta2, 0.0, 1.0)
     _dispatch.run_step(

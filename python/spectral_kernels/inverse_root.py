@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _options
-from ._lists import counters
+from ._lists import check_counted, counters
 from ._options import ROOT_METHODS, ShampooOptions, check_kl, check_root_method
 
 __all__ = ["RootInfo", "inverse_root", "shampoo_step_"]
@@ -176,11 +176,13 @@ def shampoo_step_(
     Args:
         params, grads: (..., m, n) each, of one shape; leading dimensions are a batch of matrices.
             A block of a matrix is an entry of its own, as a strided view.
-        momentum_buffers: M, shapes of the params, float32 (float64 for float64).
+        momentum_buffers: M, shapes of the params, float32 (float64 for float64), or bfloat16 as the
+            momentum of `muon_step_`.
         lefts, left_roots: L and X_L, (..., m, m), or None (or size 0) for no left side. Roots start
             as the identity.
         rights, right_roots: R and X_R, (..., n, n), likewise.
-        graft_squares: V, shapes of the params; None for graft "none" and "sgd".
+        graft_squares: V, likewise, but not in bfloat16 for "adagrad"; None for graft "none" and
+            "sgd".
         lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
             waited for: one that is not finite makes every update so, see `nonfinite`.
         beta1: in [0, 1).
@@ -240,6 +242,8 @@ def shampoo_step_(
         ("root_failures", root_failures),
     ):
         _checks.tensors(name, tensors, len(params))
+    _checks.tensors("graft_squares", graft_squares, len(params), optional=True)
+    check_counted(step_counts, momentum_buffers=momentum_buffers, graft_squares=graft_squares)
     _dispatch.run_step(
         "shampoo_step_",
         backend,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _options, coefficients as _coefficients
-from ._lists import counters, scales_of
+from ._lists import check_counted, counters, scales_of
 from ._options import COMPUTE_DTYPE, METHODS, NORMS, MuonOptions
 from ._restarts import restarts_for, restarts_of
 
@@ -165,8 +165,8 @@ def muon_step_(
             Flatten convolution weights first.
         momentum_buffers: shapes of the params, float32 (float64 for float64), or bfloat16 where
             params are not float64. In bfloat16 M is rounded at random, to each of the two numbers
-            around it with the probability that keeps its mean, by a hash of step count, row and
-            column: the same bits anywhere. `step_counts` must be given then.
+            around it with the probability that keeps its mean, by a hash of step count, row, column
+            and the bits that stay: the same anywhere. `step_counts` must be given then.
         lr: a number or a tensor of one number, at least 0 and finite. A tensor on a device is not
             waited for: one that is not finite makes every update so, see `nonfinite`.
         momentum: in [0, 1).
@@ -208,11 +208,7 @@ def muon_step_(
     counts, skips = counters(params, step_counts, skipped)
     for name, tensors in (("grads", grads), ("momentum_buffers", momentum_buffers)):
         _checks.tensors(name, tensors, len(params))
-    if step_counts is None and any(x.dtype == torch.bfloat16 for x in momentum_buffers):
-        raise ValueError(
-            "momentum_buffers in bfloat16 are rounded at random by their step_counts, which are "
-            "missing"
-        )
+    check_counted(step_counts, momentum_buffers=momentum_buffers)
     _options.check_hyperball(
         hyperball=_checks.flag("hyperball", hyperball),
         weight_decay=_checks.number("weight_decay", weight_decay),

@@ -8,6 +8,7 @@
 #include "../../step_calls.h"
 #include "../list_step.h"
 #include "../parallel.h"
+#include "../rounding.h"
 #include "../views.h"
 #include "eigenbasis_step.h"
 
@@ -88,8 +89,8 @@ Outcome soap_update(const SoapStep& step, const SoapMatrix& matrix, double t, bo
 void soap_step_(const BasisLists& lists, const SoapOptions& options) {
   count_call("soap_step_", "cpu");
   check_step(lists);
-  check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
-  check_state(lists.exp_avg_sqs, "exp_avg_sqs", lists.params, false);
+  check_moment(lists.exp_avgs, "exp_avgs", lists.params);
+  check_moment(lists.exp_avg_sqs, "exp_avg_sqs", lists.params);
   check_eigenbasis_lists(lists);
   check_eigenbasis_distinct(lists, true);
   const NonFinite policy = nonfinite_policy(options.nonfinite);
@@ -104,17 +105,24 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
                       MatrixBatch(lists.exp_avg_sqs[e])[item.index], sides_of(item, lists)};
   };
   std::vector<size_t> bytes;
-  for (const Item& item : items)
-    bytes.push_back(matrix_of(item).bytes(lists.refresh[size_t(item.entry)] != 0));
+  for (const Item& item : items) {
+    SoapMatrix matrix = matrix_of(item);
+    const size_t copies = Widened::bytes({matrix.moment, matrix.squares});
+    matrix.moment = in_full(matrix.moment);
+    matrix.squares = in_full(matrix.squares);
+    bytes.push_back(matrix.bytes(lists.refresh[size_t(item.entry)] != 0) + copies);
+  }
   Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
-    const Outcome outcome = soap_update(step, matrix_of(item), progress.step(item) + 1,
-                                        lists.refresh[size_t(item.entry)] != 0, threads);
-    if (outcome == Outcome::kSkipped)
-      progress.skip();
-    else if (outcome == Outcome::kUpdated)
-      progress.updated(item);
+    SoapMatrix matrix = matrix_of(item);
+    Widened wide({&matrix.moment, &matrix.squares}, threads);
+    const double count = progress.step(item);
+    const Outcome outcome =
+        soap_update(step, matrix, count + 1, lists.refresh[size_t(item.entry)] != 0, threads);
+    if (outcome == Outcome::kSkipped) return progress.skip();
+    wide.round_back(count);
+    if (outcome == Outcome::kUpdated) progress.updated(item);
   };
   parallel_matrices(eigenbasis_work(items, lists), update, bytes);
 }

@@ -13,6 +13,7 @@
 #include "../kron_factor.h"
 #include "../list_step.h"
 #include "../parallel.h"
+#include "../rounding.h"
 #include "../views.h"
 #include "root.h"
 
@@ -373,7 +374,7 @@ Graft graft_of(const std::string& name) {
 void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
   count_call("shampoo_step_", "cpu");
   check_step(lists);
-  check_state(lists.momentum_buffers, "momentum_buffers", lists.params, false);
+  check_moment(lists.momentum_buffers, "momentum_buffers", lists.params);
   check_factors(lists.lefts, "lefts", lists.params, 0);
   check_factors(lists.rights, "rights", lists.params, 1);
   check_factors(lists.left_roots, "left_roots", lists.params, 0);
@@ -381,8 +382,11 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
   check_partners(lists.lefts, "lefts", lists.left_roots, "left_roots");
   check_partners(lists.rights, "rights", lists.right_roots, "right_roots");
   const Graft kind = graft_of(options.graft);
-  check_state(lists.graft_squares, "graft_squares", lists.params,
-              kind == Graft::kNone || kind == Graft::kSgd);
+  // A sum without decay would gather the errors of rounding.
+  if (kind == Graft::kRmsprop || kind == Graft::kAdam)
+    check_moment(lists.graft_squares, "graft_squares", lists.params);
+  else
+    check_state(lists.graft_squares, "graft_squares", lists.params, kind != Graft::kAdagrad);
   check_list(lists.root_failures, "root_failures", lists.params.size());
   for (size_t i = 0; i < lists.params.size(); i++) {
     auto expected = lists.params[i].sizes().vec();
@@ -446,21 +450,26 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
       sum += (options.kl ? 2.5 : 1.5) * m * n * n +
              (options.refresh[e] != 0 ? root_work(int64_t(n), int(options.root)) : 0);
     work.push_back(sum);
-    bytes.push_back(state_of(item).bytes(MatrixBatch(lists.params[e])[item.index],
-                                         MatrixBatch(lists.grads[e])[item.index],
-                                         options.refresh[e] != 0));
+    ShampooState state = state_of(item);
+    const size_t copies = Widened::bytes({state.momentum, state.squares});
+    state.momentum = in_full(state.momentum);
+    state.squares = in_full(state.squares);
+    bytes.push_back(state.bytes(MatrixBatch(lists.params[e])[item.index],
+                                MatrixBatch(lists.grads[e])[item.index], options.refresh[e] != 0) +
+                    copies);
   }
   Progress progress(lists.step_counts, lists.skipped);
   const auto update = [&](int64_t i, int threads) {
     const Item& item = items[size_t(i)];
     const size_t e = size_t(item.entry);
+    ShampooState state = state_of(item);
+    Widened wide({&state.momentum, &state.squares}, threads);
+    const double count = progress.step(item);
     ShampooMatrix matrix(step, MatrixBatch(lists.params[e])[item.index],
-                         MatrixBatch(lists.grads[e])[item.index], state_of(item),
-                         progress.step(item) + 1, threads);
-    if (matrix.run_step(options.refresh[e] != 0))
-      progress.updated(item);
-    else
-      progress.skip();
+                         MatrixBatch(lists.grads[e])[item.index], state, count + 1, threads);
+    if (!matrix.run_step(options.refresh[e] != 0)) return progress.skip();
+    wide.round_back(count);
+    progress.updated(item);
   };
   parallel_matrices(work, update, bytes);
 }

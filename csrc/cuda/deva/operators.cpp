@@ -63,7 +63,7 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   count_call(kOp, "cuda");
   check_lists(lists, kOp);
   Deva deva;
-  deva.variance = check_deva(lists, options);
+  deva.variance = check_deva(lists, options, false);
   const bool none = deva.variance == Variance::kNone;
   check_eigenbasis_distinct(lists, !none);
   deva.nesterov = options.nesterov;

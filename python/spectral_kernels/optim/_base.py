@@ -83,6 +83,9 @@ class MatrixOptimizer(Checkpointed):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had none
+            if group["algorithm"] != "adamw":
+                group.setdefault("state_dtype", None)
         for each in self.state.values():
             each.update({key: as_blocks(x) for key, x in each.items() if isinstance(x, list)})
         if "param_groups" in state:

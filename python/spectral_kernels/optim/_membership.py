@@ -209,7 +209,7 @@ class Membership(Declared):
         _rules.check_implementation(group, where)
         known = self._checked.get(index)
         if known is None or known[0] != raw:
-            structure = ("batched", "matrix_dims", *self._structure)
+            structure = ("batched", "matrix_dims", "state_dtype", *self._structure)
             if known is None or any(known[0].get(name) != raw.get(name) for name in structure):
                 for key in [key for key in self._plans if key[:2] == (index, "matrix")]:
                     del self._plans[key]

@@ -110,6 +110,13 @@ def compute_dtype(name: str, value: Any) -> torch.dtype | None:
     return value
 
 
+def state_dtype(name: str, value: Any) -> torch.dtype | None:
+    """None for full precision, or bfloat16."""
+    if value is not None and value is not torch.bfloat16:
+        raise ValueError(f"{name} must be None or torch.bfloat16, not {value!r}")
+    return value
+
+
 def matrix_dims(name: str, value: Any) -> Any:
     """None, or a pair (rows, columns), each a dimension or several."""
     if value is None:
@@ -170,6 +177,7 @@ MATRIX: Mapping[str, Rule] = {
     "maximize": flag,
     "nonfinite": NONFINITE,
     "capturable": flag,
+    "state_dtype": state_dtype,
     "batched": flag,
     "matrix_dims": matrix_dims,
 }

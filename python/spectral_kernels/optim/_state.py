@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._forms import Form, Layout
+from ._forms import Form, Layout, Slot
 
 
 def as_matrices(name: str, tensor: Tensor, form: Form) -> Tensor:
@@ -68,6 +68,18 @@ def check_state(name: str, state: dict[str, Any], layout: Layout, param: Tensor)
                 each.check(f"{key}[{block}] of {name}", state[key][block], param)
         else:
             slot.check(f"{key} of {name}", state[key], param)
+            _check_precision(f"{key} of {name}", state[key], slot, param)
+
+
+def _check_precision(name: str, value: Tensor, slot: Slot, param: Tensor) -> None:
+    """That a moment is in bfloat16 if the group says so, and only then."""
+    if slot.dtype is None and slot.shape is None:
+        narrow = slot.dtype_beside(param) == torch.bfloat16
+        if (value.dtype == torch.bfloat16) != narrow:
+            raise ValueError(
+                f"{name} is {value.dtype} and state_dtype {slot.narrow}, which was written after "
+                "the state was made: load_state_dict(state_dict()) brings the state into it"
+            )
 
 
 def _check_keys(name: str, state: dict[str, Any], layout: Layout) -> None:

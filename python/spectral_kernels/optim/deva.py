@@ -64,6 +64,12 @@ class DeVA(EigenbasisOptimizer):
             parameters.
         stagger: spread the refreshes of different parameters evenly over the steps; default: unless
             `reference`.
+        state_dtype: None, or torch.bfloat16 for exp_avg and exp_avg_sq in 2 bytes an element
+            (float64 parameters keep theirs), rounded at random as `Muon`'s momentum: means are
+            those of exact moments, runs repeat, and the error of a moment has a standard deviation
+            of at most 2^-8 / sqrt(1 - beta^2) of its largest norm so far, element by element too
+            where no refresh turns it. Factors, bases and the m + n numbers of "low_memory" stay in
+            full precision.
         maximize: ascend.
         nonfinite: "skip" leaves a matrix, or a tensor of AdamW's, with a non-finite gradient alone
             and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
@@ -79,8 +85,8 @@ class DeVA(EigenbasisOptimizer):
         TypeError, ValueError: a parameter or value that cannot work, with its place.
 
     State of a matrix: step, exp_avg and exp_avg_sq (rotated; exp_avg_sq holds m + n numbers for
-    "low_memory"), left, right, left_basis, right_basis (size 0 where a side has none); float32, or
-    float64 under float64.
+    "low_memory"), left, right, left_basis, right_basis (size 0 where a side has none); float32,
+    float64 under float64, and the first two state_dtype.
 
     Source: DeVA, arXiv 2602.06880, and its public code, commit 2e4d26e.
     """
@@ -132,6 +138,7 @@ class DeVA(EigenbasisOptimizer):
         scale: str | float | None = None,
         compute_dtype: torch.dtype | None = None,
         stagger: bool | None = None,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         capturable: bool = False,
@@ -154,7 +161,7 @@ class DeVA(EigenbasisOptimizer):
         variance = _variant(values)[1]
         if variance == "low_memory":
             return Slot((*batch, m + n))
-        return Slot((0,)) if variance == "none" else Slot(None)
+        return Slot((0,)) if variance == "none" else super()._squares(form, values)
 
     def _staggered(self, values: Values) -> bool:
         return not values["reference"] if values["stagger"] is None else bool(values["stagger"])

@@ -25,13 +25,6 @@ def coefficients_rule(name: str, value: Any) -> Any:
     return value
 
 
-def state_dtype_rule(name: str, value: Any) -> torch.dtype | None:
-    """None for full precision, or bfloat16."""
-    if value is not None and value is not torch.bfloat16:
-        raise ValueError(f"{name} must be None or torch.bfloat16, not {value!r}")
-    return value
-
-
 class Muon(MatrixOptimizer):
     """Muon for matrices, AdamW for everything else.
 
@@ -78,10 +71,10 @@ class Muon(MatrixOptimizer):
             then, nor has weight_decay on matrices; AdamW's tensors decay as ever. A matrix of zeros
             has no sphere and is refused; over ranks, where its owner finds it, there is a warning.
         state_dtype: None, or torch.bfloat16 for momentum in 2 bytes an element in place of 4
-            (float64 parameters keep theirs). It is rounded at random, by a hash of step, row and
-            column: its mean is that of exact momentum, and a resumed or repeated run has the same
-            bits. The error of an element has a standard deviation of at most
-            2^-8 / sqrt(1 - momentum^2) of the element's largest magnitude so far.
+            (float64 parameters keep theirs). It is rounded at random, by a hash of step, row,
+            column and the leading bits: its mean is that of exact momentum, and a resumed or
+            repeated run has the same bits. The error of an element has a standard deviation of at
+            most 2^-8 / sqrt(1 - momentum^2) of the element's largest magnitude so far.
         split: a matrix is several, one below the other, such as queries, keys and values or the
             heads of each: a number of equal parts, or the rows of every part. Each is stepped as if
             it were a parameter of its own, its scale that of its own shape. A value for a group;
@@ -122,10 +115,9 @@ class Muon(MatrixOptimizer):
         "coefficients": _rules.optional(coefficients_rule),
         "cautious_weight_decay": _rules.flag,
         "hyperball": _rules.flag,
-        "state_dtype": state_dtype_rule,
         "split": _split.rule,
     }
-    _structure = ("split", "beta2", "state_dtype")
+    _structure = ("split", "beta2")
 
     def __init__(
         self,
@@ -172,15 +164,7 @@ class Muon(MatrixOptimizer):
     def _entries(
         self, matrices: Tensor, state: Values, form: Form, layout: Layout, values: Values
     ) -> list[list[Tensor]]:
-        momentum, slot = state["momentum_buffer"], layout["momentum_buffer"]
-        assert isinstance(slot, Slot)
-        if (momentum.dtype == torch.bfloat16) != (slot.dtype_beside(matrices) == torch.bfloat16):
-            raise ValueError(
-                f"momentum_buffer is {momentum.dtype} and state_dtype {values['state_dtype']}, "
-                "which was written after the state was made: load_state_dict(state_dict()) "
-                "brings the state into it"
-            )
-        momenta = as_matrices("momentum_buffer", momentum, form)
+        momenta = as_matrices("momentum_buffer", state["momentum_buffer"], form)
         sizes = _split.sizes_of(form.shape[-2], values["split"])
         parts = self._cut(matrices, values)
         # What comes from other ranks is not there yet.
@@ -213,7 +197,6 @@ class Muon(MatrixOptimizer):
                 group.setdefault("beta2", None)
                 group.setdefault("cautious_weight_decay", False)
                 group.setdefault("hyperball", False)
-                group.setdefault("state_dtype", None)
                 group.setdefault("split", None)
 
     def _fit_state(self, state: dict[str, Any], layout: Layout) -> dict[str, Any]:

@@ -58,6 +58,12 @@ class Shampoo(MatrixOptimizer):
         debias: see above.
         max_root_failures: when a block's root has failed more often than this in a row, the next
             step raises.
+        state_dtype: None, or torch.bfloat16 for momentum_buffer and graft_sq in 2 bytes an element
+            (float64 parameters keep theirs), rounded at random as `Muon`'s momentum: means are
+            those of exact moments, runs repeat, and the error of an element has a standard
+            deviation of at most 2^-8 / sqrt(1 - beta^2) of its largest magnitude so far, with the
+            beta of each moment. Factors and roots stay in full precision, and so does graft_sq of
+            "adagrad", a sum without decay in which errors would gather.
         maximize: ascend.
         nonfinite: "skip" leaves a block, or a tensor of AdamW's, with a non-finite gradient alone
             and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
@@ -74,8 +80,8 @@ class Shampoo(MatrixOptimizer):
 
     State of a matrix: step, momentum_buffer, graft_sq (the parameter's shape), and dicts of blocks,
     by their number in row-major order as str, "0" and so on: left, right, left_root, right_root,
-    root_failures; float32, or float64 under float64. block_size, sides and graft are fixed by a
-    parameter's first step.
+    root_failures; float32, float64 under float64, and the first two state_dtype. block_size, sides
+    and graft are fixed by a parameter's first step.
 
     Source: Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497; KL: arXiv 2509.03378.
     """
@@ -124,6 +130,7 @@ class Shampoo(MatrixOptimizer):
         root_method: str = "auto",
         debias: bool = True,
         max_root_failures: int = 3,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         capturable: bool = False,
@@ -184,14 +191,15 @@ class Shampoo(MatrixOptimizer):
         left = [side(batch, rows, present=sides != "right") for rows, _ in blocks]
         right = [side(batch, cols, present=sides != "left") for _, cols in blocks]
         grafted = values["graft"] not in ("none", "sgd")
+        narrow = None if values["graft"] == "adagrad" else values["state_dtype"]
         return {
             "step": step_slot(form, len(blocks)),
-            "momentum_buffer": Slot(None),
+            "momentum_buffer": Slot(None, narrow=values["state_dtype"]),
             "left": left,
             "right": right,
             "left_root": [replace(slot, identity=True) for slot in left],
             "right_root": [replace(slot, identity=True) for slot in right],
-            "graft_sq": Slot(None) if grafted else Slot((0,)),
+            "graft_sq": Slot(None, narrow=narrow) if grafted else Slot((0,)),
             "root_failures": [Slot((*batch, 2), torch.int64) for _ in blocks],
         }
 

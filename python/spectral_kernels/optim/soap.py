@@ -23,7 +23,7 @@ class EigenbasisOptimizer(MatrixOptimizer):
 
     def _squares(self, form: Form, values: Values) -> Slot:
         """V's slot."""
-        return Slot(None)
+        return Slot(None, narrow=values["state_dtype"])
 
     def _has_sides(self, values: Values) -> bool:
         """Whether there are bases at all."""
@@ -35,7 +35,7 @@ class EigenbasisOptimizer(MatrixOptimizer):
         left, right = (side(batch, size, present=size <= limit) for size in (m, n))
         return {
             "step": step_slot(form),
-            "exp_avg": Slot(None),
+            "exp_avg": Slot(None, narrow=values["state_dtype"]),
             "exp_avg_sq": self._squares(form, values),
             "left": left,
             "right": right,
@@ -127,6 +127,11 @@ class SOAP(EigenbasisOptimizer):
         correct_bias: see above.
         skip_first: False takes the first step in the first gradient's own bases.
         stagger: spread the refreshes of different parameters evenly over the steps.
+        state_dtype: None, or torch.bfloat16 for exp_avg and exp_avg_sq in 2 bytes an element
+            (float64 parameters keep theirs), rounded at random as `Muon`'s momentum: means are
+            those of exact moments, runs repeat, and the error of a moment has a standard deviation
+            of at most 2^-8 / sqrt(1 - beta^2) of its largest norm so far, element by element too
+            where no refresh turns it. Factors and bases stay in full precision.
         maximize: ascend.
         nonfinite: "skip" leaves a matrix, or a tensor of AdamW's, with a non-finite gradient alone
             and counts it in `skipped`; "propagate" lets it become NaN; "raise" raises before
@@ -141,7 +146,7 @@ class SOAP(EigenbasisOptimizer):
         TypeError, ValueError: a parameter or value that cannot work, with its place.
 
     State of a matrix: step, exp_avg and exp_avg_sq (rotated), left, right, left_basis, right_basis
-    (size 0 where a side has none); float32, or float64 under float64.
+    (size 0 where a side has none); float32, float64 under float64, and the first two state_dtype.
 
     Source: Vyas et al., arXiv 2409.11321; github.com/nikhilvyas/SOAP.
     """
@@ -172,6 +177,7 @@ class SOAP(EigenbasisOptimizer):
         correct_bias: bool = True,
         skip_first: bool = True,
         stagger: bool = False,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         nonfinite: str = "skip",
         capturable: bool = False,

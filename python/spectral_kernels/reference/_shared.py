@@ -172,9 +172,11 @@ def rounded_at_random(x: Tensor, step: float) -> Tensor:
 
     16 bits r are added to the 16 that bfloat16 lacks, and what is left of those is cut off: an
     element at the fraction f of the way goes up with probability f, to 2^-16. r is the upper half
-    of h(h(h(step) + i s) + j s) mod 2^32 for row i and column j, s = 0x9e3779b9, and h the
-    finaliser "lowbias32". Elements beyond the largest number of bfloat16 are cut off, as are
-    infinities and NaN.
+    of h((h(h(step) + i s) + j s) xor b) mod 2^32 for row i and column j, s = 0x9e3779b9, b the 16
+    bits of x that bfloat16 has, and h the finaliser "lowbias32". b does not depend on the fraction,
+    so that the mean stays, and it sets apart matrices, and moments of one, that are rounded at the
+    same step: without it their errors have a correlation of 1/2. Elements beyond the largest number
+    of bfloat16 are cut off, as are infinities and NaN.
 
     Source: hash: Wellons, "Prospecting for Hash Functions" (2018); rounding: Gupta et al., arXiv
     1502.02551; of an optimizer's state: Zamirai et al., arXiv 2010.06192.
@@ -182,8 +184,8 @@ def rounded_at_random(x: Tensor, step: float) -> Tensor:
     rows, cols = (torch.arange(n, dtype=torch.int64, device=x.device) for n in x.shape)
     seed = _mixed(torch.tensor(int(step) & _WORD, dtype=torch.int64, device=x.device))
     seed = _mixed((seed + rows * _STRIDE) & _WORD)
-    noise = _mixed((seed[:, None] + cols * _STRIDE) & _WORD) >> 16
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
+    noise = _mixed(((seed[:, None] + cols * _STRIDE) & _WORD) ^ (bits >> 16)) >> 16
     special = (bits & 0x7FFFFFFF) >= 0x7F7F0000
     quiet = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x400000, 0)
     kept = torch.where(special, bits | quiet, bits + noise) & 0xFFFF0000
@@ -202,6 +204,16 @@ def _mixed(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
+
+
+def widened(moment: Tensor) -> Tensor:
+    """What a step computes with: float32 of a moment in bfloat16."""
+    return moment.float() if moment.dtype == torch.bfloat16 else moment
+
+
+def store(state: Tensor, value: Tensor, step: float) -> None:
+    """Writes a new state, rounded at random where it is a moment in bfloat16."""
+    state.copy_(rounded_at_random(value, step) if state.dtype == torch.bfloat16 else value)
 
 
 def moved(param: Tensor, update: Tensor, *, rate: float, decay: float) -> Tensor:

@@ -19,6 +19,8 @@ from ._shared import (
     optional,
     outside_range,
     sign,
+    store,
+    widened,
 )
 from .eigenbasis import (
     Bases,
@@ -88,8 +90,9 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
-        exp_avgs: M, shapes of the params, float32 or float64.
-        exp_avg_sqs: V, shapes of the params; (..., m + n) for "low_memory"; unused for "none".
+        exp_avgs: M, shapes of the params, float32 or float64; bfloat16 of params that are not
+            float64, rounded at random (`rounded_at_random`).
+        exp_avg_sqs: V, likewise; (..., m + n) for "low_memory", not in bfloat16; unused for "none".
         lefts, left_bases: (..., m, m) each, or size 0.
         rights, right_bases: (..., n, n) each, or size 0.
         step_counts: 0-dim or the batch's shape.
@@ -126,7 +129,8 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
         bounded = factors or variance != "none"
         bounded = bounded and not options.reference and options.eps_mode == "relative"
         for index in matrices(param) if param.numel() else ():
-            m, v = exp_avgs[i][index], optional(exp_avg_sqs[i], index)
+            kept_m, kept_v = exp_avgs[i][index], optional(exp_avg_sqs[i], index)
+            m, v = widened(kept_m), widened(kept_v)
             g = grads[i][index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             if (bounded and outside_range(g)) or (not propagate and not finite(g, m)):
                 progress.skip()
@@ -157,14 +161,14 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
                     bias = adam_bias(beta1, options.beta2, t) if options.correct_bias else 1.0
                     size *= decay * bias
                 new_w = moved(new_w, update, rate=size, decay=decay)
-            states, values = [m, *old], [new_m, *new]
+            states, values = [kept_m, *old], [new_m, *new]
             if variance != "none":
-                states, values = [*states, v], [*values, new_v]
+                states, values = [*states, kept_v], [*values, new_v]
             if not propagate and not (finite(*values) and (idle or finite(new_w))):
                 progress.skip()
                 continue
             for state, value in zip(states, values, strict=True):
-                state.copy_(value)
+                store(state, value, t - 1.0)
             if not idle:
                 param[index].copy_(new_w)
                 progress.update(index)

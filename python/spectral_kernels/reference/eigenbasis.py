@@ -25,7 +25,9 @@ from ._shared import (
     norm,
     optional,
     scaled,
+    store,
     unit_roundoff,
+    widened,
 )
 from .kron_factor import from_both_sides, updated_factors
 from .symmetric_matmul import identity_like, product
@@ -293,7 +295,8 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
-        exp_avgs, exp_avg_sqs: M and V, shapes of the params, float32 or float64.
+        exp_avgs, exp_avg_sqs: M and V, shapes of the params, float32 or float64; bfloat16 of params
+            that are not float64, rounded at random (`rounded_at_random`).
         lefts, left_bases: (..., m, m) each, or size 0 for no left side.
         rights, right_bases: (..., n, n) each, or size 0.
         step_counts: 0-dim or the batch's shape.
@@ -321,7 +324,7 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     for i, param in enumerate(params):
         progress = Progress(step_counts[i], skipped)
         for index in matrices(param) if param.numel() else ():
-            m, v = exp_avgs[i][index], exp_avg_sqs[i][index]
+            m, v = (widened(x[i][index]) for x in (exp_avgs, exp_avg_sqs))
             g = grads[i][index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             if not propagate and not finite(g, m):
                 progress.skip()
@@ -353,8 +356,9 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
             if not propagate and not (finite(new_m, new_v, *new) and (idle or finite(new_w))):
                 progress.skip()
                 continue
-            for state, value in zip((m, v, *old), (new_m, new_v, *new), strict=True):
-                state.copy_(value)
+            states = (exp_avgs[i][index], exp_avg_sqs[i][index], *old)
+            for state, value in zip(states, (new_m, new_v, *new), strict=True):
+                store(state, value, t - 1.0)
             if not idle:
                 param[index].copy_(new_w)
                 progress.update(index)

@@ -23,6 +23,8 @@ from ._shared import (
     norm,
     optional,
     outside_range,
+    store,
+    widened,
 )
 from .inverse_root import NON_FINITE, STAGNATED, root_of
 from .kron_factor import from_both_sides, updated_factor, updated_factors
@@ -75,10 +77,12 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
 
     Args:
         params, grads: entry i is (..., m_i, n_i).
-        momentum_buffers: shapes of the params, float32 or float64.
+        momentum_buffers: shapes of the params, float32 or float64; bfloat16 of params that are not
+            float64, rounded at random (`rounded_at_random`).
         lefts, left_roots: (..., m, m) each, or size 0 for no left side.
         rights, right_roots: (..., n, n) each, or size 0.
-        graft_squares: V, shapes of the params; size 0 for graft "none" and "sgd".
+        graft_squares: V, likewise, but not in bfloat16 for "adagrad"; size 0 for graft "none" and
+            "sgd".
         root_failures: (..., 2) int64, left and right.
         step_counts: 0-dim or the batch's shape.
         skipped: one int64.
@@ -107,7 +111,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     for i, param in enumerate(params):
         progress = Progress(step_counts[i], skipped)
         for index in matrices(param) if param.numel() else ():
-            m = momentum_buffers[i][index]
+            m = widened(momentum_buffers[i][index])
             g = grads[i][index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             if bounded and outside_range(g):
                 progress.skip()
@@ -122,18 +126,18 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
             refresh = bool(options.refresh[i])
             new, failed = _refreshed_factors(old, g, t, options, refresh=refresh)
             squares = optional(graft_squares[i], index)
-            new_squares = _new_squares(squares, g, options)
+            new_squares = _new_squares(widened(squares), g, options)
             new_m = options.beta1 * m + (1.0 - options.beta1) * g
             update = _shampoo_update(new_m, new_squares, new, t, options)
             new_w = moved(param[index], update, rate=rate, decay=decay)
-            states, values = [m, *old], [new_m, *new]
+            states, values = [momentum_buffers[i][index], *old], [new_m, *new]
             if options.squares:
                 states, values = [*states, squares], [*values, new_squares]
             if not propagate and not finite(*values, new_w):
                 progress.skip()
                 continue
             for state, value in zip(states, values, strict=True):
-                state.copy_(value)
+                store(state, value, t - 1.0)
             param[index].copy_(new_w)
             root_failures[i][index].add_(root_failures[i].new_tensor(failed))
             progress.update(index)

@@ -29,8 +29,9 @@ from ._shared import (
     moved,
     norm,
     optional,
-    rounded_at_random,
     scaled,
+    store,
+    widened,
 )
 from .symmetric_matmul import product
 
@@ -183,9 +184,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     for param, grad, buffer, second, count, scale, steps in entries:
         progress, iteration = Progress(count, skipped), options.iteration_of(param, steps)
         for index in matrices(param) if param.numel() else ():
-            m = buffer[index]
-            narrow = m.dtype == torch.bfloat16
-            m = m.float() if narrow else m
+            m = widened(buffer[index])
             g = grad[index].to(m.dtype) * (-1.0 if options.maximize else 1.0)
             v = optional(second, index)
             if not propagate and not finite(g, m, v):
@@ -208,8 +207,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
             if not propagate and not finite(new_m, new_w):
                 progress.skip()
                 continue
-            at = progress.next_step(index) - 1.0
-            buffer[index].copy_(rounded_at_random(new_m, at) if narrow else new_m)
+            store(buffer[index], new_m, progress.next_step(index) - 1.0)
             v.copy_(new_v)
             param[index].copy_(new_w)
             progress.update(index)
