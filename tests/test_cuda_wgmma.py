@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
 import pytest
 import torch
-from emulated_cuda import DELIVERIES, arranged, barriers
+from emulated_cuda import (
+    CUDA,
+    DELIVERIES,
+    EMULATION,
+    FLAGS,
+    arranged,
+    barriers,
+    compile_kernel,
+    compiler,
+    run,
+)
 from spectral_kernels.newton_schulz import newton_schulz
 from support.cases import new_step
 from support.inputs import MUON, gaussian
@@ -92,3 +107,125 @@ def test_a_step_skips_and_updates():
     assert int(case["skipped"]) == 1
     for ours, theirs in zip(case["params"][1:], plain["params"][1:], strict=True):
         assert error(ours, theirs) < 1e-3
+
+
+# A chain of products without torch, by kernels that are changed on purpose.
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change that must be noticed.
+
+    Attributes:
+        file: in csrc/cuda/symmetric_matmul.
+        old, new: the change; `old` stands there once.
+    """
+
+    file: str
+    old: str
+    new: str
+
+
+WGMMA, TILE = "product_wgmma.cu", "tile.h"
+
+MUTANTS = {
+    "none": None,
+    "one arrival a warpgroup": Mutant(WGMMA, "kConsumers / 32);", "kConsumers / 128);"),
+    "C of the upper triangle": Mutant(
+        TILE,
+        "load_pair(p.c + offset + row * line + column, c_plane",
+        "load_pair(p.c + offset + column * line + row, c_plane",
+    ),
+    "parity": Mutant(
+        WGMMA, "mbarrier_wait(full + stage, phase);", "mbarrier_wait(full + stage, phase ^ 1);"
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """Builds the chain with one change."""
+    folder = tmp_path_factory.mktemp("chain")
+
+    def build(name):
+        mutant = MUTANTS[name]
+        root = folder / name.replace(" ", "_")
+        shutil.copytree(CUDA, root / "csrc" / "cuda")
+        products = root / "csrc" / "cuda" / "symmetric_matmul"
+        if mutant is not None:
+            path = products / mutant.file
+            text = path.read_text()
+            assert text.count(mutant.old) == 1, f"{name}: what it changes is not there, or twice"
+            path.write_text(text.replace(mutant.old, mutant.new))
+        driver = root / "tests" / "cuda_emulation"
+        driver.mkdir(parents=True)
+        shutil.copy(EMULATION / "wgmma_chain.cpp", driver)
+        sources = [
+            products / "product_wgmma.cu",
+            products / "product.cu",
+            driver / "wgmma_chain.cpp",
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            objects = [root / f"{path.stem}.o" for path in sources]
+            list(pool.map(compile_kernel, sources, objects))
+        library = root / "chain.so"
+        run([compiler(), "-shared", *FLAGS, "-o", str(library), *map(str, objects)])
+        return ctypes.CDLL(str(library))
+
+    return build
+
+
+def failure_of(library, shape, dtype, *, multiprocessors, residents, delivery):
+    """What is wrong with the chain, or None."""
+    count, rows, columns = shape
+    line, square = -(-columns // 64) * 64, -(-rows // 64) * 64
+    x = torch.zeros(count, rows, line, dtype=dtype)
+    x[..., :columns] = gaussian(*shape) / (rows * columns) ** 0.5 * 2.0
+    # A place for the second plane is left behind every square matrix.
+    r, w = (torch.empty(count, 2, rows, square, dtype=dtype) for _ in range(2))
+    y, said = torch.empty_like(x), ctypes.create_string_buffer(300)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, r, w, y)]
+    code = library.wgmma_chain(
+        rows,
+        ctypes.c_int64(columns),
+        ctypes.c_int64(count),
+        int(dtype == torch.float16),
+        multiprocessors,
+        residents,
+        DELIVERIES.index(delivery),
+        *pointers,
+        said,
+    )
+    if code:
+        return said.value.decode() or f"error {code}"
+    r, w = r[:, 0, :, :rows].double(), w[:, 0, :, :rows].double()
+    lower = r.tril()
+    r = lower + lower.tril(-1).mT
+    wide = x.double()
+    eye = torch.eye(rows, dtype=torch.float64)
+    eps = torch.finfo(dtype).eps
+    for name, found, expected in (
+        ("R", lower, (wide @ wide.mT).tril()),
+        ("W", w, 2.0 * r @ r - 1.5 * r + 3.0 * eye),
+        ("Y", y.double(), w @ wide + 0.5 * wide),
+    ):
+        if not error(found, expected) <= eps:
+            return f"{name} errs by {error(found, expected):.1e}"
+    return None if torch.equal(w, w.mT) else "W is not symmetric"
+
+
+RUNS = (
+    ((1, 300, 330), torch.bfloat16, {"multiprocessors": 132, "residents": 1}),
+    ((2, 200, 520), torch.float16, {"multiprocessors": 3, "residents": 3}),
+)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_changes_of_the_kernel_are_noticed(name, chain):
+    library = chain(name)
+    failures = [
+        failure_of(library, shape, dtype, delivery=delivery, **options)
+        for shape, dtype, options in RUNS
+        for delivery in DELIVERIES
+    ]
+    assert (set(failures) == {None}) == (name == "none"), failures
