@@ -214,6 +214,17 @@ def test_bad_momentum_is_refused():
     assert not good.any()
 
 
+def test_an_error_names_the_place_in_the_list(backend):
+    """Buffers of both dtypes are looked at apart, and counted together."""
+    params = [torch.ones(4, 6), torch.ones(4, 6), torch.ones(4, 6)]
+    grads = [torch.ones_like(w) for w in params]
+    momenta = [torch.zeros(4, 6, dtype=BF16), torch.zeros(4, 6), torch.zeros(6, 4)]
+    counts = [torch.zeros(()) for _ in params]
+    with pytest.raises(ValueError, match=r"momentum_buffers\[2\]"):
+        sk.muon_step_(params, grads, momenta, lr=0.1, step_counts=counts)
+    assert all(torch.equal(w, torch.ones(4, 6)) for w in params) and not any(map(torch.any, counts))
+
+
 def test_cuda_refuses_what_it_has_no_kernel_for(monkeypatch):
     monkeypatch.setattr(_cuda._extension, "MODULE", object())
     said = _cuda.rejection("muon_step_", [torch.zeros(16, 16)], {"momentum_dtype": BF16})
