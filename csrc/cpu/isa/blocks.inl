@@ -4,6 +4,10 @@
 //   SK_VECTOR_BYTES  bytes of a vector register
 //   SK_MR, SK_NV     rows and vectors of a register tile (SK_MR * SK_NV accumulators)
 //   SK_PV            vectors of a panel, a multiple of SK_NV: the panel width is P = SK_PV * lanes
+//   SK_BLOCK_K       rows of a panel that are multiplied before the accumulators go to memory
+//   SK_UNROLL_K      of them that one turn of the innermost loop multiplies
+//   SK_READ_ALONG    rows of a register tile whose element the multiplication itself reads; only
+//                    AVX-512 can
 //   SK_HAS_F16C, SK_HAS_BF16_DOT  0 or 1
 //   SK_NAME          what `info` calls this set
 // and is inside a namespace of its own. No standard header may be included from here.
@@ -14,6 +18,15 @@
 #define SK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, (__VA_ARGS__)...)
 #else
 #define SK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){(__VA_ARGS__)...})
+#endif
+
+// The constraint of an operand in a vector register.
+#if defined(__aarch64__)
+#define SK_REGISTER "w"
+#elif SK_VECTOR_BYTES == 64
+#define SK_REGISTER "v"
+#else
+#define SK_REGISTER "x"
 #endif
 
 template <class T>

@@ -5,6 +5,38 @@
 
 // ---------------------------------------------------------------- register tiles
 
+// sum += a b. With kFromMemory the multiplication itself reads `a`: an instruction less and a load
+// more for every vector, where else all of a row share one broadcast.
+template <bool kFromMemory, class T>
+SK_INLINE void multiply_add(Vector<T>& sum, const T& a, Vector<T> b) {
+#if SK_READ_ALONG
+  if constexpr (kFromMemory && sizeof(T) == 4) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
+    return;
+  } else if constexpr (kFromMemory) {
+    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
+    return;
+  }
+#endif
+  sum += a * b;
+}
+
+// sum[i][v] += a[i] b[v] for the elements of one k.
+template <class T, int NV>
+SK_INLINE void add_products(Vector<T> (&sum)[SK_MR][NV], const T* a, const T* b) {
+  Vector<T> row[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; v++) row[v] = load(b + v * Simd<T>::kLanes);
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR - SK_READ_ALONG; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) multiply_add<false, T>(sum[i][v], a[i], row[v]);
+#pragma GCC unroll 32
+  for (int i = SK_MR - SK_READ_ALONG; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) multiply_add<true, T>(sum[i][v], a[i], row[v]);
+}
+
 // c (SK_MR rows, NV vectors, row length P) = or += sum over k of a[k][0..SK_MR) b[k][0..NV).
 // Every loop over the accumulators must unroll completely: an indexed access would put the array in
 // memory and cost two thirds of the speed without a word.
@@ -17,15 +49,12 @@ SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restri
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) sum[i][v] = Vector<T>{};
-  for (; k > 0; k--, a += P, b += P) {
-    Vector<T> row[NV];
+  for (; k >= SK_UNROLL_K; k -= SK_UNROLL_K, a += SK_UNROLL_K * P, b += SK_UNROLL_K * P)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) row[v] = load(b + v * kLanes);
-#pragma GCC unroll 32
-    for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sum[i][v] += a[i] * row[v];
-  }
+    for (int step = 0; step < SK_UNROLL_K; step++)
+      add_products<T, NV>(sum, a + step * P, b + step * P);
+  if constexpr (SK_UNROLL_K > 1)
+    for (; k > 0; k--, a += P, b += P) add_products<T, NV>(sum, a, b);
 #pragma GCC unroll 32
   for (int i = 0; i < SK_MR; i++)
 #pragma GCC unroll 4
@@ -180,7 +209,7 @@ SK_INLINE Range nonzero_rows(Triangle shape, int64_t j, int64_t width, int64_t b
 }
 
 // Rows of a panel that are multiplied before the accumulators go to memory.
-constexpr int64_t kBlockK = 192;
+constexpr int64_t kBlockK = SK_BLOCK_K;
 
 template <class T, class E>
 static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -442,16 +471,35 @@ static U max_abs_of(const Matrix& given, int64_t r0, int64_t r1) {
   return 0;
 }
 
-// A register tile over a few rows that stay in L1, again and again.
+// Multiply-adds on registers alone: no kernel can be faster.
 template <class T, class E>
 static double multiply_adds(int64_t rounds) {
-  constexpr int P = Simd<T>::kPanel, kRows = 32;
-  alignas(64) E a[kRows * P] = {}, b[kRows * P] = {};
-  alignas(64) Block<T> c = {};
-  for (int64_t i = 0; i < rounds; i++) {
-    register_tile<T, SK_NV, true>(kRows, a, b, c);
-    asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // neither hoisted nor dropped
+  constexpr int kSums = SK_MR * SK_NV >= 16 ? 16 : 12, kSteps = 64,
+                kLanes = SK_VECTOR_BYTES / int(sizeof(T));
+#if SK_HAS_BF16_DOT
+  if constexpr (__is_same(E, uint32_t)) {
+    constexpr int kPairSums = 16;  // the sums take longer
+    __m512 sum[kPairSums] = {};
+    __m512bh a = {}, b = {};
+    for (int64_t i = 0; i < rounds * kSteps; i++)
+#pragma GCC unroll 16
+      for (int s = 0; s < kPairSums; s++) {
+        asm volatile("" : "+v"(a), "+v"(b));  // neither hoisted nor dropped
+        sum[s] = _mm512_dpbf16_ps(sum[s], a, b);
+      }
+#pragma GCC unroll 16
+    for (int s = 0; s < kPairSums; s++) asm volatile("" : : "v"(sum[s]));
+    return 4.0 * double(rounds) * kSteps * kPairSums * kLanes;
   }
-  const double terms = __is_same(E, uint32_t) ? 2 : 1;
-  return 2 * terms * double(rounds) * kRows * SK_MR * SK_NV * Simd<T>::kLanes;
+#endif
+  Vector<T> sum[kSums] = {}, a = {}, b = {};
+  for (int64_t i = 0; i < rounds * kSteps; i++)
+#pragma GCC unroll 16
+    for (int s = 0; s < kSums; s++) {
+      asm volatile("" : "+" SK_REGISTER(a), "+" SK_REGISTER(b));
+      sum[s] += a * b;
+    }
+#pragma GCC unroll 16
+  for (int s = 0; s < kSums; s++) asm volatile("" : : SK_REGISTER(sum[s]));
+  return 2.0 * double(rounds) * kSteps * kSums * kLanes;
 }
