@@ -18,6 +18,7 @@ from support.inputs import gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped
 from support.states import assert_same
+from support.step_rules import assert_threads_change_no_bits
 from torch import Tensor, nn
 
 BF16 = torch.bfloat16
@@ -138,17 +139,7 @@ def test_a_skipped_matrix_keeps_its_moments(op, backend):
 @pytest.mark.parametrize("op", MOMENTS)
 def test_any_number_of_threads(op, threads):
     case = narrowed(later_step(op, ((300, 500), (7, 9)), taken=1))
-    before, one = torch.get_num_threads(), case.clone()
-    try:
-        torch.set_num_threads(1)
-        one.run("cpu")
-        torch.set_num_threads(threads)
-        case.run("cpu")
-    finally:
-        torch.set_num_threads(before)
-    for name in ("params", *MOMENTS[op]):
-        for x, y in zip(case[name], one[name], strict=True):
-            assert same_bits(x, y)
+    assert_threads_change_no_bits(case, threads, ("params", *MOMENTS[op]))
 
 
 def test_the_bound_of_the_error(step):

@@ -15,6 +15,7 @@ from support.inputs import gaussian
 from support.layouts import same_bits
 from support.optimizers import parameter, stepped
 from support.states import assert_refused_when_written_later, assert_resumes
+from support.step_rules import assert_threads_change_no_bits
 from torch import Tensor, nn
 
 BF16 = torch.bfloat16
@@ -177,18 +178,7 @@ def test_the_bound_of_the_error():
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads):
     case = narrow(later_step("muon_step_", ((300, 500), (7, 9)), taken=1))
-    before = torch.get_num_threads()
-    one = case.clone()
-    try:
-        torch.set_num_threads(1)
-        one.run("cpu")
-        torch.set_num_threads(threads)
-        case.run("cpu")
-    finally:
-        torch.set_num_threads(before)
-    for name in ("params", "momentum_buffers"):
-        for x, y in zip(case[name], one[name], strict=True):
-            assert same_bits(x, y)
+    assert_threads_change_no_bits(case, threads, ("params", "momentum_buffers"))
 
 
 def test_bad_momentum_is_refused():

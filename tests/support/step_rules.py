@@ -134,6 +134,20 @@ def roundings_of(dtype: torch.dtype, products: torch.dtype = torch.float32) -> f
     return _OPERATIONS * coarse / u
 
 
+def assert_threads_change_no_bits(case: Case, threads: int, names: Sequence[str]) -> None:
+    """What the CPU kernels write to these lists in one thread, they write in several."""
+    before, one = torch.get_num_threads(), case.clone()
+    try:
+        torch.set_num_threads(1)
+        one.run("cpu")
+        torch.set_num_threads(threads)
+        case.run("cpu")
+    finally:
+        torch.set_num_threads(before)
+    for name in names:
+        assert case[name] and all(map(same_bits, case[name], one[name])), name
+
+
 def assert_writes_nothing_around(
     case: Case, layout: str, backend: str, *, but: Sequence[str] = ()
 ) -> None:

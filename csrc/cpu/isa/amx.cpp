@@ -30,9 +30,6 @@ namespace spectral_kernels::cpu::amx {
 #define SK_MR 8
 #define SK_NV 2
 #define SK_PV 2
-#define SK_BLOCK_K 192
-#define SK_UNROLL_K 1
-#define SK_READ_ALONG 0
 #include "amx_product.inl"
 
 const Kernels& table() {

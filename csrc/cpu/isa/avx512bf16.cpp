@@ -16,9 +16,6 @@ namespace spectral_kernels::cpu::avx512bf16 {
 #define SK_MR 8
 #define SK_NV 2
 #define SK_PV 2
-#define SK_BLOCK_K 192
-#define SK_UNROLL_K 1
-#define SK_READ_ALONG 0
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 1
 #include "table.inl"

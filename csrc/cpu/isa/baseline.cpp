@@ -20,9 +20,6 @@ namespace spectral_kernels::cpu::baseline {
 #define SK_NV 2
 #endif
 #define SK_PV 4
-#define SK_BLOCK_K 192
-#define SK_UNROLL_K 1
-#define SK_READ_ALONG 0
 #define SK_HAS_F16C 0
 #define SK_HAS_BF16_DOT 0
 #include "table.inl"

@@ -4,13 +4,20 @@
 //   SK_VECTOR_BYTES  bytes of a vector register
 //   SK_MR, SK_NV     rows and vectors of a register tile (SK_MR * SK_NV accumulators)
 //   SK_PV            vectors of a panel, a multiple of SK_NV: the panel width is P = SK_PV * lanes
+//   SK_HAS_F16C, SK_HAS_BF16_DOT  0 or 1
+//   SK_NAME          what `info` calls this set
+// and is inside a namespace of its own. No standard header may be included from here.
+//
+// It may define, where the rest is not best for it:
 //   SK_BLOCK_K       rows of a panel that are multiplied before the accumulators go to memory
 //   SK_UNROLL_K      of them that one turn of the innermost loop multiplies
 //   SK_READ_ALONG    rows of a register tile whose element the multiplication itself reads; only
 //                    AVX-512 can
-//   SK_HAS_F16C, SK_HAS_BF16_DOT  0 or 1
-//   SK_NAME          what `info` calls this set
-// and is inside a namespace of its own. No standard header may be included from here.
+#ifndef SK_BLOCK_K
+#define SK_BLOCK_K 192
+#define SK_UNROLL_K 1
+#define SK_READ_ALONG 0
+#endif
 
 #define SK_INLINE static inline __attribute__((always_inline))
 

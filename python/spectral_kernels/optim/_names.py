@@ -29,10 +29,8 @@ _TOKEN = re.compile(r"(.*_)?tokens?")
 # Tables of whole vocabularies, whatever module holds them.
 _TABLE = re.compile(r"(tok|token|tokens|word|words|vocab|vocabulary)_(emb|embs|embed.*)|wte")
 # Tables that are a parameter themselves: of places, and of what asks an attention.
-_OWN_TABLE = re.compile(
-    r"(.*_)?(pos|position|positions|positional)(_(h|w|d|t|x|y|z|table|encoding|enc))?"
-    r"|(.*_)?(queries|prototypes?)"
-)
+_PLACES = "(.*_)?pos(ition(s|al)?)?(_([hwdtxyz]|table|enc|encoding))?"
+_OWN_TABLE = re.compile(rf"{_PLACES}|(.*_)?(queries|prototypes?)")
 _NORM = re.compile(r"(.*_)?(bias|norm)(_.*)?|ln\d*|ln_.*|weight_g|(.*_)?log")
 # The last component of a layer's name that says it is one, whatever it is a layer of.
 _LAYER = re.compile(
