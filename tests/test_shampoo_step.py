@@ -278,13 +278,13 @@ def test_any_shampoo_step(case):
 
 @pytest.mark.parametrize(
     "failures",
-    [torch.zeros(2), torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)],
-    ids=["dtype", "length", "wide"],
+    [torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)],
+    ids=["float", "narrow", "length"],
 )
 def test_bad_counts_of_failures_are_refused(failures, backend):
     case = new_step("shampoo_step_", [(4, 5)], torch.float32)
     given = case.with_(root_failures=[failures])
     before = given["params"][0].clone()
-    with pytest.raises((TypeError, ValueError), match=r"root_failures\[0\]"):
+    with pytest.raises((TypeError, ValueError), match="root_failures"):
         given.run(backend.name)
     assert torch.equal(given["params"][0], before)
