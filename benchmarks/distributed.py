@@ -63,17 +63,18 @@ def campaign(options: argparse.Namespace) -> tuple[list[int], Campaign]:
 def main(options: argparse.Namespace, facts: Mapping[str, Any], console: Console) -> int:
     """Measures, predicts, compares and prints; then the costs on paper of cards."""
     worlds, measured = campaign(options)
+    path = run.result_path(options.json, "ranks")
     rows: list[Row] = []
     for ranks in worlds:
         console.print(f"{ranks} process{'es' if ranks > 1 else ''} …", style="dim")
         with Load() as load:
             found = run_ranks(ranks, measured)
         rows += compared(measured, found, load.others)
+        # So that what has been measured stays where the next ones are interrupted.
+        run.write(path, "ranks", dict(facts), rows)
     console.print(table(rows))
     for line in summary(rows):
         console.print(line, highlight=False)
-    path = run.result_path(options.json, "ranks")
-    run.write(path, "ranks", dict(facts), rows)
     console.print(f"written: {path}")
     console.print("\nCards:", style="bold")
     console.print(distributed_costs.page(), highlight=False, soft_wrap=True)

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import spectral_kernels as sk
 import torch
 import torch.distributed as dist
+from spectral_kernels.optim._distributed import exchange
 from spectral_kernels.optim._distributed.layout import Grid
 from support.states import assert_same
 from torch import nn
@@ -35,6 +37,28 @@ def equal_to_one_process(
         stepped(net, optimizer, range(STEPS), dtype)
         found[name] = different(net, alone(name, dtype))
     return found
+
+
+def by_collectives(layout: str) -> tuple[dict[str, list[str]], int]:
+    """What differs from one process where collectives are used, as on cards, and how many were."""
+    calls = 0
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*args, **more)
+
+        return call
+
+    gather = exchange._all_gather()
+    with (
+        mock.patch.object(exchange, "_is_gloo", lambda *_: False),
+        mock.patch.object(exchange, "_all_gather", lambda: counted(gather)),
+        mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single)),
+        mock.patch.object(dist, "isend", side_effect=AssertionError("a message")),
+    ):
+        return equal_to_one_process(layout, torch.float32), calls
 
 
 def on_a_narrow_wire(layout: str, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:

@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from spectral_kernels import _dispatch
-from spectral_kernels.optim._distributed import exchange as exchange_module
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -28,27 +27,18 @@ def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dic
     give(net, gradients(0, torch.float32))
     entries: list[int] = []
     sent: list[int] = []
-    targets: list[int] = []
-    real_run, real_all, real_gather = (
-        _dispatch.run,
-        dist.all_to_all_single,
-        exchange_module._all_gather(),
-    )
+    of_group: list[int] = []
+    real_run, real_message = _dispatch.run, dist.isend
 
     def run(operator: str, like: Any, out: Any, params: Sequence[Tensor], *args: Any, **more: Any):
         entries.append(len(params))
         return real_run(operator, like, out, params, *args, **more)
 
-    def exchange(received: Tensor, packed: Tensor, into: Any, out: list[int], **more: Any) -> Any:
-        me = dist.get_rank(more["group"])
-        assert len(out) == dist.get_world_size(more["group"])
-        targets.append(len(out))
-        sent.append(packed.element_size() * (sum(out) - out[me]))
-        return real_all(received, packed, into, out, **more)
-
-    def gather(received: Tensor, packed: Tensor, **more: Any) -> Any:
-        sent.append(packed.element_size() * packed.numel() * (dist.get_world_size() - 1))
-        return real_gather(received, packed, **more)
+    def message(part: Tensor, **more: Any) -> Any:
+        assert more["group_dst"] != dist.get_rank(more["group"])
+        of_group.append(dist.get_world_size(more["group"]))
+        sent.append(part.element_size() * part.numel())
+        return real_message(part, **more)
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("full_tensor")
@@ -56,8 +46,7 @@ def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dic
     with ExitStack() as stack:
         for target, attribute, value in (
             (_dispatch, "run", run),
-            (dist, "all_to_all_single", exchange),
-            (exchange_module, "_all_gather", lambda: gather),
+            (dist, "isend", message),
             (DTensor, "full_tensor", never),
         ):
             stack.enter_context(mock.patch.object(target, attribute, value))
@@ -67,7 +56,8 @@ def work_done(layout: str, how: Mapping[str, Any] = MappingProxyType({})) -> dic
     return {
         "entries": sum(entries),
         "sent": sum(sent),
-        "targets": max(targets, default=0),
+        "messages": len(sent),
+        "of_group": max(of_group, default=0),
         "bytes": {row.name: row.bytes for row in table.rows},
         "costs": {row.name: row.flops for row in table.rows},
         "planned": sum(row.bytes for row in table.rows),

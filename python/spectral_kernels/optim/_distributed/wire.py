@@ -16,6 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .._work import MatrixCall
 
+# The bits of a negative zero in bfloat16, as an integer.
+_NEGATIVE_ZERO = -(1 << 15)
+
 
 def counts(calls: Sequence[MatrixCall]) -> list[list[Tensor]]:
     """The step counts of every entry, as they are now."""
@@ -28,9 +31,10 @@ def mark(
     """Rounds updates to what travels, and marks those of entries that were not stepped."""
     for (part, *_), old in zip(calls, before, strict=True):
         for update, step, count in zip(part.lists[0], part.lists[-1], old, strict=True):
-            rounded = update.to(wire).to(update.dtype)
+            # Adding a zero leaves everything but a negative zero.
+            rounded = update.to(wire).add_(0.0)
             still = (step == count).view(*step.shape, 1, 1)
-            update.copy_(rounded.masked_fill_(rounded == 0.0, 0.0).masked_fill_(still, -0.0))
+            update.copy_(rounded.masked_fill_(still, -0.0))
         for param, form, staged in part.staged:
             form.write(param, staged)
 
@@ -42,10 +46,10 @@ def moved(weights: Tensor, update: Tensor, decay: float, *, cautious: bool = Fal
     """
     update = update.view(weights.shape)
     wide = torch.promote_types(weights.dtype, torch.float32)
-    left_alone = (update == 0.0) & torch.signbit(update)
+    left_alone = update.view(torch.int16) == _NEGATIVE_ZERO
     old = weights.to(wide)
     decayed = decay * old
     if cautious:
         decayed = torch.where(update.sign() * old.sign() <= 0.0, decayed, old)
-    new = (decayed + update.to(wide)).to(weights.dtype)
+    new = decayed.add_(update).to(weights.dtype)
     return torch.where(left_alone, weights, new)
