@@ -72,7 +72,9 @@ def test_the_packages_of_recipes_are_known() -> None:
         for group in NEEDS.findall(source)
         for name in group.split(", ")
     }
-    assert named == {"lightning", "transformers", "accelerate"}
+    assert named == {
+        *("lightning", "transformers", "accelerate", "trl", "datasets", "timm", "torchvision"),
+    }
 
 
 def test_every_page_is_in_the_navigation() -> None:
