@@ -44,8 +44,7 @@ def test_the_bits_of_one_process_in_bfloat16(workers, layout):
 @pytest.mark.parametrize("world, layout", [(3, "fsdp"), (3, "ddp"), (4, "both")])
 def test_the_bits_of_one_process_by_the_collectives_of_other_backends(workers, world, layout):
     for different, calls in workers.run(world, "by_collectives", layout):
-        assert different == dict.fromkeys(OPTIMIZERS, [])
-        assert calls > 0
+        assert different == dict.fromkeys(OPTIMIZERS, []) and calls
 
 
 @pytest.mark.parametrize("world, layout", [(3, "fsdp"), (2, "ddp")])
@@ -361,10 +360,8 @@ def test_every_matrix_is_stepped_once_and_bytes_are_those_of_the_plan(workers, l
     # The meeting; then both ways, and what every rank holds one way only.
     ways = 1 if layout in ("replicated", "ddp") else 2
     hops = 2 if how.get("hops") == "each" else 1
-    assert buckets > 1
-    assert {each["collectives"] for each in found} == {1}
-    others = 4 // hops - 1
-    assert max(each["messages"] for each in found) <= hops * ways * buckets * others
+    assert buckets > 1 and {each["collectives"] for each in found} == {1}
+    assert max(each["messages"] for each in found) <= hops * ways * buckets * (4 // hops - 1)
     assert {each["of_group"] for each in found} == {4 // hops}
     assert sum(each["sent"] for each in found) == found[0]["planned"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+import wheel_check
 from spectral_kernels import _extension
 from torch.utils import cpp_extension
 
@@ -67,6 +68,14 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     assert {"spectral_kernels/py.typed", "spectral_kernels/_C.pyi"} < names
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == (0 if _extension.MODULE is None else 1)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
+@pytest.mark.skipif(_extension.MODULE is None, reason="there is no compiler")
+def test_wheel_keeps_its_limits(wheel):
+    found = wheel_check.findings(wheel)
+    assert [each for each in found if each.wrong] == []
+    assert {"bytes", "members", "libraries", "C++ symbols of torch"} < {each.what for each in found}
 
 
 def run_installed(wheel, tmp_path, code):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -10,10 +11,12 @@ import tomllib
 from pathlib import Path
 
 import cuda_kernels
+import hub_layout
 import import_circles
 import public_names
 import pytest
 import roofline
+import wheel_check
 from spectral_kernels import _records
 from spectral_kernels._operators import FAMILIES
 
@@ -157,3 +160,77 @@ def test_public_names_are_those_of_the_families():
     more = public_names.rewritten(text, {**names, "zeta": ["zeta_", "Omega"]})
     assert "\nfrom .symmetric_matmul import gram\nfrom .zeta import zeta_, Omega\n" in more
     assert '    "use_backend",\n    "zeta_",\n]\n' in more and '    "Omega",\n' in more
+
+
+def test_the_layout_for_a_hub_is_written_and_loads_under_another_name(tmp_path):
+    pytest.importorskip("triton")
+    package = hub_layout.write(tmp_path / "hub")
+    assert hub_layout.check(package) == []
+    record = tomllib.loads((tmp_path / "hub" / "build.toml").read_text())
+    assert record["general"]["name"] == "spectral-kernels" and "torch-noarch" in record
+    # What stands in for the compiled part has all that the package asks of it.
+    real = _public(ROOT / "python" / "spectral_kernels" / "_extension.py")
+    assert _public(package / "_extension.py") == real
+    with pytest.raises(ValueError, match="not empty"):
+        hub_layout.write(tmp_path / "hub")
+
+
+def _public(path):
+    """The names that a module defines for others."""
+    body = ast.parse(path.read_text()).body
+    functions = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    assigned = {
+        each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)
+    }
+    return {name for name in functions | assigned if not name.startswith("_")}
+
+
+def test_a_layout_for_a_hub_names_what_it_may_not_have(tmp_path):
+    package = hub_layout.write(tmp_path / "hub")
+    (package / "other.py").write_text(
+        "def f():\n    import numpy\n    from spectral_kernels import x\n"
+    )
+    (package / "table.json").write_text("{}")
+    (package / "__init__.py").write_text("raise RuntimeError('broken')")
+    first, second, third, fourth = hub_layout.check(package)
+    assert (first, second) == ("other.py:2: numpy", "other.py:3: spectral_kernels")
+    assert third == "table.json" and "broken" in fourth
+
+
+@pytest.mark.parametrize(
+    "name, lines, wrong",
+    [
+        ("spectral_kernels/_C.so", "", set()),
+        ("spectral_kernels/results.json", "", {"members"}),
+        ("tests/test_it.py", "", {"members"}),
+        ("spectral_kernels/wheel_check.py", "", {"members"}),
+        ("spectral_kernels/_C.so", "Requires-Dist: numpy", {"needs"}),
+        ("spectral_kernels/_C.so", "Requires-Dist: rich; extra == 'cli'", set()),
+        ("spectral_kernels/_D.so", "", {"compiled parts"}),
+    ],
+)
+def test_a_wheel_that_has_something_else_is_noticed(name, lines, wrong):
+    names = {"spectral_kernels/__init__.py", "spectral_kernels/_C.so", "x.dist-info/METADATA", name}
+    metadata = f"""Metadata-Version: 2.4
+Requires-Python: >=3.11
+License-Expression: Apache-2.0
+Description-Content-Type: text/markdown
+Requires-Dist: torch>=2.11
+{lines}"""
+    found = [*wheel_check.members(sorted(names)), *wheel_check.dependencies(metadata.strip())]
+    assert {each.what for each in found if each.wrong} == wrong
+
+
+def test_symbols_that_a_platform_lacks_are_noticed():
+    symbols = """
+0000000000000000      DF *UND*	0000000000000000 (GLIBC_2.9) one
+0000000000000000      DF *UND*	0000000000000000 (GLIBC_2.29) pow
+0000000000000000      DF *UND*	0000000000000000 (GLIBCXX_3.4.21) two
+0000000000000000      DF *UND*	0000000000000000 (0x08922974) (CXXABI_1.3.13) three
+"""
+    found = {each.what: each.wrong for each in wheel_check.versions(symbols, "2_28")}
+    assert found == {"GLIBC": True, "GLIBCXX": False, "CXXABI": True}
+    found = {each.what: each.wrong for each in wheel_check.versions(symbols, "2_34")}
+    assert found == dict.fromkeys(found, False)

@@ -4,7 +4,7 @@ A top-level `triton_kernels` is another package, which others look for: under th
 must fail to import, not stand in for it.
 """
 
-if __name__ != "spectral_kernels.triton_kernels":
+if __name__ == "triton_kernels":
     raise ImportError("this is spectral_kernels.triton_kernels, not the package triton_kernels")
 
 import importlib
