@@ -30,24 +30,28 @@ double squares(const T* x, int64_t n) {
   return sum;
 }
 
-// The fp64 sums of W_ij² and W_ij O_ij over a row, in a fixed order.
-template <class T, class W>
-void products(const W* w, int64_t stride, const T* o, int64_t n, double& length, double& dot) {
+// The fp64 sums of W_ij², W_ij O_ij and O_ij² over a row, in a fixed order. kDense: W's elements
+// are neighbours, and the loop is one of vectors.
+template <bool kDense, class T, class W>
+void products(const W* w, int64_t stride, const T* o, int64_t n, double& length, double& dot,
+              double& square) {
   constexpr int kLanes = 8;
-  double squared[kLanes] = {}, mixed[kLanes] = {};
+  double lengths[kLanes] = {}, dots[kLanes] = {}, squares[kLanes] = {};
   const auto add = [&](int64_t j, int l) {
-    const double x = double(T(w[j * stride]));
-    squared[l] += x * x;
-    mixed[l] += x * double(o[j]);
+    const double x = double(T(w[kDense ? j : j * stride])), y = double(o[j]);
+    lengths[l] += x * x;
+    dots[l] += x * y;
+    squares[l] += y * y;
   };
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes)
     for (int l = 0; l < kLanes; l++) add(j + l, l);
   for (; j < n; j++) add(j, int(j % kLanes));
-  length = dot = 0;
+  length = dot = square = 0;
   for (int l = 0; l < kLanes; l++) {
-    length += squared[l];
-    dot += mixed[l];
+    length += lengths[l];
+    dot += dots[l];
+    square += squares[l];
   }
 }
 
@@ -119,13 +123,18 @@ void update(const NeuronStep& p, int64_t r0, int64_t r1) {
 template <class T>
 void measure(const NeuronStep& p, int64_t r0, int64_t r1) {
   const T* const o = static_cast<const T*>(p.o.data);
-  for (int64_t i = r0; i < r1; i++) p.sums[i] = squares(o + i * p.o.cols, p.o.cols);
-  if (!p.hyperball) return;
+  const int64_t n = p.o.cols;
+  if (!p.hyperball) {
+    for (int64_t i = r0; i < r1; i++) p.sums[i] = squares(o + i * n, n);
+    return;
+  }
   with_type(p.param.dtype, [&](auto type) {
     const auto* const w = static_cast<const decltype(type)*>(p.param.data);
+    const int64_t stride = p.param.col_stride;
+    const auto row =
+        stride == 1 ? products<true, T, decltype(type)> : products<false, T, decltype(type)>;
     for (int64_t i = r0; i < r1; i++)
-      products(w + i * p.param.row_stride, p.param.col_stride, o + i * p.o.cols, p.o.cols,
-               p.lengths[i], p.dots[i]);
+      row(w + i * p.param.row_stride, stride, o + i * n, n, p.lengths[i], p.dots[i], p.sums[i]);
   });
 }
 

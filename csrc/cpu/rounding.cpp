@@ -11,29 +11,7 @@ namespace {
 constexpr double kGrain = 1 << 16;  // elements below which a second thread costs more
 constexpr int64_t kRows = 16;       // of a job
 constexpr int kPart = 64;           // of a line, rounded at a time
-constexpr uint32_t kStride = 0x9e3779b9;
-
-// The finaliser "lowbias32" of Chris Wellons' hash prospector: a permutation of 32 bits of which
-// every bit depends on every other.
-inline uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352dU;
-  x = (x ^ (x >> 15)) * 0x846ca68bU;
-  return x ^ (x >> 16);
-}
-
-inline uint32_t seed_of(uint64_t step, uint64_t row) {
-  return mixed(mixed(uint32_t(step)) + uint32_t(row) * kStride);
-}
-
-inline uint16_t rounded(uint32_t bits, uint32_t seed, uint32_t col) {
-  const uint32_t size = bits & 0x7fffffffU;
-  const uint32_t down = bits >> 16;
-  const uint32_t up = (bits + (mixed((seed + col * kStride) ^ down) >> 16)) >> 16;
-  // The largest numbers do not become infinite; infinity and NaN keep what they are, a NaN with a
-  // bit that bfloat16 has.
-  const uint32_t special = down | (size > 0x7f800000U ? 0x40U : 0U);
-  return uint16_t(size >= 0x7f7f0000U ? special : up);
-}
+#include "isa/hash.inl"
 
 template <class F>
 void by_rows(const Matrix& m, int threads, const F& f) {
@@ -75,7 +53,12 @@ void widen(const Matrix& narrow, const Matrix& wide, int threads) {
     for (int64_t i = r0; i < r1; i++) {
       const uint16_t* const x = static_cast<const uint16_t*>(from.data) + i * from.row_stride;
       uint32_t* const y = static_cast<uint32_t*>(to.data) + i * to.row_stride;
-      for (int64_t j = 0; j < from.cols; j++) y[j] = uint32_t(x[j * from.col_stride]) << 16;
+      const int64_t stride = from.col_stride;
+      if (stride == 1) {  // a loop of vectors
+        for (int64_t j = 0; j < from.cols; j++) y[j] = uint32_t(x[j]) << 16;
+      } else {
+        for (int64_t j = 0; j < from.cols; j++) y[j] = uint32_t(x[j * stride]) << 16;
+      }
     }
   });
 }
@@ -84,6 +67,7 @@ void round_at_random(const Matrix& wide, uint64_t step, const Matrix& narrow, in
   const bool swapped = by_columns(narrow);
   const Matrix from = swapped ? wide.transposed() : wide;
   const Matrix to = swapped ? narrow.transposed() : narrow;
+  const auto round_line = kernels().round_line;
   by_rows(from, threads, [&](int64_t r0, int64_t r1) {
     uint16_t part[kPart];
     for (int64_t i = r0; i < r1; i++) {
@@ -96,9 +80,13 @@ void round_at_random(const Matrix& wide, uint64_t step, const Matrix& narrow, in
           for (int64_t j = 0; j < count; j++)
             part[j] = rounded(x[j0 + j], seed_of(step, uint64_t(j0 + j)), uint32_t(i));
         } else {
-          for (int64_t j = 0; j < count; j++) part[j] = rounded(x[j0 + j], seed, uint32_t(j0 + j));
+          round_line(x + j0, seed, uint32_t(j0), count, part);
         }
-        for (int64_t j = 0; j < count; j++) y[(j0 + j) * to.col_stride] = part[j];
+        if (to.col_stride == 1) {
+          std::copy(part, part + count, y + j0);
+        } else {
+          for (int64_t j = 0; j < count; j++) y[(j0 + j) * to.col_stride] = part[j];
+        }
       }
     }
   });

@@ -207,6 +207,8 @@ struct Kernels {
   // `rounds` rounds of independent multiply-adds on registers: what the ceiling is measured with.
   // Returns the floating-point operations done.
   double (*multiply_adds[kKinds])(int64_t rounds);
+  // Rounds a part of a line of fp32 numbers, given as bits, at random to bfloat16.
+  void (*round_line)(const uint32_t* x, uint32_t seed, uint32_t first, int64_t count, uint16_t* to);
 };
 
 // The kernels in use: the best set that this processor and the cap (set_isa,

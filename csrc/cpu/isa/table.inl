@@ -1,6 +1,13 @@
 // The table of this instruction set, and `table()`, by which it is found.
 
 #include "elementwise.inl"
+#include "hash.inl"
+
+// `count` elements of a line from column `first` on.
+static void round_line(const uint32_t* __restrict x, uint32_t seed, uint32_t first, int64_t count,
+                       uint16_t* __restrict to) {
+  for (int64_t j = 0; j < count; j++) to[j] = rounded(x[j], seed, first + uint32_t(j));
+}
 
 // Edge of the largest job in elements. 192 fp32 numbers square are 147 KB, which stay in an L2 of
 // 512 KiB or more beside the two operands' stretches.
@@ -44,6 +51,7 @@ static const Kernels kTable = {
      nullptr
 #endif
     },
+    round_line,
 };
 
 const Kernels& table() { return kTable; }
