@@ -36,7 +36,7 @@ void* scratch_of_thread(const Jobs& jobs) {
 
 // A product in the middle of a list step must not fail: without memory it goes block by block and
 // takes the stack.
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 80 << 10;
 
 template <class F>
 __attribute__((noinline)) void with_stack_buffer(const F& f) {
@@ -64,11 +64,10 @@ std::vector<Job> jobs_of(const Product& p, const Jobs& jobs, int64_t m, int64_t 
 
 // When the last of the jobs (the dearest first) is done if each takes the first free thread. A
 // thread that comes late, or is interrupted, keeps the others waiting for a part of its job.
-double end_of(const std::vector<Job>& list, int threads) {
-  constexpr double kLate = 1;
+double end_of(const std::vector<Job>& list, int threads, double late) {
   std::vector<double> busy(size_t(threads), 0.0);
   for (const Job& job : list) *std::min_element(busy.begin(), busy.end()) += job.cost;
-  return *std::max_element(busy.begin(), busy.end()) + kLate * list.front().cost;
+  return *std::max_element(busy.begin(), busy.end()) + late * list.front().cost;
 }
 
 // For several threads: such jobs as bring the end nearest, and their edge.
@@ -77,11 +76,11 @@ std::vector<Job> jobs_of(const Product& p, const Jobs& jobs, int64_t m, int64_t 
   constexpr size_t kEnough = 32;  // jobs a thread
   edge = jobs.edge;
   std::vector<Job> best = jobs_of(p, jobs, m, n, edge);
-  double end = end_of(best, threads);
+  double end = end_of(best, threads, jobs.late);
   for (int64_t e = jobs.edge - 1; e >= 1; e--) {
     std::vector<Job> list = jobs_of(p, jobs, m, n, e);
     if (list.size() > kEnough * size_t(threads)) break;
-    const double time = end_of(list, threads);
+    const double time = end_of(list, threads, jobs.late);
     if (time >= end) continue;
     end = time;
     edge = e;

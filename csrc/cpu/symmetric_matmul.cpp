@@ -17,17 +17,22 @@ void gram_of(const Matrix& x, const Matrix& out, int threads) {
                     : x.dtype == DType::kBF16 && kernels().panel[int(Kind::kBF16)] != 0
                         ? Kind::kBF16
                         : Kind::kF32;
-  Workspace workspace(panel_bytes(x.cols, x.rows, kind));
-  const Panels packed = take_panels(workspace, x.cols, x.rows, kind);
-  Pack pack;
-  pack.x = x;
-  pack.out_t = packed;
-  run(pack, threads);
   Product product;
-  product.a = product.b = packed;
   product.symmetric = true;
   product.store = out;
-  run(product, threads);
+  product.rows = x;
+  product.a = product.b = {nullptr, x.cols, x.rows, kind, 0};
+  if (kernels().reads_rows != nullptr && kernels().reads_rows(product)) {
+    run(product, threads);
+  } else {
+    Workspace workspace(panel_bytes(x.cols, x.rows, kind));
+    Pack pack;
+    pack.x = x;
+    product.a = product.b = pack.out_t = take_panels(workspace, x.cols, x.rows, kind);
+    product.rows = {};
+    run(pack, threads);
+    run(product, threads);
+  }
   // A row that is not finite shows on the diagonal; so does an overflow, which stays where it is.
   Matrix diagonal = out;
   diagonal.cols = 1;

@@ -53,6 +53,9 @@ struct Product {
   Panels a, b;
   Panels a_t;  // Aᵀ, where the caller has it: what reads rows of it need not transpose A
   bool symmetric = false;
+  // Where a set reads them itself (Kernels::reads_rows): the rows of Aᵀ in the caller's memory, of
+  // a symmetric product of A with itself. `a` and `b` are shapes then.
+  Matrix rows;
   // Blocks of a triangular operand on its zero side are never read.
   Triangle a_shape = Triangle::kNone, b_shape = Triangle::kNone;
   double alpha = 1, beta = 0, beta_panels = 0, gamma = 0;
@@ -173,6 +176,8 @@ struct Jobs {
   // What a job does once for each of its block rows and block columns, in units of the work on one
   // of its blocks.
   double row_cost, col_cost;
+  // The share of a job that the threads are expected to wait for one that came late.
+  double late;
   // Scratch memory of a job of `edge` blocks a side.
   size_t (*scratch_bytes)(int64_t edge);
 };
@@ -209,6 +214,8 @@ struct Kernels {
   double (*multiply_adds[kKinds])(int64_t rounds);
   // Rounds a part of a line of fp32 numbers, given as bits, at random to bfloat16.
   void (*round_line)(const uint32_t* x, uint32_t seed, uint32_t first, int64_t count, uint16_t* to);
+  // Whether `rows` of this product need not be packed; null where they always have to be.
+  bool (*reads_rows)(const Product&) = nullptr;
 };
 
 // The kernels in use: the best set that this processor and the cap (set_isa,

@@ -30,9 +30,9 @@ static const Kernels kTable = {
      nullptr
 #endif
     },
-    {{kEdge / Simd<float>::kPanel, 0, 0, result_bytes<float>},
-     {kEdgeF64 / Simd<double>::kPanel, 0, 0, result_bytes<double>},
-     {kEdge / Simd<float>::kPanel, 0, 0, result_bytes<float>}},
+    {{kEdge / Simd<float>::kPanel, 0, 0, 1, result_bytes<float>},
+     {kEdgeF64 / Simd<double>::kPanel, 0, 0, 1, result_bytes<double>},
+     {kEdge / Simd<float>::kPanel, 0, 0, 1, result_bytes<float>}},
     {pack_blocks<float>, pack_blocks<double>, SK_HAS_BF16_DOT ? pack_blocks<float> : nullptr},
     {combine_blocks<float>, combine_blocks<double>},
     {scale_blocks<float>, scale_blocks<double>},
