@@ -47,7 +47,10 @@ BAD: dict[str, list[Any]] = {
     "root_failures": [3, "abc", [None] * 3, [torch.zeros(2, dtype=torch.int64)], [META] * 3],
     "scale": ["no such", *NUMBERS[:-2], [1.0], ["0.5"] * 3, [True] * 3, [HUGE] * 3, [math.nan] * 3],
     "skipped": [3, [0], torch.zeros(()), torch.zeros(2, dtype=torch.int64), META.long()],
-    "step_counts": [3, "abc", [None] * 3, [torch.zeros(())], [META] * 3, [torch.zeros(7)] * 3],
+    "step_counts": [
+        *(3, "abc", [None] * 3, [torch.zeros(())], [META] * 3, [torch.zeros(7)] * 3),
+        [torch.zeros((), dtype=torch.int32)] * 3,
+    ],
 }
 
 

@@ -23,7 +23,7 @@ import spectral_kernels as sk
 import torch
 from spectral_kernels.benchmarks.newton_schulz import standard
 from spectral_kernels.coefficients import resolve
-from spectral_kernels.triton_kernels import _config, newton_schulz
+from spectral_kernels.triton_kernels import _config, _groups
 from spectral_kernels.triton_kernels._config import Config
 from torch import Tensor
 
@@ -100,12 +100,18 @@ def _standing_in(x: Tensor, config: Config) -> Iterator[None]:
     key = (x.element_size(), min(x.shape[-2:]) > _config.LARGE)
     kept = row[key]
     row[key] = config
-    newton_schulz.plan_of.cache_clear()
+    _forget()
     try:
         yield
     finally:
         row[key] = kept
-        newton_schulz.plan_of.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """What was made with a configuration that is no longer in the table."""
+    for made in (_groups.plan_of, _groups.groups_of_one):
+        made.cache_clear()
 
 
 def _time(call: Callable[[], object], rounds: int, on_card: bool) -> float:

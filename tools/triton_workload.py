@@ -54,6 +54,7 @@ def calls() -> Iterator[Callable[[], object]]:
     for n in _SHORT_SIDES[3:]:
         yield partial(_squares, n)
     yield partial(_deva, (60, 120))
+    yield partial(_rounded, (60, 120))
 
 
 def _muon(
@@ -116,6 +117,13 @@ def _squares(n: int) -> None:
     roots_of(a, 4, ridge=0.0, relative_ridge=1e-6)
     product(a, a)
     gram(a)
+
+
+def _rounded(shape: tuple[int, int]) -> None:
+    """Moments of the steps with factors, in bfloat16."""
+    from spectral_kernels.triton_kernels._rounding import rounded_at_random
+
+    rounded_at_random(_zeros(1, *shape), torch.ones(1, dtype=torch.float64, device="cpu"))
 
 
 def _deva(shape: tuple[int, int]) -> None:

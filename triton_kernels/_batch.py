@@ -17,13 +17,12 @@ from ._layout import (
     Layout,
     kept,
     layout_of,
-    matrices_of,
     padded,
-    places_of,
     upload,
 )
 from ._matmul import Operand, wide
 from ._pack import Mix, Summary, pack, summarize
+from ._places import matrices_of, places_of
 from .symmetric_matmul import Terms, symmetric
 
 

@@ -154,6 +154,24 @@ def span_of(spans, matrix):
 
 
 @triton.jit
+def block_of(m, n, blocks, across, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """A program's block of a contiguous batch: matrix, rows and columns, places, which exist."""
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    rows = block // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = block % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None, :]
+    return matrix, rows, cols, at, inside
+
+
+def blocks_of(m: int, n: int, block_rows: int, block_cols: int) -> tuple[int, int]:
+    """How many blocks a matrix has, and how many of them stand side by side."""
+    across = -(-n // block_cols)
+    return across * -(-m // block_rows), across
+
+
+@triton.jit
 def corner(layout, matrix, SPACE: tl.constexpr):
     """Offset and leading dimension of a matrix in a workspace.
 

@@ -1,4 +1,4 @@
-"""Where the matrices of a list stand: in the caller's tensors, and in padded workspaces.
+"""Where the matrices of a list stand in padded workspaces, and tables that are kept on a device.
 
 Workspaces hold the matrices oriented to be wide (s x l, s <= l), rows and columns padded with zeros
 to whole tiles, so that products need no masks and every row is aligned whatever the caller's shapes
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ import triton.language as tl
 from spectral_kernels._backend import is_capturing
 from torch import Tensor
 
-from ._device import ALIGNED, IS_INTERPRETED, LAYOUT_COLUMNS, PLACE_COLUMNS, ROW_MAJOR, STRIDED
+from ._device import IS_INTERPRETED, LAYOUT_COLUMNS
 
 # The three shapes that a matrix of a layout may have.
 SHORT = tl.constexpr(0)  # s x s
@@ -35,6 +35,10 @@ COLUMNS = LAYOUT_COLUMNS
 # Elements of a chunk of the passes that read the caller's matrices. A program of the interpreter
 # costs the same whatever its size.
 CHUNK_ROWS, CHUNK_COLS = (64, 256) if IS_INTERPRETED else (32, 128)
+
+# Numbers of 32 bits in 16 bytes. Triton compiles anew for addresses that are no multiples of these,
+# so that they would have it do so for lengths of lists.
+ALIGNED_NUMBERS = 4
 
 _BAND = 8  # rows of tiles that share their columns in the cache
 
@@ -104,9 +108,9 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
     return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Workspaces of a list of matrices.
+    """Workspaces of a list of matrices; one object, see `layout_of`, for all lists of their shapes.
 
     Attributes:
         shapes: (m, n) of every matrix.
@@ -125,11 +129,17 @@ class Layout:
     sizes: tuple[int, int, int]
     chunks: Tensor
     spans: Tensor
+    _made: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
         """The number of matrices."""
         return len(self.shapes)
+
+    @functools.cached_property
+    def shortest(self) -> int:
+        """The shortest side of any matrix."""
+        return min(map(min, self.shapes))
 
     def empty(self, space: tl.constexpr, dtype: torch.dtype) -> Tensor:
         """An uninitialised workspace."""
@@ -137,11 +147,11 @@ class Layout:
 
     def triangle(self, space: tl.constexpr, tile: int) -> Tensor:
         """(matrix, row, column) of the tiles on and below the diagonals of square matrices."""
-        return _tiles(self.shapes, self.padding, tile, self.device, space.value, True)
+        return self._table(_tiles, tile, space.value, True, None)
 
     def triangle_spans(self, space: tl.constexpr, tile: int) -> Tensor:
         """(first, count) of the tiles of every matrix in `triangle`."""
-        return _triangle_spans(self.shapes, self.padding, tile, self.device, space.value)
+        return self._table(_triangle_spans, tile, space.value)
 
     def tiles(
         self,
@@ -150,7 +160,16 @@ class Layout:
         space: tl.constexpr = WIDE,
     ) -> Tensor:
         """(matrix, row, column) of all tiles, of all matrices or of some of them."""
-        return _tiles(self.shapes, self.padding, tile, self.device, space.value, False, chosen)
+        return self._table(_tiles, tile, space.value, False, chosen)
+
+    def _table(self, make: Callable[..., Tensor], *key: object) -> Tensor:
+        """A table of one of the functions below, which is on the stream that this layout is on."""
+        found = self._made.get((make, key))
+        if found is None:
+            found = make(self, *key)
+            if not is_capturing():
+                self._made[make, key] = found
+        return found
 
 
 def padded(size: int, padding: int) -> int:
@@ -190,38 +209,26 @@ def layout_of(shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch
 
 @kept()
 def _tiles(
-    shapes: tuple[Shape, ...],
-    padding: tuple[int, int],
-    tile: int,
-    device: torch.device,
-    space: int,
-    triangular: bool,
-    chosen: tuple[int, ...] | None = None,
+    layout: Layout, tile: int, space: int, triangular: bool, chosen: tuple[int, ...] | None
 ) -> Tensor:
     grids = []
-    for i in range(len(shapes)) if chosen is None else chosen:
-        short, long = (side // tile for side in _sides(shapes[i], padding))
+    for i in range(layout.count) if chosen is None else chosen:
+        short, long = (side // tile for side in _sides(layout.shapes[i], layout.padding))
         height = long if space == LONG.value else short
         width = short if space == SHORT.value else long
         grid = _grid(i, height, width)
         grid = grid[grid[:, 1] >= grid[:, 2]] if triangular else grid
         grids.append(grid[(grid[:, 1] // _BAND).argsort(stable=True)])
-    return upload(torch.cat(grids), device)
+    return upload(torch.cat(grids), layout.device)
 
 
 @kept()
-def _triangle_spans(
-    shapes: tuple[Shape, ...],
-    padding: tuple[int, int],
-    tile: int,
-    device: torch.device,
-    space: int,
-) -> Tensor:
-    sides = [_sides(shape, padding)[space == LONG.value] // tile for shape in shapes]
+def _triangle_spans(layout: Layout, tile: int, space: int) -> Tensor:
+    sides = [_sides(shape, layout.padding)[space == LONG.value] // tile for shape in layout.shapes]
     counts = torch.tensor(
         [side * (side + 1) // 2 for side in sides], dtype=torch.int32, device="cpu"
     )
-    return upload(torch.stack([counts.cumsum(0).int() - counts, counts], 1), device)
+    return upload(torch.stack([counts.cumsum(0).int() - counts, counts], 1), layout.device)
 
 
 def _grid(matrix: int, height: int, width: int) -> Tensor:
@@ -230,79 +237,3 @@ def _grid(matrix: int, height: int, width: int) -> Tensor:
         *(torch.arange(size, dtype=torch.int32, device="cpu") for size in (width, height))
     ).flip(1)
     return torch.cat([torch.full_like(pairs[:, :1], matrix), pairs], 1)
-
-
-# The caller's tensors.
-
-
-@dataclass(frozen=True)
-class Places:
-    """Matrices of a list of tensors of one dtype.
-
-    Attributes:
-        table: int64, (address, row stride, column stride) a matrix, on the device.
-        dtype: of all of them.
-        units: which of a matrix's strides is 1, see `_device`.
-    """
-
-    table: Tensor
-    dtype: torch.dtype
-    units: tuple[int, ...]
-
-    @property
-    def unit(self) -> int:
-        """What holds for all of them."""
-        return common_unit(self.units)
-
-
-def common_unit(units: Iterable[int]) -> int:
-    """The unit of several matrices in one launch."""
-    known = set(units)
-    if len(known) == 1:
-        return known.pop()
-    plain = {unit % ALIGNED for unit in known}
-    return plain.pop() if len(plain) == 1 else STRIDED.value
-
-
-def swapped_unit(unit: int) -> int:
-    """The unit of the transposed matrix."""
-    if unit == STRIDED.value:
-        return unit
-    plain = unit % ALIGNED
-    return unit - plain + ROW_MAJOR.value - plain
-
-
-# Address, row stride, column stride, rows, columns.
-Place = tuple[int, int, int, int, int]
-
-_LARGEST_STRIDE = 2**22
-
-
-def places_of(matrices: Sequence[Place], dtype: torch.dtype, device: torch.device) -> Places:
-    """The table of some matrices, kept for the next call with the same addresses."""
-    rows = tuple(matrices)
-    return Places(_table(rows, device), dtype, tuple(map(_unit, rows)))
-
-
-def _unit(place: Place) -> int:
-    address, rows, cols, height, width = place
-    other, line = (rows, width) if cols == 1 else (cols, height)
-    if 1 not in (rows, cols) or other >= _LARGEST_STRIDE:
-        return STRIDED.value
-    aligned = address % 16 == 0 and other % 16 == 0 and line % 16 == 0
-    return int(cols == 1) + (ALIGNED if aligned else 0)
-
-
-def matrices_of(x: Tensor) -> list[Place]:
-    """The place of every matrix of a batch."""
-    starts = [x.data_ptr()]
-    size = x.element_size()
-    for count, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
-        starts = [start + i * stride * size for start in starts for i in range(count)]
-    return [(start, *x.stride()[-2:], *x.shape[-2:]) for start in starts]
-
-
-@kept()
-def _table(rows: tuple[Place, ...], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
-    return upload(table[:, : PLACE_COLUMNS.value], device)

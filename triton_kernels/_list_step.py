@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._config import STACK_ELEMENTS
-from ._device import NONFINITE
 from ._layout import kept, upload
 from ._rounding import rounded_at_random
 
 R = TypeVar("R")
-
-
-class Numbered(Protocol):
-    """A matrix of a list, as `newton_schulz.Item`."""
-
-    @property
-    def index(self) -> int:
-        """Its number in the list."""
-
-    @property
-    def entry(self) -> int:
-        """The number of its list entry."""
 
 
 @kept(256)
@@ -38,42 +24,6 @@ def numbers_of(values: tuple[float, ...], device: torch.device) -> Tensor:
 @kept(256)
 def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return upload(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
-
-
-class Progress:
-    """Gathers what became of every matrix, and writes the counters at the end."""
-
-    def __init__(
-        self,
-        items: Sequence[Numbered],
-        step_counts: Sequence[Tensor],
-        skipped: Tensor,
-        nonfinite: str,
-    ) -> None:
-        entries = (item.entry for item in items)
-        self._entries = [(entry, len(list(same))) for entry, same in itertools.groupby(entries)]
-        self._counts, self._skipped = step_counts, skipped
-        self._propagate = nonfinite == "propagate"
-        self._indices: list[int] = []
-        self._states: list[Tensor] = []
-
-    def add(self, group: Sequence[Numbered], states: Tensor) -> None:
-        """States of the matrices of one group, NONFINITE where nothing was written."""
-        self._indices += [item.index for item in group]
-        self._states.append(states)
-
-    def finish(self) -> None:
-        """Advances the counts of what was updated, and `skipped` by the rest."""
-        if not self._states:
-            return
-        states = torch.cat(self._states) if len(self._states) > 1 else self._states[0]
-        if self._indices != sorted(self._indices):
-            places = sorted(range(len(self._indices)), key=self._indices.__getitem__)
-            states = states[_order(tuple(places), states.device)]
-        kept = (states == NONFINITE.value) & (not self._propagate)
-        self._skipped.add_(kept.sum())
-        counts = [self._counts[entry] for entry, _ in self._entries]
-        advance_(counts, tuple(size for _, size in self._entries), ~kept)
 
 
 def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) -> None:
@@ -91,27 +41,6 @@ def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) 
     for dtype in {count.dtype for count in counts}:
         chosen = [i for i, count in enumerate(counts) if count.dtype == dtype]
         torch._foreach_add_([counts[i] for i in chosen], [steps[i] for i in chosen])
-
-
-def steps_of(
-    group: Sequence[Numbered], items: Sequence[Numbered], counts: Sequence[Tensor]
-) -> Tensor:
-    """int64, how many steps every matrix of a group has taken.
-
-    Args:
-        group: the matrices.
-        items: of the whole list.
-        counts: of all entries, 0-dim or one a matrix.
-    """
-    first: dict[int, int] = {}
-    for item in items:
-        first.setdefault(item.entry, item.index)
-    numbers = []
-    for item in group:
-        count = counts[item.entry]
-        at = item.index - first[item.entry] if count.ndim else 0
-        numbers.append(count.reshape(-1)[at].to(torch.int64))
-    return torch.stack(numbers)
 
 
 class Piece(NamedTuple):
@@ -208,9 +137,12 @@ class Stack:
 
 
 def stacks_of(
-    params: Sequence[Tensor], counts: Sequence[Tensor], *keys: Sequence[object]
+    params: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    *keys: Sequence[object],
+    moments: Sequence[Sequence[Tensor]],
 ) -> list[Stack]:
-    """Entries by shape and dtype of the parameter, and by whatever else they must share.
+    """Entries by shape and dtype of the parameter, dtypes of moments, and whatever they must share.
 
     A stack holds at most STACK_ELEMENTS of parameters, gradients and factors, or one matrix: a step
     keeps some twenty copies of a stack, and one of a whole list would need more than its state. A
@@ -219,7 +151,8 @@ def stacks_of(
     groups: dict[object, list[list[Piece]]] = {}
     filled: dict[object, int] = {}
     for i, param in enumerate(params):
-        key = (param.shape[-2:], param.dtype, *(_kind(values[i]) for values in keys))
+        dtypes = tuple(x[i].dtype for x in (params, *moments))
+        key = (param.shape[-2:], dtypes, *(_kind(values[i]) for values in keys))
         given = [values[i] for values in keys]
         size = param.numel() + sum(x.numel() for x in given if isinstance(x, Tensor))
         for piece in _pieces(i, param, counts[i], size):

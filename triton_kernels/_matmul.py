@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,6 @@ from ._device import (
     ALIGNED_ROW_MAJOR,
     DTYPES,
     NONFINITE,
-    STRIDED,
     corner,
     element,
     launch,
@@ -28,7 +26,8 @@ from ._device import (
     tile_of,
     within,
 )
-from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, swapped_unit
+from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout
+from ._places import EVERYTHING, Chosen, Places
 
 _LARGEST_SPREAD = 64
 
@@ -88,14 +87,23 @@ class Delivery:
             "CAUTIOUS": self.cautious,
         }
 
-    def by_unit(self, layout: Layout, chosen: Sequence[int] | None = None) -> dict[int, list[int]]:
-        """Matrices by their unit once they are wide."""
-        groups: dict[int, list[int]] = {}
-        for i in range(layout.count) if chosen is None else chosen:
-            unit = self.places.units[i]
-            m, n = layout.shapes[i]
-            groups.setdefault(swapped_unit(unit) if m > n else unit, []).append(i)
-        return groups
+
+_NOTHING: dict[str, object] = {
+    "PLACED_DTYPE": DTYPES[torch.float32],
+    "UPDATE": False,
+    "LR_LOADED": False,
+    "SKIP": False,
+    "CAUTIOUS": False,
+}
+
+
+def delivery_of(
+    out: Delivery | None, layout: Layout
+) -> tuple[tuple[object, ...], dict[str, object], tuple[Chosen, ...]]:
+    """Arguments and constants of kernels that deliver or do not, and the launches it takes."""
+    if out is None:
+        return (*(layout.table,) * 4, 1.0, 1.0, 0.0), _NOTHING, EVERYTHING
+    return out.arguments(layout), out.constants(), out.places.units.wide
 
 
 @triton.jit
@@ -238,17 +246,15 @@ def wide(
     """
     delivery = out if isinstance(out, Delivery) else None
     target = a.values if isinstance(out, Delivery) else out
-    none = Delivery(Places(layout.table, torch.float32, ()))
-    groups = {STRIDED.value: None} if delivery is None else delivery.by_unit(layout)
-    for unit, chosen in groups.items():
-        everything = chosen is None or len(chosen) == layout.count
+    arguments, constants, launches = delivery_of(delivery, layout)
+    for unit, chosen in launches:
         # Element by element a large tile takes more registers than there are.
         spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
         fitting = config.halved() if spread else config
-        tiles = layout.tiles(fitting.tile, None if chosen is None or everything else tuple(chosen))
+        tiles = layout.tiles(fitting.tile, chosen)
         launch(
             _wide_kernel,
-            len(tiles),
+            tiles.shape[0],
             a.values,
             b.values,
             a.values if c is None else c,
@@ -260,7 +266,7 @@ def wide(
             alpha,
             beta,
             *columns,
-            *(delivery or none).arguments(layout),
+            *arguments,
             A_SPACE=a.space,
             B_SPACE=b.space,
             A_TRANSPOSED=a.transposed,
@@ -269,7 +275,7 @@ def wide(
             PER_MATRIX=factors is not None,
             DELIVER=delivery is not None,
             PLACED_UNIT=unit,
-            **(delivery or none).constants(),
+            **constants,
             PRECISION=precision_of(architecture(layout.device)),
             **fitting.options(),
         )

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import DTYPES, NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of, widened
-from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, Places, Shape, kept, upload
+from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, kept, upload
 from ._matmul import Delivery, deliver
+from ._places import Places
 
 _ROWS = 32  # of a program that sums
 _COLS = 128
@@ -26,12 +27,13 @@ _TILE = 64
 
 
 @kept(256)
-def _row_blocks(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _row_blocks(layout: Layout) -> tuple[Tensor, Tensor, int]:
     """(matrix, row block), the first row of every matrix among all, and how many there are."""
-    blocks = [(i, b) for i, (m, _) in enumerate(shapes) for b in range(-(-m // _ROWS))]
-    heights = torch.tensor([0, *(m for m, _ in shapes)], dtype=torch.int64, device="cpu")
+    blocks = [(i, b) for i, (m, _) in enumerate(layout.shapes) for b in range(-(-m // _ROWS))]
+    heights = torch.tensor([0, *(m for m, _ in layout.shapes)], dtype=torch.int64, device="cpu")
     starts = heights.cumsum(0)
     table = torch.tensor(blocks, dtype=torch.int32, device="cpu")
+    device = layout.device
     return upload(table, device), upload(starts[:-1], device), int(starts[-1])
 
 
@@ -251,13 +253,13 @@ def by_neurons(
         sphere: W keeps its length, see `spectral_kernels.muon_step_`.
     """
     device = layout.device
-    blocks, starts, rows = _row_blocks(layout.shapes, device)
+    blocks, starts, rows = _row_blocks(layout)
     sums = torch.empty(rows, dtype=torch.float64, device=device)
     factors = torch.empty(rows, dtype=torch.float32, device=device)
     lengths = torch.empty(layout.count, dtype=torch.float32, device=device)
     launch(
         _sums_kernel,
-        len(blocks),
+        blocks.shape[0],
         x,
         layout.table,
         blocks,
@@ -288,7 +290,7 @@ def by_neurons(
         dots = torch.empty_like(sums)
         launch(
             _products_kernel,
-            len(blocks),
+            blocks.shape[0],
             x,
             layout.table,
             blocks,
@@ -321,11 +323,11 @@ def by_neurons(
         )
         out = replace(out, scales=pairs)
     size = min(tile, _TILE)
-    for unit, chosen in out.by_unit(layout).items():
-        tiles = layout.tiles(size, None if len(chosen) == layout.count else tuple(chosen))
+    for unit, chosen in out.places.units.wide:
+        tiles = layout.tiles(size, chosen)
         launch(
             _rows_kernel,
-            len(tiles),
+            tiles.shape[0],
             x,
             factors,
             lengths,

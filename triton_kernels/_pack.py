@@ -33,6 +33,7 @@ from ._device import (
     within,
 )
 from ._layout import (
+    ALIGNED_NUMBERS,
     CHUNK_COLS,
     CHUNK_ROWS,
     COLS,
@@ -42,9 +43,9 @@ from ._layout import (
     TALL,
     WIDE,
     Layout,
-    Places,
     padded,
 )
+from ._places import Places
 
 _SUMMARY = 256
 
@@ -248,13 +249,20 @@ def _pack_kernel(
 
 
 def summarize(
-    mix: Mix, layout: Layout, *, norm_factor: float = 1.0, eps: float = 0.0, floored: bool = True
+    mix: Mix,
+    layout: Layout,
+    state: Tensor | None = None,
+    *,
+    norm_factor: float = 1.0,
+    eps: float = 0.0,
+    floored: bool = True,
 ) -> Summary:
     """Scale, norm and finiteness of every matrix, in two launches.
 
     Args:
         mix: what is measured.
         layout: of its matrices.
+        state: where that of the summary is, at a multiple of 16 bytes; None: in new memory.
         norm_factor, eps: `factor` is that of X / max(norm_factor ||X||_F, eps).
         floored: False leaves both out of `factor`, for a norm that is known later.
     """
@@ -277,10 +285,10 @@ def summarize(
         BESIDE_TYPE=DTYPES[(mix.beside or mix.grads).dtype],
         BESIDE_UNIT=(mix.beside or mix.grads).unit,
     )
-    # Rows of multiples of 16 bytes: Triton compiles anew for addresses that are none.
-    each = padded(layout.count, 4)
+    each = padded(layout.count, ALIGNED_NUMBERS)
     numbers = torch.empty(2, each, dtype=torch.int32, device=device)[:, : layout.count].unbind()
     values = torch.empty(3, each, dtype=torch.float32, device=device)[:, : layout.count].unbind()
+    summary = Summary(numbers[0] if state is None else state, numbers[1], *values)
     launch(
         _summary_kernel,
         layout.count,
@@ -288,14 +296,15 @@ def summarize(
         largest,
         squares,
         bad,
-        *numbers,
+        summary.state,
+        summary.exponent,
         *values,
         eps,
         norm_factor,
         FLOORED=floored,
         BLOCK=_SUMMARY,
     )
-    return Summary(*numbers, *values)
+    return summary
 
 
 def pack(

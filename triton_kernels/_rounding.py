@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import PASS_WARPS
-from ._device import launch, rounded_at_random as _rounded_at_random
+from ._device import block_of, blocks_of, launch, rounded_at_random as _rounded_at_random
 
 _BLOCK_ROWS = 16
 _BLOCK_COLS = 256
@@ -18,12 +18,7 @@ _BLOCK_COLS = 256
 def _round_kernel(
     x, steps, out, m, n, blocks, across, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    rows = block // across * ROWS + tl.arange(0, ROWS)
-    cols = block % across * COLS + tl.arange(0, COLS)
-    inside = (rows < m)[:, None] & (cols < n)[None, :]
-    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None, :]
+    matrix, rows, cols, at, inside = block_of(m, n, blocks, across, ROWS, COLS)
     value = tl.load(x + at, mask=inside, other=0.0)
     value = _rounded_at_random(value, tl.load(steps + matrix), rows, cols)
     tl.store(out + at, value, mask=inside)
@@ -38,8 +33,7 @@ def rounded_at_random(x: Tensor, t: Tensor) -> Tensor:
     """
     count, m, n = x.shape
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    across = -(-n // _BLOCK_COLS)
-    blocks = across * -(-m // _BLOCK_ROWS)
+    blocks, across = blocks_of(m, n, _BLOCK_ROWS, _BLOCK_COLS)
     launch(
         _round_kernel,
         count * blocks,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._checks import TRITON
 from ._config import PASS_WARPS
-from ._device import launch
+from ._device import block_of, blocks_of, launch
 from ._list_step import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
 from .eigenbasis import (
     Bases,
@@ -88,12 +88,7 @@ def _adapt_kernel(
     OUTSIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # V <- beta2 V + fresh s_r s_c^T, U = scale O sqrt(t_r t_c^T / Vhat) with its eps.
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    rows = block // across * ROWS + tl.arange(0, ROWS)
-    cols = block % across * COLS + tl.arange(0, COLS)
-    inside = (rows < m)[:, None] & (cols < n)[None, :]
-    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None, :]
+    matrix, rows, cols, at, inside = block_of(m, n, blocks, across, ROWS, COLS)
     seen = tl.load(seen_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
     seen = seen * tl.load(seen_cols + matrix * n + cols, mask=cols < n, other=0.0)[None, :]
     top = tl.load(top_rows + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
@@ -181,8 +176,8 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    kinds = [(m.dtype, v.dtype) for m, v in zip(exp_avgs, exp_avg_sqs, strict=True)]
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
+    moments = exp_avgs, exp_avg_sqs
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
         step_of(stack)
 
 
@@ -255,8 +250,7 @@ def _adapt(
         eps = step.eps * total / (m * n) / v_bias
     numbers = torch.stack([1.0 / v_bias, eps, scales.double()], 1).float()
     new_v, update = torch.empty_like(v), torch.empty_like(o)
-    across = -(-n // _BLOCK_COLS)
-    blocks = across * -(-m // _BLOCK_ROWS)
+    blocks, across = blocks_of(m, n, _BLOCK_ROWS, _BLOCK_COLS)
     launch(
         _adapt_kernel,
         count * blocks,

@@ -330,8 +330,8 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    kinds = [(m.dtype, v.dtype) for m, v in zip(exp_avgs, exp_avg_sqs, strict=True)]
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
+    moments = exp_avgs, exp_avg_sqs
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
         step_of(stack)
 
 

@@ -76,8 +76,8 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
         stack.put_(root_failures, failures, failures + failed, ~kept)
         stack.count_(step_counts, skipped, ~kept, kept)
 
-    kinds = [(m.dtype, v.dtype) for m, v in zip(momentum_buffers, graft_squares, strict=True)]
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, kinds):
+    moments = momentum_buffers, graft_squares
+    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
         step_of(stack)
 
 

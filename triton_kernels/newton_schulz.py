@@ -8,11 +8,7 @@ that end in the caller's tensors are launched once for every orientation in the 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from spectral_kernels._backend import operator
@@ -28,30 +24,12 @@ from torch import Tensor
 
 from ._batch import flattened
 from ._checks import TRITON
-from ._config import (
-    GROUP_ELEMENTS,
-    Config,
-    architecture,
-    config_for,
-    is_small,
-    precision_of,
-    small_config,
-)
-from ._device import NONFINITE, STRIDED, launch
-from ._layout import (
-    SHORT,
-    WIDE,
-    Layout,
-    Place,
-    Places,
-    kept,
-    layout_of,
-    matrices_of,
-    places_of,
-    upload,
-)
-from ._list_step import Progress, numbers_of, steps_of
-from ._matmul import Delivery, Operand, wide
+from ._config import Config, architecture, config_for, precision_of
+from ._device import NONFINITE, launch
+from ._groups import Kind, Plan, Rule, groups_of_one, layout_for, rule_of, table_of
+from ._layout import SHORT, WIDE, Layout, kept, upload
+from ._matmul import Delivery, Operand, delivery_of, wide
+from ._muon_lists import listing_of, scales_of
 from ._neurons import Averages, by_neurons, check_moments
 from ._newton_schulz_kernels import _powers_kernel, _small_kernel
 from ._pack import Mix, Summary, pack, summarize
@@ -59,91 +37,6 @@ from .symmetric_matmul import Terms, symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.
 _POWERS = 5
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What is iterated.
-
-    Attributes:
-        rows: (a, b, c) of every step.
-        method: "auto", "standard" or "gram".
-        compute_dtype: of X; 16-bit means 16-bit operands and fp32 sums.
-        eps, norm, norm_factor: X is divided by max(norm_factor norm(X), eps).
-    """
-
-    rows: tuple[tuple[float, float, float], ...]
-    method: str
-    compute_dtype: torch.dtype
-    eps: float = 0.0
-    norm: str = "frobenius"
-    norm_factor: float = 1.0
-
-    @property
-    def schatten8(self) -> bool:
-        """Whether the norm needs the square of the Gram matrix."""
-        return self.norm == "schatten8"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one matrix is iterated on: a function of its shape and the rule alone.
-
-    Attributes:
-        form: "small", "standard" or "gram".
-        config: of its products; the tile of "small" is the padded short side.
-        restarts: steps before which X and R are formed anew ("small": bits of a number).
-    """
-
-    form: str
-    config: Config
-    restarts: tuple[int, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_of(m: int, n: int, rule: Rule, restarts: tuple[int, ...], arch: str) -> Plan:
-    """The plan of an m x n matrix."""
-    short, long = min(m, n), max(m, n)
-    one_program = is_small(arch, rule.compute_dtype, short, long)
-    gram = _is_gram(short, long, rule, restarts, one_program)
-    if one_program:
-        every = tuple(range(1, len(rule.rows)))
-        config = small_config(arch, short)
-        return Plan("small", config, restarts if gram else every)
-    config = config_for(arch, rule.compute_dtype, short)
-    return Plan("gram", config, restarts) if gram else Plan("standard", config, ())
-
-
-# An fp32-grade product of the Gram form against a 16-bit one: three TF32 products at half the rate.
-_FULL_PRECISION_COST = 6.0
-
-
-def _is_gram(
-    short: int, long: int, rule: Rule, restarts: tuple[int, ...], one_program: bool
-) -> bool:
-    if rule.method != "auto":
-        return rule.method == "gram"
-    full = rule.compute_dtype == torch.float32
-    if full and not restarts:
-        return False  # the Gram form would lose accuracy without
-    if one_program:
-        return True  # the passes over X are what counts
-    rate = 1.0 if full else _FULL_PRECISION_COST
-    square, product = float(short) ** 3, float(short) ** 2 * long
-    cuts = [0, *sorted(set(restarts)), len(rule.rows)]
-    standard = gram = 0.0
-    for begin, end in itertools.pairwise(cuts):
-        squares = sum(0.5 * square for _, _, c in rule.rows[begin:end] if c)
-        alone = 1.5 * product * (end - begin) + squares
-        standard += alone
-        # Q Z and twice R; Q is two 16-bit numbers.
-        gram += (
-            alone
-            if end - begin == 1
-            else (1.5 if full else 2.5) * product
-            + rate * (squares + 1.5 * square * (end - begin - 1))
-        )
-    return gram < standard
 
 
 def orthogonalize(
@@ -172,26 +65,26 @@ def orthogonalize(
 def _small(
     layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary, out: Delivery | None
 ) -> Tensor | None:
-    none = Delivery(places_of((), torch.float32, layout.device))
+    arguments, constants, launches = delivery_of(out, layout)
     rows = _rows(rule.rows, layout.device)
-    everything = {STRIDED.value: list(range(layout.count))}
-    for unit, chosen in (out.by_unit(layout) if out is not None else everything).items():
+    for unit, chosen in launches:
+        matrices = _indices(layout, chosen)
         launch(
             _small_kernel,
-            len(chosen),
+            matrices.shape[0],
             x,
             layout.table,
-            _indices(tuple(chosen), layout.device),
+            matrices,
             rows,
             len(rule.rows),
             sum(1 << t for t in plan.restarts),
             summary.floor,
             rule.norm_factor,
-            *(out or none).arguments(layout),
+            *arguments,
             SCHATTEN=rule.schatten8,
             PLACED_UNIT=unit,
             DELIVER=out is not None,
-            **(out or none).constants(),
+            **constants,
             PRECISION=precision_of(architecture(layout.device)),
             **plan.config.options(),
         )
@@ -204,8 +97,9 @@ def _rows(rows: tuple[tuple[float, float, float], ...], device: torch.device) ->
 
 
 @kept()
-def _indices(chosen: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(chosen, dtype=torch.int32, device="cpu"), device)
+def _indices(layout: Layout, chosen: tuple[int, ...] | None) -> Tensor:
+    found = range(layout.count) if chosen is None else chosen
+    return upload(torch.tensor(found, dtype=torch.int32, device="cpu"), layout.device)
 
 
 class _Iteration:
@@ -213,11 +107,9 @@ class _Iteration:
 
     def __init__(self, layout: Layout, plan: Plan, rule: Rule, x: Tensor, summary: Summary) -> None:
         self._layout, self._config, self._restarts = layout, plan.config, plan.restarts
-        self._full_config = config_for(
-            architecture(layout.device), torch.float32, min(map(min, layout.shapes))
-        )
+        self._full_config = config_for(architecture(layout.device), torch.float32, layout.shortest)
         self._rule, self._summary = rule, summary
-        self._x, self._next = x, torch.empty_like(x)
+        self._x, self._next = x, layout.empty(WIDE, x.dtype)
 
     def standard(self, out: Delivery | None) -> Tensor | None:
         """X <- a X + (b R + c R^2) X, R = X X^T in X's dtype."""
@@ -366,73 +258,6 @@ class _Iteration:
         return powers
 
 
-@dataclass(frozen=True)
-class Item:
-    """One matrix of a list.
-
-    Attributes:
-        shape: (m, n).
-        plan: how it is iterated on.
-        index: its number in the list.
-        entry: the number of its list entry.
-        places: where its tensors are.
-        dtypes: of those tensors.
-    """
-
-    shape: tuple[int, int]
-    plan: Plan
-    index: int
-    entry: int
-    places: tuple[Place, ...]
-    dtypes: tuple[torch.dtype, ...]
-
-
-def groups_of(items: Sequence[Item]) -> list[list[Item]]:
-    """Items that share their launches: one plan, the same dtypes, workspaces of bounded size."""
-    groups: dict[object, list[list[Item]]] = {}
-    filled: dict[object, int] = {}
-    for item in items:
-        key = (item.plan, item.dtypes)
-        size = item.shape[0] * item.shape[1]
-        if key not in groups or filled[key] + size > GROUP_ELEMENTS:
-            groups.setdefault(key, []).append([])
-            filled[key] = 0
-        groups[key][-1].append(item)
-        filled[key] += size
-    return [group for part in groups.values() for group in part]
-
-
-def layout_for(group: Sequence[Item], device: torch.device) -> Layout:
-    """Workspaces of a group."""
-    plan = group[0].plan
-    long = max(plan.config.tile, plan.config.depth)
-    return layout_of(tuple(item.shape for item in group), (plan.config.tile, long), device)
-
-
-def items_of(
-    lists: Sequence[Sequence[Tensor]],
-    rule: Rule,
-    restarts: Sequence[tuple[int, ...]],
-    arch: str,
-) -> list[Item]:
-    """Every matrix of lists whose entries belong together; entries without elements have none."""
-    items: list[Item] = []
-    for entry, tensors in enumerate(zip(*lists, strict=True)):
-        if not tensors[0].numel():
-            continue
-        shape = (tensors[0].shape[-2], tensors[0].shape[-1])
-        plan = plan_of(*shape, rule, restarts[entry], arch)
-        dtypes = tuple(x.dtype for x in tensors)
-        for places in zip(*map(matrices_of, tensors), strict=True):
-            items.append(Item(shape, plan, len(items), entry, places, dtypes))
-    return items
-
-
-def places_in(group: Sequence[Item], which: int, device: torch.device) -> Places:
-    """The matrices of the `which`-th list."""
-    return places_of([item.places[which] for item in group], group[0].dtypes[which], device)
-
-
 @operator
 @iterates
 def newton_schulz(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
@@ -441,15 +266,17 @@ def newton_schulz(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
-    rule = rule_of(options)
-    arch = architecture(x.device)
-    for group in groups_of(items_of(([x], [out]), rule, [tuple(options.restarts)], arch)):
-        layout, plan = layout_for(group, x.device), group[0].plan
-        given, result = (places_in(group, i, x.device) for i in range(2))
-        mix = Mix(given)
+    rule, arch = rule_of(options), architecture(x.device)
+    kinds = Kind.of(x), Kind.of(out)
+    groups, rows = groups_of_one(kinds, rule, tuple(options.restarts), arch)
+    table = table_of(rows, (x.data_ptr(), out.data_ptr()), x.device)
+    for group in groups:
+        layout = layout_for(group, x.device)
+        mix = Mix(group.places(table, 0))
         summary = _summary(mix, layout, rule)
         packed = pack(mix, layout, summary, rule.compute_dtype, propagate=True)
-        orthogonalize(layout, plan, rule, packed, summary, Delivery(result))
+        delivery = Delivery(group.places(table, 1))
+        orthogonalize(layout, group.plan, rule, packed, summary, delivery)
     return out
 
 
@@ -481,70 +308,53 @@ def _polar_of(x: Tensor) -> Tensor:
 @takes(MuonLists, MuonOptions)
 def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     """One Muon step over a list of matrices; see `spectral_kernels.muon_step_`."""
-    check_muon(lists, options, TRITON)
-    params, grads, momentum_buffers, second_moments, step_counts, skipped, lr = lists
-    beta2 = options.beta2
-    if not params:
+    if not lists.params:
+        check_muon(lists, options, TRITON)
         return
-    device = params[0].device
-    rule = rule_of(options)
-    used = [params, grads, momentum_buffers] + ([] if beta2 is None else [second_moments])
-    items = items_of(used, rule, options.restarts_of(len(params)), architecture(device))
-    progress = Progress(items, step_counts, skipped, options.nonfinite)
+    listing, addresses = listing_of(lists, options)
+    counters, lr, beta2 = listing.counters, lists.lr, options.beta2
+    device, rule = lists.params[0].device, rule_of(options)
+    table = table_of(listing.rows, addresses, device)
     propagate = options.nonfinite == "propagate"
-    for group in groups_of(items):
-        layout, plan = layout_for(group, device), group[0].plan
-        weights, gradients, buffers = (places_in(group, i, device) for i in range(3))
-        factors = numbers_of(tuple(options.scales[item.entry] for item in group), device)
+    states = torch.empty(counters.size, dtype=torch.int32, device=device)
+    broken = None if lr.device.type == "cpu" or propagate else ~lr.isfinite().reshape(())
+    steps = counters.steps(table) if listing.narrow else None
+    scales = scales_of(listing, device)
+    for group in listing.groups:
+        layout, slots = layout_for(group, device), group.slots
+        weights, gradients, buffers = (group.places(table, i) for i in range(3))
         beside = None if propagate else weights
         mix = Mix(gradients, buffers, options.momentum, options.nesterov, options.maximize, beside)
-        summary = _summary(mix, layout, rule)
-        if lr.device.type != "cpu" and not propagate:
-            state = torch.where(lr.isfinite(), summary.state, NONFINITE.value)
-            summary = replace(summary, state=state)
-        moments = None if beta2 is None else places_in(group, 3, device)
+        state = states[slots]
+        summary = _summary(mix, layout, rule, state)
+        if broken is not None:
+            state.masked_fill_(broken, NONFINITE.value)
+        moments = None if beta2 is None else group.places(table, 3)
         if moments is not None and not propagate:
-            check_moments(layout, moments, summary.state)
-        narrow = buffers.dtype == torch.bfloat16
-        steps = steps_of(group, items, step_counts) if narrow else None
-        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate, steps=steps)
-        decay = options.weight_decay
-        delivery = Delivery(weights, lr, decay, factors, summary.state, propagate, options.cautious)
+            check_moments(layout, moments, state)
+        own = None if steps is None else steps[slots]
+        packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate, steps=own)
+        decay, factors = options.weight_decay, scales[slots]
+        delivery = Delivery(weights, lr, decay, factors, state, propagate, options.cautious)
         if moments is None and not options.hyperball:
-            orthogonalize(layout, plan, rule, packed, summary, delivery)
+            orthogonalize(layout, group.plan, rule, packed, summary, delivery)
         else:
-            directions = orthogonalize(layout, plan, rule, packed, summary, None)
+            directions = orthogonalize(layout, group.plan, rule, packed, summary, None)
             assert directions is not None
             averages = None
             if moments is not None and beta2 is not None:
                 averages = Averages(moments, beta2, options.neuron_eps)
-            sphere = options.hyperball
-            by_neurons(layout, plan.config.tile, directions, averages, delivery, sphere=sphere)
-        progress.add(group, summary.state)
-    progress.finish()
+            tile, sphere = group.plan.config.tile, options.hyperball
+            by_neurons(layout, tile, directions, averages, delivery, sphere=sphere)
+    counters.advance_(table, states, lists.skipped, propagate=propagate)
 
 
-def rule_of(options: NewtonSchulzOptions | MuonOptions) -> Rule:
-    """What is iterated, wherever restarts are."""
-    return Rule(
-        _triples(options.rows),
-        options.method,
-        options.compute_dtype,
-        options.eps,
-        options.norm,
-        options.norm_factor,
-    )
-
-
-def _summary(mix: Mix, layout: Layout, rule: Rule) -> Summary:
+def _summary(mix: Mix, layout: Layout, rule: Rule, state: Tensor | None = None) -> Summary:
     return summarize(
         mix,
         layout,
+        state,
         norm_factor=rule.norm_factor,
         eps=rule.eps,
         floored=not rule.schatten8,
     )
-
-
-def _triples(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, float, float], ...]:
-    return tuple((float(a), float(b), float(c)) for a, b, c in rows)

@@ -33,13 +33,10 @@ from ._layout import (
     SHORT,
     WIDE,
     Layout,
-    Places,
     layout_of,
-    matrices_of,
-    places_of,
-    swapped_unit,
 )
 from ._pack import Mix, pack, summarize
+from ._places import Places, matrices_of, places_of, swapped_unit
 
 _LARGEST_PLACED = 64
 
@@ -205,9 +202,10 @@ def symmetric(
     if given is not None and config.tile > _LARGEST_PLACED:
         # Masks and strided addresses take the registers of a large tile.
         config = config.halved()
+    tiles = layout.triangle(out_space, config.tile)
     launch(
         _symmetric_kernel,
-        len(tiles := layout.triangle(out_space, config.tile)),
+        tiles.shape[0],
         a,
         b,
         a if c is None else c,

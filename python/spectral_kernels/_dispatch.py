@@ -277,7 +277,7 @@ def _of_lists(op: str, lists: Sequence[Any]) -> dict[str, Any]:
     """What decides beside parameters and options: on cards moments in bfloat16, in any entry."""
     if not TABLE[op].moments or not len(lists[0]) or lists[0][0].device.type == "cpu":
         return {}
-    if any(x.dtype == torch.bfloat16 for i in TABLE[op].moments for x in lists[i]):
+    if torch.bfloat16 in {x.dtype for i in TABLE[op].moments for x in lists[i]}:
         return {"momentum_dtype": torch.bfloat16}
     return {}
 
@@ -295,8 +295,9 @@ def _entries_by_backend(
     groups: dict[str | None, list[int]] = {}
     known: dict[object, str | None] = {}
     lists = args[:-2]
+    alike = not _of_lists(op, lists)
     for i, x in enumerate(params):
-        own = _of_lists(op, [tensors[i : i + 1] for tensors in lists])
+        own = {} if alike else _of_lists(op, [tensors[i : i + 1] for tensors in lists])
         kind = x.dtype, x.shape, *own
         if kind not in known:
             known[kind] = _choose(op, (x,), backend, {**options, **own}).backend

@@ -60,7 +60,9 @@ def scale_factor(scale: str, m: int, n: int) -> float:
 def scales_of(params: Sequence[Tensor], scale: str | float | Sequence[float]) -> list[float]:
     """One factor an entry."""
     if isinstance(scale, str):
-        return [scale_factor(scale, p.shape[-2], p.shape[-1]) for p in params]
+        shapes = [p.shape[-2:] for p in params]
+        found = {shape: scale_factor(scale, *shape) for shape in set(shapes)}
+        return [found[shape] for shape in shapes]
     if not isinstance(scale, Sequence):
         return [_checks.number("scale", scale)] * len(params)
     if len(scale) != len(params):

@@ -273,7 +273,7 @@ class MuonOptions(Options):
         check_rows(self.rows)
         restarts = self.restarts_of(entries)
         check_list("restarts", restarts, entries)
-        for steps in restarts:
+        for steps in dict.fromkeys(restarts):  # few are not alike
             check_restarts(self.rows, steps)
         check_norm_factor(self.norm_factor)
 

@@ -59,6 +59,11 @@ def restarts_of(
 ) -> tuple[tuple[int, ...], ...]:
     """`restarts_for` of every entry of a list step, where float64 is computed in itself."""
     full = torch.float64
-    return tuple(
-        restarts_for(p, rows, method, full if p.dtype == full else dtype, restarts) for p in params
-    )
+    kinds = [(full if p.dtype == full else dtype, p.shape[-2:]) for p in params]
+    # Hundreds of parameters have a handful of shapes.
+    firsts = dict(zip(reversed(kinds), reversed(params), strict=True))
+    found = {
+        (own, shape): restarts_for(x, rows, method, own, restarts)
+        for (own, shape), x in firsts.items()
+    }
+    return tuple([found[kind] for kind in kinds])

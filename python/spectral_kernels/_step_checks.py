@@ -27,6 +27,8 @@ from ._options import (
     SoapOptions,
 )
 
+_COUNTS = (torch.float32, torch.float64, torch.int64)
+
 
 class Backend(NamedTuple):
     """What backends ask in different ways.
@@ -121,18 +123,11 @@ def _check_contents(
 
 def _check_common(lists: Lists, options: StepOptions, momenta: str, backend: Backend) -> None:
     """Parameters, gradients, counters, the learning rate; first moments, of that name; options."""
-    params, lr = lists.params, lists.lr
+    params = lists.params
     check_list("grads", lists.grads, len(params))
     check_list("step_counts", lists.step_counts, len(params))
     check_skipped(lists.skipped, params[0] if len(params) else None)
-    if lr.numel() != 1:
-        raise ValueError(f"lr must be one number, not of shape {tuple(lr.shape)}")
-    if lr.device.type == "cpu":
-        # Its value is at hand.
-        if not 0.0 <= float(lr) < math.inf:
-            raise ValueError(f"lr must be in [0, inf), not {float(lr)!r}")
-    elif len(params):
-        check_device("lr", lr, params[0])
+    check_rate(lists.lr, params)
     for i, (param, grad, count) in enumerate(
         zip(params, lists.grads, lists.step_counts, strict=True)
     ):
@@ -142,6 +137,11 @@ def _check_common(lists: Lists, options: StepOptions, momenta: str, backend: Bac
         for name, x in (("params", param), ("grads", grad), ("step_counts", count)):
             check_device(f"{name}[{i}]", x, params[0])
         _check_shape("grads", i, grad, param)
+        if count.dtype not in _COUNTS:
+            raise TypeError(
+                f"step_counts[{i}] must be float32, float64 or int64, not {count.dtype}"
+            )
+        check_writable(f"step_counts[{i}]", count)
         if count.ndim and count.shape != param.shape[:-2]:
             raise ValueError(
                 f"step_counts[{i}] must be 0-dim or have the batch's shape "
@@ -149,6 +149,17 @@ def _check_common(lists: Lists, options: StepOptions, momenta: str, backend: Bac
             )
     _check_state(momenta, getattr(lists, momenta), params, backend, narrow=True)
     options.check(len(params))
+
+
+def check_rate(lr: Tensor, params: Sequence[Tensor]) -> None:
+    """A learning rate, whose value is looked at where it is at hand."""
+    if lr.numel() != 1:
+        raise ValueError(f"lr must be one number, not of shape {tuple(lr.shape)}")
+    if lr.device.type == "cpu":
+        if not 0.0 <= float(lr) < math.inf:
+            raise ValueError(f"lr must be in [0, inf), not {float(lr)!r}")
+    elif len(params):
+        check_device("lr", lr, params[0])
 
 
 def _check_shape(name: str, i: int, x: Tensor, param: Tensor) -> None:

@@ -1,0 +1,217 @@
+"""Lists of Triton's steps that come again: what is kept of them, and what is looked at anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+
+import pytest
+import torch
+from support.cases import later_step, new_step, next_step
+from support.inputs import MUON, gaussian
+from support.layouts import same_bits
+
+pytestmark = [pytest.mark.triton, pytest.mark.kernel]
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+SHAPES = ((6, 9), (2, 5, 3))
+FEW = {"rows": MUON[:2], "restarts": [(1,), ()]}
+
+
+@pytest.fixture
+def known():
+    """What is kept of Muon's lists, empty at first."""
+    from spectral_kernels.triton_kernels import _muon_lists
+
+    _muon_lists._KNOWN.cache_clear()
+    yield _muon_lists._KNOWN
+    _muon_lists._KNOWN.cache_clear()
+
+
+def assert_like_new(case, known):
+    """The step has the bits that it has where nothing is kept."""
+    other = case.clone()
+    case.run("triton")
+    known.cache_clear()
+    other.run("triton")
+    assert same_bits(case.written(), other.written())
+
+
+def test_a_list_is_known_by_what_it_holds(known):
+    """The lists stay the same objects, and other tensors come into them."""
+    case = later_step("muon_step_", SHAPES, taken=1, **FEW)
+    case.run("triton")
+    assert len(known._known) == 1
+    for name in ("params", "grads", "momentum_buffers"):
+        case[name][0] = case[name][0].mT.contiguous().mT
+        case[name][1] = gaussian(4, 5, 3, seed=6)[1:3]
+    assert_like_new(case, known)
+    for name in ("params", "grads"):
+        case[name][0] = case[name][0].bfloat16()
+    case["step_counts"][1] = torch.zeros(2)
+    assert_like_new(case, known)
+    for name in ("params", "grads", "momentum_buffers"):
+        case[name][0] = gaussian(4, 7, seed=6)
+    assert_like_new(case, known)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": [(2.0, -1.5, 0.5)] * 2},
+        {"scales": [2.0, 0.5]},
+        {"restarts": [(), (1,)]},
+        {"method": "gram"},
+        {"momentum": 0.3, "weight_decay": 0.7, "cautious": True},
+        {"nonfinite": "propagate"},
+        {"maximize": True, "nesterov": False},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_other_options_are_seen(changed, known):
+    case = later_step("muon_step_", SHAPES, taken=1, **FEW)
+    case.run("triton")
+    assert_like_new(next_step(case.with_(**changed), seed=7), known)
+
+
+def test_other_learning_rates_are_seen(known):
+    case = later_step("muon_step_", SHAPES, taken=1, **FEW)
+    case.run("triton")
+    assert_like_new(case.with_(lr=torch.tensor(0.01, dtype=torch.float64)), known)
+    for wrong in (torch.tensor(-1.0), torch.tensor(torch.nan), torch.zeros(2)):
+        with pytest.raises(ValueError, match="lr must be"):
+            case.with_(lr=wrong).run("triton")
+
+
+def test_what_is_bad_is_refused_after_a_good_step(known):
+    case = later_step("muon_step_", SHAPES, taken=1, **FEW)
+    case.run("triton")
+    before = [x.clone() for x in case.written()]
+    params, grads = case["params"], case["grads"]
+    one, first = params[1], grads[0]
+    for name, i, wrong, message in (
+        ("params", 1, first, "params"),
+        ("grads", 0, torch.zeros(6, 8), r"grads\[0\]"),
+        ("grads", 1, one, "overlap in memory"),
+        ("momentum_buffers", 0, first, "overlap in memory"),
+        ("momentum_buffers", 1, torch.zeros(1).expand(2, 5, 3), "momentum_buffers"),
+        ("step_counts", 0, torch.zeros((), dtype=torch.int32), r"step_counts\[0\]"),
+        ("step_counts", 1, torch.zeros(1).expand(2), r"step_counts\[1\]"),
+    ):
+        right = case[name][i]
+        case[name][i] = wrong
+        with pytest.raises((TypeError, ValueError), match=message):
+            case.run("triton")
+        case[name][i] = right
+    with pytest.raises(ValueError, match="momentum must be"):
+        case.with_(momentum=1.0).run("triton")
+    with pytest.raises(ValueError, match="norm_factor must be"):
+        case.with_(norm_factor=-1.0).run("triton")
+    assert same_bits(case.written(), before)
+
+
+def test_gradients_that_interleave_are_taken(known):
+    """Slices of one tensor do not overlap, although one begins before the other ends."""
+    both = gaussian(6, 18)
+    case = new_step("muon_step_", ((6, 9), (6, 9)))
+    case.run("triton")
+    case["grads"][:] = [both[:, :9], both[:, 9:]]
+    assert_like_new(case, known)
+    assert_like_new(case, known)
+
+
+def test_numbers_that_are_not_finite_are_seen(known):
+    case = later_step("muon_step_", SHAPES, taken=1, nonfinite="raise", **FEW)
+    case.run("triton")
+    case["grads"][1][0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"grads\[1\]"):
+        case.run("triton")
+
+
+def test_no_tensor_is_kept_and_nothing_grows(known, monkeypatch):
+    from spectral_kernels.triton_kernels import _known
+
+    monkeypatch.setattr(_known, "_MOST_LISTS", 3)
+    monkeypatch.setattr(_known, "_MOST_ADDRESSES", 5)
+    case = new_step("muon_step_", ((3, 5), (5, 3)))
+    for seed in range(3):
+        # One is held, so that others have its place no more.
+        case, held = next_step(case, seed), case
+        case.run("triton")
+    assert len(known._known) == 1
+    gone = [weakref.ref(x) for x in (*case.tensors(), *held.tensors())]
+    del case, held
+    assert not [x for x in gone if x() is not None]
+    for i in range(4):
+        new_step("muon_step_", ((2, 2),), scales=[1.0 + i]).run("triton")
+    assert len(known._known) == 3
+    entry = next(reversed(known._known.values()))
+    for i in range(10):
+        assert entry.are_apart((2**20 * i, 2**20 * i + 2**10, 2**20 * i + 2**12, 0, 0, 0))
+    assert len(entry._apart) == 5
+
+
+class TestCounters:
+    def run(self, case):
+        expected = case.run_reference()
+        case.run("triton")
+        for name in ("step_counts", "skipped"):
+            assert same_bits([*_listed(case[name])], [*_listed(expected[name])])
+
+    @pytest.mark.parametrize("most", [None, 40])
+    def test_counts_of_every_kind(self, most, known, monkeypatch):
+        """In several groups, which cut a batch, of several dtypes, and one for several entries."""
+        from spectral_kernels.triton_kernels import _groups
+
+        case = new_step("muon_step_", ((5, 3, 5), (4, 6), (5, 3, 5), (6, 4), (3, 5)))
+        shared = torch.tensor(7, dtype=torch.int64)
+        counts = case["step_counts"]
+        counts[0] = torch.tensor([1.0, 0.0, 3.0, 0.0, 5.0, 0.0, 7.0, 0.0, 9.0])[::2]
+        counts[1], counts[4] = shared, shared
+        counts[2] = torch.tensor(2.0, dtype=torch.float64)
+        if most is not None:
+            monkeypatch.setattr(_groups, "GROUP_ELEMENTS", most)
+        case["grads"][0][3, 0, 0] = torch.nan
+        case["grads"][2][1, 1, 1] = torch.inf
+        case["grads"][3][0, 0] = torch.nan
+        case.run("triton")
+        assert counts[0].tolist() == [2.0, 4.0, 6.0, 7.0, 10.0]
+        assert [float(x) for x in counts[1:]] == [9.0, 3.0, 0.0, 9.0]
+        assert case["skipped"] == 3
+
+    def test_everything_counts_where_all_goes_through(self, known):
+        case = new_step("muon_step_", ((3, 4), (2, 2, 3)), nonfinite="propagate")
+        case["grads"][0][0, 0] = torch.nan
+        self.run(case)
+
+    def test_entries_without_elements_count_no_step(self, known):
+        self.run(new_step("muon_step_", ((0, 4), (3, 4), (2, 0))))
+        self.run(new_step("muon_step_", ((0, 4),)))
+
+    def test_more_matrices_than_a_program_sees_at_once(self, known, monkeypatch):
+        from spectral_kernels.triton_kernels import _counters
+
+        monkeypatch.setattr(_counters, "_BLOCK", 2)
+        case = new_step("muon_step_", ((5, 2, 2), (1, 3)))
+        case["grads"][0][:4] = torch.nan
+        self.run(case)
+        assert case["skipped"] == 4 and case["step_counts"][0] == 1
+
+    def test_steps_of_narrow_momentum_are_those_of_their_matrices(self, known, monkeypatch):
+        from spectral_kernels.triton_kernels import _groups
+
+        monkeypatch.setattr(_groups, "GROUP_ELEMENTS", 40)
+        case = later_step("muon_step_", ((3, 4, 5), (4, 5), (5, 4)), taken=1)
+        for i, x in enumerate(case["momentum_buffers"]):
+            case["momentum_buffers"][i] = x.bfloat16()
+        case["step_counts"][0] = torch.tensor([4.0, 0.0, 7.0])
+        case["step_counts"][1] = torch.tensor(2, dtype=torch.int64)
+        expected = case.run_reference()
+        case.run("triton")
+        assert same_bits(case["momentum_buffers"], expected["momentum_buffers"])
+
+
+def _listed(x):
+    return [x] if isinstance(x, torch.Tensor) else x

@@ -1,0 +1,148 @@
+"""Host time of Muon's step on Triton, with launches stubbed: no card is needed.
+
+    python tools/triton_host_time.py [--lists gpt2-small,lora]
+
+Tensors are on the meta device, launches and uploads are counted in place of being done, and
+configurations are those of sm_90. What is left is what Python does before the kernels of a step, in
+CPU time of its thread. What it takes to give a card a kernel or a table is not in it. The steps
+with factors cannot be timed like this: they call torch, which takes much longer on that device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import spectral_kernels as sk
+import torch
+from spectral_kernels import _dispatch
+from spectral_kernels.benchmarks import inputs
+from torch import Tensor
+
+_WARM = 3
+
+LISTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "gpt2-small": inputs.PARAMETER_LISTS["gpt2-small"],
+    "lora": inputs.PARAMETER_LISTS["lora"],
+    "experts": ((64, 768, 3072),) * 24,
+}
+
+
+class Stubs:
+    """Counts of what is not done while `stubbed`."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.uploads = 0
+
+    def launch(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        self.launches += 1
+
+    def upload(self, table: Tensor, device: torch.device) -> Tensor:
+        self.uploads += 1
+        return torch.empty(table.shape, dtype=table.dtype, device=device)
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[Stubs]:
+    """A pretended sm_90 that is given nothing."""
+    stubs = Stubs()
+    names: dict[str, Any] = {
+        "launch": stubs.launch,
+        "upload": stubs.upload,
+        "architecture": lambda device: "sm_90",
+    }
+    package = importlib.import_module("spectral_kernels.triton_kernels")
+    files = sorted(x.stem for x in Path(package.__file__).parent.glob("*.py"))
+    modules = [importlib.import_module(f"{package.__name__}.{x}") for x in files if x != "__init__"]
+    kept = [(m, n, getattr(m, n)) for m in modules for n in names.keys() & vars(m).keys()]
+    pointer, autocast, interpreting = Tensor.data_ptr, torch.autocast, _dispatch._interpreting
+    for module, name, _ in kept:
+        setattr(module, name, names[name])
+    # 4 GiB apart at least, more than any of these tensors has; 0 without elements, as anywhere.
+    Tensor.data_ptr = lambda x: x.numel() and (id(x) & 0xFFFFFFFF) << 28  # type: ignore[method-assign,assignment]
+    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[misc,assignment]
+    _dispatch._interpreting = lambda: True
+    try:
+        yield stubs
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+        Tensor.data_ptr, torch.autocast = pointer, autocast  # type: ignore[method-assign,misc]
+        _dispatch._interpreting = interpreting
+
+
+def lists_of(shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
+    """Lists, counters and learning rate of a Muon step, as its operator takes them."""
+
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+    nothing = torch.empty(0, dtype=torch.float32, device="meta")
+    counts = [torch.empty((), dtype=torch.float32, device="meta") for _ in shapes]
+    skipped = torch.empty((), dtype=torch.int64, device="meta")
+    lr = torch.tensor(0.02, dtype=torch.float64, device="cpu")
+    return [tensors(), tensors(), tensors(), [nothing] * len(shapes), counts, skipped, lr]
+
+
+def step_of(args: Sequence[Any], grads: Sequence[Tensor]) -> Callable[[], None]:
+    """A call of the public function with other gradients."""
+    params, _, buffers, _, counts, skipped, lr = args
+    return partial(
+        sk.muon_step_,
+        params,
+        grads,
+        buffers,
+        lr=lr,
+        step_counts=counts,
+        skipped=skipped,
+        backend="triton",
+    )
+
+
+def median_ms(calls: Iterable[Callable[[], None]], rounds: int) -> float:
+    """CPU time of a call, after some that warm up."""
+    times = []
+    for call in itertools.islice(calls, rounds + _WARM):
+        start = time.thread_time()
+        call()
+        times.append((time.thread_time() - start) * 1e3)
+    return statistics.median(times[_WARM:])
+
+
+def measured(name: str, *, rounds: int) -> str:
+    """A line: a step on the same tensors, and one whose gradients are others every time."""
+    with stubbed() as stubs:
+        args = lists_of(LISTS[name])
+        step = step_of(args, args[1])
+        same = median_ms(itertools.repeat(step), rounds)
+        before = stubs.launches
+        step()
+        launches = stubs.launches - before
+        fresh = [[torch.empty_like(x) for x in args[1]] for _ in range(rounds + _WARM)]
+        new = median_ms((step_of(args, grads) for grads in fresh), rounds)
+    return f"{name:11} {launches:4} launches {same:7.2f} ms, with new gradients {new:7.2f} ms"
+
+
+def main() -> int:
+    """Prints a line a list."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lists", default=",".join(LISTS))
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    for name in options.lists.split(","):
+        print(measured(name, rounds=options.rounds), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
