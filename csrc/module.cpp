@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "counters.h"
+#include "cpu/inverse_root/pole_sum.h"
 #include "cpu/isa/select.h"
 #include "cpu/lapack.h"
 #include "cpu/tiles.h"
@@ -105,6 +106,14 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("low"), pybind11::arg("p"), pybind11::arg("unit_roundoff"),
       "Products of matrices in the CPU kernels' inverse root of a spectrum that ends at `low`.");
+  m.def(
+      "root_poles",
+      [](double low, int p, int64_t n) {
+        const cpu::Poles* poles = cpu::poles_for(low, p, n, cpu::Kind::kF32);
+        return poles ? cpu::pole_count(*poles) : 0;
+      },
+      pybind11::arg("low"), pybind11::arg("p"), pybind11::arg("n"),
+      "Inverses in the CPU kernels' fp32 inverse root of order n; 0 where it iterates.");
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
   m.def("fault_counts", &fault_counts,

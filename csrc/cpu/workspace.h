@@ -7,7 +7,7 @@
 //     gram                       x
 //     newton_schulz, muon_step_  4 x + 5 s, in 16 bits another s; muon_step_ also copies of the
 //                                parameter and its momentum
-//     inverse_root               9 s and three n x 8 probes
+//     inverse_root               11 s and three n x 8 probes
 // at most, whatever the length of a batch or list (tests/test_workspace.py). The eigen route of
 // inverse_root adds a packed square in fp64, and four in torch's memory, which LAPACK works on.
 // Elements have the size that products are computed in: 8 bytes, 4, or 2 for x where there are bf16

@@ -12,6 +12,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../cholesky.h"
 #include "../lapack.h"
 #include "../parallel.h"
 #include "../probes.h"
@@ -27,76 +28,6 @@ Product multiply(const Panels& a, const Panels& b) {
   p.a = a;
   p.b = b;
   return p;
-}
-
-// The diagonal block [c, c + n) with n <= P, in fp64.
-bool cholesky_inverse_block(const Panels& s, const Panels& w, const Panels& wt, int64_t c,
-                            int64_t n) {
-  std::vector<double> r(size_t(n * n), 0.0), inverse(size_t(n * n), 0.0);
-  const auto at = [n](std::vector<double>& m, int64_t i, int64_t j) -> double& {
-    return m[size_t(i * n + j)];
-  };
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = i; j < n; j++) at(r, i, j) = element(s, c + i, c + j);
-  for (int64_t k = 0; k < n; k++) {
-    const double pivot = at(r, k, k);
-    if (!(pivot > 0)) return false;
-    const double root = std::sqrt(pivot);
-    for (int64_t j = k; j < n; j++) at(r, k, j) /= root;
-    for (int64_t i = k + 1; i < n; i++)
-      for (int64_t j = i; j < n; j++) at(r, i, j) -= at(r, k, i) * at(r, k, j);
-  }
-  // Row i of R W = I, from the last: W_i = (e_i - sum over k > i of R_ik W_k) / R_ii.
-  for (int64_t i = n - 1; i >= 0; i--) {
-    at(inverse, i, i) = 1;
-    for (int64_t k = i + 1; k < n; k++)
-      for (int64_t j = k; j < n; j++) at(inverse, i, j) -= at(r, i, k) * at(inverse, k, j);
-    for (int64_t j = i; j < n; j++) at(inverse, i, j) /= at(r, i, i);
-  }
-  Pack pack;
-  pack.x = Matrix{inverse.data(), n, n, n, 1, DType::kF64};
-  pack.out = part(w, c, n, c, n);
-  pack.out_t = part(wt, c, n, c, n);
-  run(pack, 1);
-  return true;
-}
-
-// Columns and rows [c, c + n). With S = [A B; Bᵀ D], R = [R1 C; 0 R2]: C = W1ᵀ B, R2ᵀ R2 = D - Cᵀ
-// C, W = [W1 -W1 C W2; 0 W2].
-bool cholesky_inverse_part(const Panels& s, const Panels& w, const Panels& wt,
-                           const Panels& scratch1, const Panels& scratch2, int64_t c, int64_t n,
-                           int threads) {
-  const int64_t P = kernels().panel[int(s.kind)];
-  if (n <= P) return cholesky_inverse_block(s, w, wt, c, n);
-  const int64_t n1 = ceil_div(ceil_div(n, P), 2) * P, n2 = n - n1, c2 = c + n1;
-  if (!cholesky_inverse_part(s, w, wt, scratch1, scratch2, c, n1, threads)) return false;
-  const Panels w1 = part(w, c, n1, c, n1), w1t = part(wt, c, n1, c, n1);
-  const Panels corner = part(scratch1, c, n1, c2, n2), product_t = part(scratch2, c2, n2, c, n1);
-  Product form = multiply(w1, part(s, c, n1, c2, n2));
-  form.a_t = w1t;
-  form.a_shape = Triangle::kUpper;
-  form.out = corner;
-  run(form, threads);
-  Product rest = multiply(corner, corner);
-  rest.symmetric = true;
-  rest.alpha = -1;
-  rest.beta_panels = 1;
-  rest.add_panels = rest.out = part(s, c2, n2, c2, n2);
-  run(rest, threads);
-  // Before the recursion takes the scratch: -W1 C, transposed.
-  Product left = multiply(w1t, corner);
-  left.a_t = w1;
-  left.a_shape = Triangle::kLower;
-  left.alpha = -1;
-  left.out_t = product_t;
-  run(left, threads);
-  if (!cholesky_inverse_part(s, w, wt, scratch1, scratch2, c2, n2, threads)) return false;
-  Product last = multiply(product_t, part(w, c2, n2, c2, n2));
-  last.b_shape = Triangle::kUpper;
-  last.out = part(w, c, n1, c2, n2);
-  last.out_t = part(wt, c2, n2, c, n1);
-  run(last, threads);
-  return true;
 }
 
 class Refresher {
@@ -262,7 +193,7 @@ class Refresher {
         factor.diagonal = inverse_norm.data();
         run(factor, threads_);
       } else {
-        if (!factorize(c, error < 0.5 ? 0 : shift, shift, w, wt, next, next_t)) return false;
+        if (!factorize(c, error < 0.5 ? 0 : shift, shift, w, wt)) return false;
         factor.x = w;
         factor.row = inverse_norm.data();
         run(factor, threads_);
@@ -298,8 +229,7 @@ class Refresher {
   }
 
   // W = R⁻¹, Rᵀ R = C + s I, from C - I; a failed pivot raises s.
-  bool factorize(const Panels& c, double s, double shift, const Panels& w, const Panels& wt,
-                 const Panels& t1, const Panels& t2) {
+  bool factorize(const Panels& c, double s, double shift, const Panels& w, const Panels& wt) {
     Workspace workspace(panel_bytes(n_, n_, kind_));
     const Panels shifted = take_panels(workspace, n_, n_, kind_);
     for (;; s = std::max(8 * s, shift)) {
@@ -308,7 +238,7 @@ class Refresher {
       add.gamma = 1 + s;
       add.out = shifted;
       run(add, threads_);
-      if (cholesky_inverse(shifted, w, wt, t1, t2, threads_)) return true;
+      if (cholesky_inverse(shifted, w, wt, threads_)) return true;
       if (s >= 1) return false;
     }
   }
@@ -372,11 +302,6 @@ class Refresher {
 };
 
 }  // namespace
-
-bool cholesky_inverse(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
-                      const Panels& scratch2, int threads) {
-  return cholesky_inverse_part(s, w, wt, scratch1, scratch2, 0, s.cols, threads);
-}
 
 bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads) {
   const int64_t n = a.rows;

@@ -27,10 +27,4 @@ double refresh_work(int64_t n);
 // Scratch memory of refresh_eigenbasis.
 size_t refresh_bytes(int64_t n, DType dtype);
 
-// W = R⁻¹ for Rᵀ R = S, with S, W and Wᵀ packed (n x n); S is destroyed, W and Wᵀ are written on
-// their triangles and the diagonal blocks. False if a pivot is not positive. The scratch matrices
-// are n x n too.
-bool cholesky_inverse(const Panels& s, const Panels& w, const Panels& wt, const Panels& scratch1,
-                      const Panels& scratch2, int threads);
-
 }  // namespace spectral_kernels::cpu

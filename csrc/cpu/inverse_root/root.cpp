@@ -18,6 +18,7 @@
 #include "../parallel.h"
 #include "../probes.h"
 #include "../views.h"
+#include "pole_sum.h"
 
 namespace spectral_kernels::cpu {
 namespace {
@@ -63,8 +64,9 @@ struct Eigenvectors {
 // One matrix, scaled by 2^-shift with shift a multiple of p.
 class RootProblem {
  public:
-  // A, B, M, X, N, the next M, and three for the powers of N.
-  static constexpr int kPanels = 9;
+  // A, B, B² and the eight of a sum over poles; or M, X, N, the next M, and three for the powers
+  // of N.
+  static constexpr int kPanels = 11;
 
   RootProblem(const Matrix& a, double divisor, const RootOptions& options, bool write_failures,
               int threads)
@@ -123,9 +125,9 @@ class RootProblem {
       const double low = ridged ? delta_ / nu_ : 4 * u_;
       set_limits(low);
       const double expected = old ? end_of_old(old) / kDrift : 0;
-      if (expected > low && iterate(expected, true, out)) return result_;
+      if (expected > low && cheapest(expected, true, out)) return result_;
       if (options_.method == "iteration" || ridged) {
-        if (iterate_twice(low, out)) return result_;
+        if (cheapest(low, false, out) || iterate_twice(low, out)) return result_;
         eigen(out);
         if (result_.status == RootStatus::kConverged) result_.status = RootStatus::kFellBack;
         return result_;
@@ -154,14 +156,28 @@ class RootProblem {
     return iterate(low, false, out) || iterate(low / 16, false, out);
   }
 
-  // B = A + delta I and nu.
+  // By a sum over poles where there is one for this matrix.
+  bool cheapest(double low, bool trial, const Matrix& out) {
+    const Poles* poles =
+        options_.method == "iteration" ? nullptr : poles_for(low, options_.p, n_, kind_);
+    if (poles == nullptr) return trial && iterate(low, true, out);
+    PoleSum call{b_, square_, 1 / nu_, {}, {}, {}, {}};
+    for (auto* panels : {&call.sums, &call.shifted, &call.w, &call.wt})
+      for (Panels& one : *panels) one = acquire();
+    const Panels x = run(*poles, call, threads_);
+    const bool accepted = x && accept(x, low, trial, pole_count(*poles), out);
+    for (const auto* panels : {&call.wt, &call.w, &call.shifted, &call.sums})
+      for (const Panels& one : *panels) release(one);
+    return accepted;
+  }
+
+  // B = A + delta I, its square and nu.
   void set_shifted() {
     b_ = acquire();
     combine(b_, a_, 1, {}, 0, delta_);
-    const Panels square = acquire();
-    symmetric(b_, b_, 1, square);
-    nu_ = std::pow(sum_of_squares(square, threads_), 0.25) * (1 + 4 * u_);
-    release(square);
+    square_ = acquire();
+    symmetric(b_, b_, 1, square_);
+    nu_ = std::pow(sum_of_squares(square_, threads_), 0.25) * (1 + 4 * u_);
   }
 
   // Of the residuals of an accepted root, where the spectrum of B / nu begins at `low`.
@@ -234,7 +250,7 @@ class RootProblem {
   }
 
   // Rows for eigenvalues from `low` to 1. A trial is a guess of `low`: eigenvalues below it would
-  // be missed. True, with the root written, if the residual and the diagonal accept it.
+  // be missed. True, with the root written, if that is accepted.
   bool iterate(double low, bool trial, const Matrix& out) {
     const std::vector<RootRow> rows = root_schedule(low, options_.p, root_tolerance(u_));
     Panels m = b_, x = {};
@@ -267,6 +283,13 @@ class RootProblem {
       x = acquire();
       combine(x, {}, 0, {}, 0, 1);
     }
+    const bool accepted = accept(x, low, trial, int64_t(rows.size()), out);
+    release(x);
+    return accepted;
+  }
+
+  // Whether X is the root of B / nu, by its residual and diagonal; then it is written.
+  bool accept(const Panels& x, double low, bool trial, int64_t steps, const Matrix& out) {
     double least = std::numeric_limits<double>::infinity(), most = 0;
     for (int64_t i = 0; i < n_; i++) {
       least = std::min(least, element(x, i, i));
@@ -288,7 +311,7 @@ class RootProblem {
     }
     if (accepted) {
       result_.status = RootStatus::kConverged;
-      result_.steps = int64_t(rows.size());
+      result_.steps = steps;
       result_.residual = residual;
       // (A / d + delta)^(-1/p) = d^(1/p) (A + d delta)^(-1/p); the ridge has been multiplied by d.
       const double scale =
@@ -301,7 +324,6 @@ class RootProblem {
         run(c, threads_);
       }
     }
-    release(x);
     return accepted;
   }
 
@@ -492,7 +514,7 @@ class RootProblem {
   Workspace workspace_;
   Panels pool_[kPanels];
   int free_ = kPanels;
-  Panels a_, b_;
+  Panels a_, b_, square_;
   int shift_ = 0;
   bool factored_ = false;
   double delta_ = 0, nu_ = 0;
