@@ -101,7 +101,7 @@ def of_step(m, n):  # and copies of the parameter and its momentum
 
 
 def of_root(m, _):
-    return 9 * packed(m, m) + 3 * packed(m, 8)
+    return 11 * packed(m, m) + 3 * packed(m, 8)
 
 
 def roots(xs):  # of the m x m factors
