@@ -92,7 +92,8 @@ def test_more_products_than_one_launch_takes():
 @pytest.mark.long
 def test_more_matrices_than_one_launch_takes():
     shapes = [(129, 129 + i % 4) for i in range(50)]
-    start = new_step("muon_step_", shapes, rows=[2.0, -1.5, 0.5], compute_dtype=torch.bfloat16)
+    options = {"rows": ROWS, "restarts": [()] * len(shapes), "compute_dtype": torch.bfloat16}
+    start = new_step("muon_step_", shapes, **options)
 
     def run():
         case = start.clone()

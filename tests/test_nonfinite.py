@@ -124,6 +124,23 @@ def test_a_nonfinite_element_raises_before_anything_is_written(place, backend):
 
 
 @pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("variant", ["muon", "shampoo-between", "soap-between", "deva-between"])
+def test_one_count_of_a_batch_rises_where_any_of_it_moves(variant, backend):
+    op, options = VARIANTS[variant]
+    case = later_step(op, SHAPES, taken=2, **options)
+    case["grads"][1][1, 2, 3] = math.inf
+    case["grads"][2][0, 0] = math.nan
+    before = [int(count) for count in case["step_counts"]]
+    case.run()
+    assert case["skipped"] == 2
+    assert [int(count) for count in case["step_counts"]] == [
+        before[0] + 1,
+        before[1] + 1,
+        before[2],
+    ]
+
+
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("name", ["grads", "momentum"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_propagated_elements_reach_the_parameter_at_once(variant, name, backend):
@@ -173,8 +190,10 @@ def test_first_call_with_nonfinite_state(skip_first, backend):
 STEPPING = ("muon", "shampoo-between", "soap-between", "deva-between", "deva-linf")
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("variant", STEPPING)
-def test_a_parameter_that_would_overflow_is_skipped(variant, backend):
+def test_a_parameter_that_would_overflow_is_skipped(variant, nonfinite, backend):
     """The largest fp16 number is 65504; a step of 0.1 on 6e4 with decay away from 0 passes it."""
     op, options = VARIANTS[variant]
     case = later_step(
@@ -186,7 +205,7 @@ def test_a_parameter_that_would_overflow_is_skipped(variant, backend):
     )
     case["params"][0].fill_(6e4)
     case["lr"].fill_(1e6)
-    case = case.with_(weight_decay=1.0)
+    case = case.with_(weight_decay=1.0, nonfinite=nonfinite)
     before = case.clone()
     case.run()
     assert case["skipped"] == 2
@@ -196,22 +215,53 @@ def test_a_parameter_that_would_overflow_is_skipped(variant, backend):
 
 
 @pytest.mark.in_full("cuda")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", STEPPING)
 def test_a_parameter_that_would_overflow_spares_its_mates(variant, dtype, backend):
     op, options = VARIANTS[variant]
-    options = {**options, "refresh": [0, 0]} if "refresh" in options else options
-    case = later_step(op, ((6, 9), (4, 5)), dtype, taken=2, **options)
+    case = later_step(op, SHAPES, dtype, taken=2, per_matrix_counts=True, **options)
     case["params"][0].fill_(torch.finfo(dtype).max)
+    case["params"][1][1, 2, 3] = torch.finfo(dtype).max  # one element of one matrix
     case["lr"].fill_(30.0)
     case = case.with_(weight_decay=1.0)  # the old parameter times -29
     before = case.clone()
+    clean = case.clone()
+    clean["params"][1][1, 2, 3] = 0.0
     case.run()
-    assert case["skipped"] == 1
+    clean.run()
+    assert case["skipped"] == 2
     for name in case.names(write=True):
-        if name != "skipped":
-            assert same_bits(case[name][0], before[name][0]), name
-    assert not same_bits(case["params"][1], before["params"][1])
+        if name == "skipped":
+            continue
+        assert same_bits(case[name][0], before[name][0]), name
+        if case[name][1].numel():
+            assert same_bits(case[name][1][1], before[name][1][1]), name
+            assert same_bits(case[name][1][[0, 2]], clean[name][1][[0, 2]]), name
+        assert same_bits(case[name][2], clean[name][2]), name
+    assert not same_bits(case["params"][2], before["params"][2])
+
+
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", STEPPING)
+def test_a_parameter_at_the_end_of_its_range_moves(variant, dtype, backend):
+    """It is looked at before it is written, and then is, with its state."""
+    op, options = VARIANTS[variant]
+    case = later_step(op, SHAPES, dtype, taken=2, per_matrix_counts=True, **options)
+    usual = case.with_(weight_decay=0.1).clone()
+    case = usual.clone()
+    case["params"][0].fill_(torch.finfo(dtype).max)
+    case["params"][1][1, 2, 3] = -torch.finfo(dtype).max
+    expected = case.run_reference()
+    case.run()
+    usual.run()
+    assert case["skipped"] == 0
+    tolerance = {"rtol": 2.0 * torch.finfo(dtype).eps, "atol": 0.0}
+    assert torch.allclose(case["params"][0], expected["params"][0], **tolerance)
+    assert torch.allclose(case["params"][1][1, 2, 3], expected["params"][1][1, 2, 3], **tolerance)
+    for name in case.names(write=True):
+        if name not in ("params", "skipped"):
+            assert same_bits(case[name], usual[name]), name
 
 
 @pytest.mark.in_full("cuda")

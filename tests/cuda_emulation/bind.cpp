@@ -65,7 +65,7 @@ extern "C" int product_with_c(int64_t rows, int64_t line, int tile, int64_t chun
   p.gamma = 1;
   p.c_format.lower = lower_c != 0;
   p.d_format.lower = lower_d != 0;
-  const uint32_t largest = 1;
+  uint32_t largest = 1;
   ProductBuffers buffers;
   buffers.parts = parts;
   buffers.arrived = arrived;

@@ -1,4 +1,5 @@
 // Multi-tensor passes: max-abs guard, momentum with scaling and packing, step counts.
+#include "delivery.h"
 #include "kernel_table.h"
 #include "launch.h"
 #include "list_step.h"
@@ -42,7 +43,8 @@ HOST_DEVICE int64_t scan_parts(const Entry& e, Of of) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    largest_kernel(const __grid_constant__ Table table, Of of, uint32_t* largest) {
+    largest_kernel(const __grid_constant__ Table table, Of of, uint32_t* largest,
+                   uint32_t* targets) {
   DYNAMIC_SHARED(uint32_t, warps);
   const Place at = place(table, blockIdx.x, [&](const Entry& e) { return scan_parts(e, of); });
   const int64_t of_source = of == Of::kMomentum ? 0 : scan_parts(*at.entry, Of::kSource);
@@ -74,8 +76,11 @@ __global__ void __launch_bounds__(kThreads)
     for (; j < columns; j += kThreads)
       most = larger(most, size_bits(read(m, start + j * s.element)));
   }
-  if (third && finite(most)) most = 0;
-  raise_largest<kThreads>(most, warps, largest + at.entry->first + at.matrix);
+  most = largest_of_block<kThreads>(most, warps);
+  if (threadIdx.x != 0) return;
+  const int64_t matrix = at.entry->first + at.matrix;
+  if (third && targets != nullptr) atomicMax(targets + matrix, most);
+  if (!third || !finite(most)) atomicMax(largest + matrix, most);
 }
 
 // prologue
@@ -100,6 +105,21 @@ HOST_DEVICE int64_t prologue_parts(const Entry& e) {
   return (e.rows + t.rows - 1) / t.rows * tiles_across(e);
 }
 
+// Where a thread's 8 elements begin.
+struct Spot {
+  int64_t row, column;
+};
+
+DEVICE Spot spot_of(const Place& at) {
+  const Entry& e = *at.entry;
+  const int64_t across = tiles_across(e);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool transposed = by_columns(e);
+  const Tile tile = tile_of(e);
+  return {at.part / across * tile.rows + (transposed ? lane : warp),
+          at.part % across * tile.columns + 8 * (transposed ? warp : lane)};
+}
+
 // The block's share of a norm. Whichever block arrives last adds all shares, in their order.
 DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f16,
                         const Norms& norms, double* warps) {
@@ -121,17 +141,14 @@ __global__ void __launch_bounds__(kThreads)
   DYNAMIC_SHARED(double, warps);
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return prologue_parts(e); });
   const Entry& e = *at.entry;
-  const int64_t across = tiles_across(e);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool transposed = by_columns(e);
-  const Tile tile = tile_of(e);
-  const int64_t row = at.part / across * tile.rows + (transposed ? lane : warp);
-  const int64_t column = at.part % across * tile.columns + 8 * (transposed ? warp : lane);
+  const Spot spot = spot_of(at);
+  const int64_t row = spot.row, column = spot.column;
   const bool inside = row < e.rows && column < e.packed.line;
 
   const uint32_t most = largest[e.first + at.matrix];
   const bool usable = finite(most);
-  const bool keep = !usable && options.nonfinite == NonFinite::kSkip;
+  const bool keep = !usable && options.update.nonfinite == NonFinite::kSkip;
+  const bool later = doubtful(options.update, e, e.first + at.matrix);
   const PowerOfTwo scaled(pack_shift(most, options.f16));
   const Matrices &source = e.source, &momentum = e.momentum;
   const int64_t from = at.matrix * source.batch + row * source.row;
@@ -151,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
       if (momentum.data != nullptr) {
         const int64_t place_of_m = into + j * momentum.column;
         const float m = averaged(options.momentum, read(momentum, place_of_m), g);
-        write(momentum, place_of_m, m);
+        if (!later) write(momentum, place_of_m, m);
         value = options.nesterov ? averaged(options.momentum, m, g) : m;
       }
       x[i] = usable ? scaled(value) : 0.f;
@@ -171,6 +188,27 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<uint4*>(out + size) = make_uint4(low[0], low[1], low[2], low[3]);
   }
   if (norms.factor != nullptr) add_to_norm(at, squares, most, options.f16, norms, warps);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    momentum_kernel(const __grid_constant__ Table table, const Prologue options,
+                    const uint32_t* largest) {
+  const Place at = place(table, blockIdx.x, [](const Entry& e) { return prologue_parts(e); });
+  const Entry& e = *at.entry;
+  const int64_t matrix = e.first + at.matrix;
+  if (!doubtful(options.update, e, matrix) || kept(largest[matrix], options.update.nonfinite))
+    return;
+  const Spot spot = spot_of(at);
+  if (spot.row >= e.rows) return;
+  const Matrices &source = e.source, &momentum = e.momentum;
+  const int64_t from = at.matrix * source.batch + spot.row * source.row;
+  const int64_t into = at.matrix * momentum.batch + spot.row * momentum.row;
+  for (int64_t j = spot.column; j < spot.column + 8 && j < e.columns; j++) {
+    const float raw = read(source, from + j * source.column);
+    const int64_t place_of_m = into + j * momentum.column;
+    write(momentum, place_of_m,
+          averaged(options.momentum, read(momentum, place_of_m), options.maximize ? -raw : raw));
+  }
 }
 
 // count
@@ -206,12 +244,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream) {
+int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream,
+                   uint32_t* targets) {
   return for_each_table(
       entries, [&](const Entry& e) { return scan_parts(e, of); },
       [&](const Table& table, unsigned blocks) {
         LAUNCH(largest_kernel, dim3(blocks), dim3(kThreads), kThreads / 32 * sizeof(uint32_t),
-               stream, table, of, largest);
+               stream, table, of, largest, targets);
         return launched();
       });
 }
@@ -232,6 +271,16 @@ int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
       [&](const Table& table, unsigned blocks) {
         LAUNCH(prologue_kernel, dim3(blocks), dim3(kThreads), kReduceBytes<kThreads>, stream, table,
                options, largest, packed, norms);
+        return launched();
+      });
+}
+
+int launch_momentum(const std::vector<Entry>& entries, const Prologue& options,
+                    const uint32_t* largest, void* stream) {
+  return for_each_table(
+      entries, [](const Entry& e) { return prologue_parts(e); },
+      [&](const Table& table, unsigned blocks) {
+        LAUNCH(momentum_kernel, dim3(blocks), dim3(kThreads), 0, stream, table, options, largest);
         return launched();
       });
 }

@@ -9,17 +9,32 @@ namespace spectral_kernels::cuda {
 
 enum class NonFinite : int { kSkip, kPropagate };
 
-// kAll: both, and of the target only whether it is finite.
+// kAll: both, and of the target only whether it is finite; its own largest goes to `targets`.
 enum class Of : int { kSource, kMomentum, kBoth, kAll };
 
 // largest[i] <- max of itself and the bits of max |element| of matrix i: at least kInfinityBits
 // where one is not finite. The maximum of integers does not depend on the order it is taken in.
-int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream);
+int launch_largest(const std::vector<Entry>& entries, Of of, uint32_t* largest, void* stream,
+                   uint32_t* targets = nullptr);
+
+// What becomes of a result.
+struct Update {
+  bool in_place = false;  // target <- decay target - rate scale result; else target <- result
+  bool add = false;       // target <- keep momentum + scale result, of the lower triangle
+  bool look = false;      // instead, a target that would not be finite makes its matrix be kept
+  float weight_decay = 0, lr = 0;
+  const float* device_lr = nullptr;  // in place of lr
+  NonFinite nonfinite = NonFinite::kPropagate;
+  // The largest |element| of every target, and one that no result exceeds. Without them, nothing
+  // is looked at before it is written.
+  const uint32_t* targets = nullptr;
+  float most = 0;
+};
 
 struct Prologue {
   bool nesterov = false, maximize = false;
   Average momentum;
-  NonFinite nonfinite = NonFinite::kPropagate;
+  Update update;     // that is to come
   bool f16 = false;  // packed as fp16, otherwise bf16
   int planes = 1;    // 2: high and low fp16 halves of fp32
 };
@@ -39,18 +54,14 @@ int64_t place_norms(std::vector<Entry>& entries);
 
 // M <- momentum M + (1 - momentum) G, and X = (1 - momentum) G + momentum M (nesterov) or M (X = G
 // without momentum), scaled by the power of two of largest[i] and packed row by row, zero-padded to
-// `line` columns. A matrix that is skipped keeps its M and is packed as zeros.
+// `line` columns. A matrix that is skipped keeps its M and is packed as zeros; one whose target has
+// to be looked at keeps it until launch_momentum.
 int launch_prologue(const std::vector<Entry>& entries, const Prologue& options,
                     const uint32_t* largest, uint16_t* packed, const Norms& norms, void* stream);
 
-// What becomes of a result.
-struct Update {
-  bool in_place = false;  // target <- decay target - rate scale result; else target <- result
-  bool add = false;       // target <- keep momentum + scale result, of the lower triangle
-  float weight_decay = 0, lr = 0;
-  const float* device_lr = nullptr;  // in place of lr
-  NonFinite nonfinite = NonFinite::kPropagate;
-};
+// M of those matrices that launch_prologue has left alone, once it is known which are kept.
+int launch_momentum(const std::vector<Entry>& entries, const Prologue& options,
+                    const uint32_t* largest, void* stream);
 
 // The matrices of one parameter, and its step count: one, one a matrix, or none.
 struct Counter {

@@ -1,4 +1,5 @@
 // Adam's moments in a rotated basis, step sizes on the device, and the end of a step.
+#include "../base/delivery.h"
 #include "../base/launch.h"
 #include "../base/reduce.h"
 #include "elements.h"
@@ -93,26 +94,15 @@ __global__ void __launch_bounds__(kThreads)
     inverse[matrix] = float(1 / (sqrt(total / double(e.rows * e.columns)) + 1e-30));
 }
 
-// The size of x once it is rounded to a type, as far as it is not finite.
-DEVICE uint32_t lost_bits(Type type, float x) {
-  const uint32_t bits = size_bits(x);
-  const uint32_t most = type == Type::kF16    ? bits_of(65520.f)
-                        : type == Type::kBF16 ? 0x7f7f8000u
-                                              : kInfinityBits;
-  return bits < most ? 0 : kInfinityBits;
+DEVICE Move move_of(const Numbers& numbers, const float* inverse, int64_t matrix) {
+  return {numbers.decay, rounded_product(numbers.rate, inverse != nullptr ? inverse[matrix] : 1.f)};
 }
 
-// W of one matrix: what becomes of an element.
-struct Move {
-  float decay, rate;
-
-  DEVICE Move(const Numbers& numbers, const float* inverse, int64_t matrix)
-      : decay(numbers.decay), rate(numbers.rate * (inverse != nullptr ? inverse[matrix] : 1.f)) {}
-  DEVICE float operator()(const MomentEntry& e, int64_t matrix, int64_t row, int64_t column) const {
-    const float u = read(e.update, index(e.update, matrix, row, column));
-    return decay * read(e.param, index(e.param, matrix, row, column)) - rate * u;
-  }
-};
+DEVICE float moved(const MomentEntry& e, const Move& move, int64_t matrix, int64_t row,
+                   int64_t column) {
+  return move(read(e.param, index(e.param, matrix, row, column)),
+              read(e.update, index(e.update, matrix, row, column)));
+}
 
 __global__ void __launch_bounds__(kThreads)
     outlook_kernel(const __grid_constant__ TableOf<MomentEntry> table, const Numbers* numbers,
@@ -121,10 +111,10 @@ __global__ void __launch_bounds__(kThreads)
   const auto at = place(table, blockIdx.x, [](const MomentEntry& e) { return moment_parts(e); });
   const MomentEntry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix;
-  const Move move(numbers[matrix], inverse, matrix);
+  const Move move = move_of(numbers[matrix], inverse, matrix);
   uint32_t most = 0;
   each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
-    most = larger(most, lost_bits(e.param.type, move(e, at.matrix, row, column)));
+    most = larger(most, lost_bits(e.param.type, moved(e, move, at.matrix, row, column)));
   });
   raise_largest<kThreads>(most, warps, largest + matrix);
 }
@@ -137,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   const MomentEntry& e = *at.entry;
   const int64_t matrix = e.first + at.matrix;
   if (kept(largest[matrix], nonfinite)) return;
-  const Move move(numbers[matrix], inverse, matrix);
+  const Move move = move_of(numbers[matrix], inverse, matrix);
   each_element(e.rows, e.columns, by_columns(e.param), at.part, [&](int64_t row, int64_t column) {
     if (e.moment.data != nullptr) {
       const float g = gradient_of(e, adam, at.matrix, row, column);
@@ -145,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
       if (e.squares.data != nullptr)
         write_at(e.squares, at.matrix, row, column, new_square(e, adam, g, at.matrix, row, column));
     }
-    write_at(e.param, at.matrix, row, column, move(e, at.matrix, row, column));
+    write_at(e.param, at.matrix, row, column, moved(e, move, at.matrix, row, column));
   });
 }
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../base/delivery.h"
 #include "../base/kernel_table.h"
 #include "../base/launch.h"
 #include "../symmetric_matmul/on_chip_matrix.h"
@@ -339,7 +340,7 @@ struct Apply {
 
 template <int kNB, int kPlanes, bool kF16>
 __global__ void __launch_bounds__(kNB * 32, 1)
-    apply_kernel(const __grid_constant__ Table table, const Apply apply, const uint32_t* largest,
+    apply_kernel(const __grid_constant__ Table table, const Apply apply, uint32_t* largest,
                  const uint16_t* q, const float* alpha, uint16_t* packed) {
   constexpr int kRows = 16 * kNB, kLine = kTileColumns * 2, kPlaneBytes = kRows * kLine,
                 kStage = kPlanes * kPlaneBytes;
@@ -354,7 +355,11 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   const int64_t left = (e.packed.line - begin) / kTileColumns;
   const int tiles = int(left < kStripTiles ? left : kStripTiles);
   const bool usable = finite(largest[matrix]);
-  if (apply.last && !usable && apply.update.nonfinite == NonFinite::kSkip) return;
+  const bool look = apply.last && apply.update.look;
+  // While others look, `largest` may change between two threads.
+  if (look ? !doubtful(apply.update, e, matrix)
+           : apply.last && kept(largest[matrix], apply.update.nonfinite))
+    return;
 
   const auto piece_at = [&](char* tile, int row, int piece) {
     return tile + row * kLine + ((piece ^ row) & 7) * 16;
@@ -387,8 +392,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
     }
   const float factor = alpha[matrix], beside = apply.apart * factor;
   const Update& update = apply.update;
-  const float lr = update.device_lr != nullptr ? *update.device_lr : update.lr;
-  const float decay = 1 - lr * update.weight_decay, rate = lr * e.scale;
+  const Move move = move_of(update, e);
+  uint32_t lost = 0;
 
   for (int tile = 0; tile < tiles; tile++) {
     copy_async_wait<1>();
@@ -429,8 +434,8 @@ __global__ void __launch_bounds__(kNB * 32, 1)
             f.x += g.x;
             f.y += g.y;
           }
-          v[0] += beside * f.x;
-          v[1] += beside * f.y;
+          v[0] = fmaf(beside, f.x, v[0]);
+          v[1] = fmaf(beside, f.y, v[1]);
         }
         const int64_t place_in_row = begin + tile * kTileColumns + column;
         if (!apply.last) {
@@ -451,14 +456,18 @@ __global__ void __launch_bounds__(kNB * 32, 1)
           const int64_t to = at.matrix * e.target.batch + row * e.target.row +
                              (place_in_row + i) * e.target.column;
           float value = usable ? v[i] : float_of(0x7fc00000u);
-          if (update.in_place) value = decay * read(e.target, to) - rate * value;
-          write(e.target, to, value);
+          if (update.in_place) value = move(read(e.target, to), value);
+          if (look)
+            lost = larger(lost, lost_bits(e.target.type, value));
+          else
+            write(e.target, to, value);
         }
       }
     __syncthreads();
     fetch(tile + 2);
   }
   copy_async_wait<0>();
+  if (lost != 0) atomicMax(largest + matrix, lost);
 }
 
 // Launches
@@ -496,39 +505,41 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
   const dim3 block(Chip::kThreads);
   const bool may_scale = !kF16 && std::any_of(entries.begin(), entries.end(),
                                               [](const Entry& e) { return e.packed.direct; });
-  for (size_t i = 0; i < segments.size() && error == 0; i++) {
-    const Segment& segment = segments[i];
+  const auto for_all = [&](auto parts, auto go) {
+    if (error != 0) return;
+    error = for_each_table(entries, parts, [&](const Table& table, unsigned blocks) {
+      go(table, dim3(blocks));
+      return launched();
+    });
+  };
+  for (const Segment& segment : segments) {
     for (const bool scaled : {false, true}) {
-      if (error != 0 || (scaled && !may_scale)) break;
-      error = for_each_table(
-          entries, [](const Entry& e) { return chunks_of(e); },
-          [&](const Table& table, unsigned blocks) {
-            LAUNCH(gram, dim3(blocks), block, kGramBytes, stream, table, buffers.packed, largest,
-                   scaled, buffers.parts);
-            return launched();
-          });
+      if (scaled && !may_scale) continue;
+      for_all([](const Entry& e) { return chunks_of(e); },
+              [&](const Table& table, dim3 blocks) {
+                LAUNCH(gram, blocks, block, kGramBytes, stream, table, buffers.packed, largest,
+                       scaled, buffers.parts);
+              });
     }
-    if (error != 0) break;
-    error = for_each_table(
-        entries, [](const Entry&) { return int64_t(1); },
-        [&](const Table& table, unsigned blocks) {
-          LAUNCH(steps, dim3(blocks), block, kStepsBytes, stream, table, segment, kF16, largest,
-                 buffers.parts, buffers.q, buffers.alpha);
-          return launched();
-        });
-    if (error != 0) break;
+    for_all([](const Entry&) { return int64_t(1); },
+            [&](const Table& table, dim3 blocks) {
+              LAUNCH(steps, blocks, block, kStepsBytes, stream, table, segment, kF16, largest,
+                     buffers.parts, buffers.q, buffers.alpha);
+            });
     Apply how;
-    how.last = i + 1 == segments.size();
+    how.last = &segment == &segments.back();
     how.after = segment.after;
     if (segment.apart) how.apart = segment.step[0].a * (kF16 ? segment.step[0].q_scale : 1.f);
     how.update = update;
-    error = for_each_table(
-        entries, [](const Entry& e) { return strips_of(e); },
-        [&](const Table& table, unsigned blocks) {
-          LAUNCH(apply, dim3(blocks), block, kApplyBytes, stream, table, how, largest, buffers.q,
-                 buffers.alpha, buffers.packed);
-          return launched();
-        });
+    for (const bool look : {true, false}) {
+      if (look && !(how.last && update.targets != nullptr)) continue;
+      how.update.look = look;
+      for_all([](const Entry& e) { return strips_of(e); },
+              [&](const Table& table, dim3 blocks) {
+                LAUNCH(apply, blocks, block, kApplyBytes, stream, table, how, largest, buffers.q,
+                       buffers.alpha, buffers.packed);
+              });
+    }
   }
   return error;
 }

@@ -1,7 +1,6 @@
 // newton_schulz and muon_step_ on CUDA tensors.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <optional>
@@ -71,17 +70,15 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   Scratch& scratch = *served.scratch;
   void* stream = stream_of(lists.params[0]);
 
-  Prologue prologue;
-  prologue.nesterov = options.nesterov;
-  prologue.maximize = options.maximize;
-  prologue.momentum = Average(options.momentum);
-  prologue.nonfinite = policy == "skip" ? NonFinite::kSkip : NonFinite::kPropagate;
-  prologue.f16 = plan.f16;
-  prologue.planes = plan.planes;
   Update update;
   update.in_place = true;
   update.weight_decay = float(options.weight_decay);
-  update.nonfinite = prologue.nonfinite;
+  const bool skips = policy != "propagate";
+  if (skips) {
+    update.nonfinite = NonFinite::kSkip;
+    update.targets = scratch.targets();
+    update.most = served.most();
+  }
   at::Tensor rate;  // kept alive until the kernels are launched
   if (lists.lr.is_cpu()) {
     update.lr = lists.lr.scalar_type() == at::kFloat ? *lists.lr.const_data_ptr<float>()
@@ -90,21 +87,27 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
     rate = lists.lr.to(at::kFloat);
     update.device_lr = rate.const_data_ptr<float>();
   }
+  Prologue prologue;
+  prologue.nesterov = options.nesterov;
+  prologue.maximize = options.maximize;
+  prologue.momentum = Average(options.momentum);
+  prologue.update = update;
+  prologue.f16 = plan.f16;
+  prologue.planes = plan.planes;
 
   if (policy == "raise") {
     raise_nonfinite(served.entries, lists.params, "momentum_buffers", scratch.largest_bits(), kOp);
     raise_nonfinite(lists.params, "params", kOp);
-  } else {
-    const Of of = policy == "skip" ? Of::kAll : Of::kBoth;
-    check_launch(launch_largest(served.entries, of, scratch.largest(), stream), kOp);
-    if (rate.defined() && policy == "skip")
-      scratch.largest_bits().masked_fill_(at::isfinite(rate.view({})).logical_not(),
-                                          int32_t(kRefused));
   }
+  check_launch(launch_largest(served.entries, skips ? Of::kAll : Of::kBoth, scratch.largest(),
+                              stream, scratch.targets()),
+               kOp);
   check_launch(launch_prologue(served.entries, prologue, scratch.largest(), scratch.buffers.packed,
                                scratch.norms, stream),
                kOp);
   served.iterate(update, stream);
+  if (skips)
+    check_launch(launch_momentum(served.entries, prologue, scratch.largest(), stream), kOp);
   check_launch(launch_count(counters, update.nonfinite, scratch.largest(),
                             static_cast<unsigned long long*>(lists.skipped.data_ptr()), stream),
                kOp);

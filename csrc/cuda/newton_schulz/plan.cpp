@@ -105,11 +105,11 @@ std::vector<Segment> Plan::segments(const std::vector<int64_t>& steps) const {
 }
 
 Scratch::Scratch(const OnChipSizes& sizes, const at::Tensor& like)
-    : like_(like), packed_(sizes.packed) {
+    : like_(like), packed_(sizes.packed), matrices_(sizes.matrices) {
   const int64_t packed = aligned(sizes.packed * 2), parts = aligned(sizes.parts * 4),
                 q = aligned(sizes.q * 2), alpha = aligned(sizes.matrices * 4);
   char* at = bytes(packed + parts + q + alpha);
-  largest_ = at::zeros({sizes.matrices}, like.options().dtype(at::kInt));
+  largest_ = at::zeros({2 * sizes.matrices}, like.options().dtype(at::kInt));
   buffers.packed = reinterpret_cast<uint16_t*>(at);
   buffers.parts = reinterpret_cast<float*>(at += packed);
   buffers.q = reinterpret_cast<uint16_t*>(at += parts);
@@ -122,7 +122,7 @@ ProductWorkspaces Scratch::for_products(const std::vector<ProductPlan>& plans) {
     squares = std::max(squares, plan.tiling.squares);
     parts = std::max(parts, plan.tiling.parts);
     tiles = std::max(tiles, plan.tiling.tiles);
-    if (plan.queue) queue = 1 + largest_.numel();
+    if (plan.queue) queue = 1 + matrices_;
   }
   const int64_t next = squares == 0 ? 0 : aligned(packed_ * 2), square = aligned(squares * 2);
   char* at = bytes(next + ProductPlan::kSquares * square + parts * 4);
@@ -139,11 +139,11 @@ ProductWorkspaces Scratch::for_products(const std::vector<ProductPlan>& plans) {
 }
 
 void Scratch::add_norms(std::vector<Entry>& entries, const Plan& plan) {
-  const int64_t partial = aligned(place_norms(entries) * 8), matrices = largest_.numel();
-  char* at = bytes(partial + matrices * 4);
+  const int64_t partial = aligned(place_norms(entries) * 8);
+  char* at = bytes(partial + matrices_ * 4);
   norms.squares = reinterpret_cast<double*>(at);
   norms.factor = reinterpret_cast<float*>(at + partial);
-  norms.arrived = zeros(matrices);
+  norms.arrived = zeros(matrices_);
   if (plan.schatten8) return;  // follows from the plain norm
   norms.norm_factor = float(plan.norm_factor);
   norms.eps = float(plan.eps);
@@ -243,6 +243,12 @@ void Lists::run(void* stream) {
                                scratch->norms, stream),
                plan_.op);
   iterate(Update(), stream);
+}
+
+float Lists::most() const {
+  float most = 0;
+  for (const auto& segments : segments_) most = std::max(most, segments.second.back().most);
+  return most;
 }
 
 std::vector<Entry> Lists::packed() const {

@@ -54,6 +54,7 @@ class Scratch {
   void add_norms(std::vector<Entry>& entries, const Plan& plan);
 
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
+  uint32_t* targets() const { return largest() + matrices_; }
   const at::Tensor& largest_bits() const { return largest_; }
 
   OnChipBuffers buffers;
@@ -64,7 +65,7 @@ class Scratch {
   uint32_t* zeros(int64_t count);
 
   const at::Tensor& like_;
-  int64_t packed_;
+  int64_t packed_, matrices_;
   at::Tensor largest_;
   std::vector<at::Tensor> kept_;
 };
@@ -81,6 +82,8 @@ class Lists {
   void iterate(const Update& update, void* stream);
   // From sources to targets.
   void run(void* stream);
+  // What no |element| of a result exceeds.
+  float most() const;
   // Those that the prologue packs.
   std::vector<Entry> packed() const;
 

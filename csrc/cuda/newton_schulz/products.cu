@@ -111,6 +111,11 @@ class Iteration {
     apply.d = last ? nullptr : next_;
     apply.update = update_;
     std::swap(x_, next_);
+    if (last && update_.targets != nullptr) {
+      Product look = apply;
+      look.update.look = true;
+      products.push_back(look);
+    }
     products.push_back(apply);
   }
 

@@ -58,6 +58,8 @@ bool plan_segments(const std::vector<Rows>& rows, const std::vector<int64_t>& re
   constexpr double kMostGrowth = 1100;
   constexpr double kMost = 1u << 24;  // beyond it the low halves are lost
   constexpr float kAgain = 8192;      // packed X of later segments: below 2^15 up to 3.9
+  // What rounding in 16 bits may add to a singular value, and more.
+  constexpr double kRounding = 64;
   Bounds bounds(1 / norm_factor);
   out.clear();
   for (size_t t = 0; t < rows.size();) {
@@ -93,6 +95,7 @@ bool plan_segments(const std::vector<Rows>& rows, const std::vector<int64_t>& re
     const double room = std::sqrt(bounds.largest_r()) / 3;
     segment.after =
         f16 ? float(kAgain / std::exp2(std::max(0.0, std::ceil(std::log2(room))))) : 1.f;
+    segment.most = float(kRounding * std::sqrt(bounds.largest_r()));
     out.push_back(segment);
   }
   return true;

@@ -25,6 +25,7 @@ struct Segment {
   bool first = false, schatten8 = false;
   bool apart = false;  // a X is added where Q is applied: W without a I, one step only
   float norm_factor = 1, eps = 0;
+  float most = 0;  // no |element| of the X behind it is larger
 };
 
 // What an iteration is: rows of coefficients a, b, c and the steps before which X is formed anew.

@@ -202,8 +202,9 @@ Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors) {
 
 int launch_product(const std::vector<Entry>& entries, const Product& product, int tile,
                    const ProductBuffers& buffers, void* stream) {
-  if (product.format.lower) return 1;  // cudaErrorInvalidValue: mma.sync reads A and B whole
   const bool wide = product.shape == Shape::kWide;
+  // cudaErrorInvalidValue: mma.sync reads A and B whole, and only A X moves a parameter.
+  if (product.format.lower || (product.update.in_place && !wide)) return 1;
   if (tile == 64)
     return wide ? launch_format<64, true>(entries, product, buffers, stream)
                 : launch_format<64, false>(entries, product, buffers, stream);

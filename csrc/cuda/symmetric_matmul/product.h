@@ -62,8 +62,8 @@ Tiling place_products_wgmma(std::vector<Entry>& entries, int multiprocessors);
 struct ProductBuffers {
   float* parts = nullptr;
   uint32_t* arrived = nullptr;
-  const uint32_t* largest = nullptr;
-  uint32_t* queue = nullptr;  // of launch_queue: one and one a matrix, zero before and after
+  uint32_t* largest = nullptr;  // raised where an update looks
+  uint32_t* queue = nullptr;    // of launch_queue: one and one a matrix, zero before and after
 };
 
 int launch_product(const std::vector<Entry>& entries, const Product& product, int tile,

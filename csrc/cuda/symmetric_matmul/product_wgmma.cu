@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     leave_registers<40>();
     if (tid != kConsumers) return;
     const auto load_unit = [&](const Unit& u, int begin, int end) {
+      if (kWide && idle(u, p)) return;
       const int number = int(u.at.entry - table.entries), z = int(u.at.matrix);
       const int row = int(u.cell.row) * kTile, column = int(u.cell.column) * kTile;
       const bool same = u.diagonal && p.a == p.b;
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_registers<232>();
   const int warp = tid / 32, lane = tid % 32;
   const auto multiply_unit = [&](const Unit& u, int begin, int end) {
+    if (kWide && idle(u, p)) return;
     const bool same = u.diagonal && p.a == p.b;
     float acc[64] = {};
     // Steps up to `to` whose operands are all read one way: with a branch between them, ptxas would

@@ -1,6 +1,7 @@
 // What the kernels for products share: tiles, parts of sums, and what becomes of a finished tile.
 #pragma once
 
+#include "../base/delivery.h"
 #include "../base/kernel_table.h"
 #include "product.h"
 
@@ -104,6 +105,12 @@ DEVICE Unit unit_of(const Table& table, const int64_t* first_block, int64_t item
 
 DEVICE Unit unit_of(const Table& table, int64_t item, Shape shape, int tile) {
   return unit_of(table, table.first_block, item, shape, tile);
+}
+
+// Whether there is nothing to do: what is looked at is nowhere near the end of its range. This does
+// not change while the kernel runs.
+DEVICE bool idle(const Unit& u, const Product& p) {
+  return p.d == nullptr && p.update.look && !doubtful(p.update, *u.at.entry, u.matrix);
 }
 
 // Where matrices begin in their workspaces.
@@ -230,14 +237,18 @@ DEVICE void store_in_target(const Unit& unit, const Product& p, const ProductBuf
   const int64_t line = kWide ? e.packed.line : o.square;
   const int64_t c_plane = kWide ? o.x_plane : o.square_plane;
   const Update& update = p.update;
-  bool usable = finite(buffers.largest[matrix]);
-  int shift = p.unshift * pack_shift(buffers.largest[matrix], p.x_f16);
+  // A product before this one may have raised it in the same launch.
+  const uint32_t largest = fresh(buffers.largest + matrix);
+  bool usable = finite(largest);
+  int shift = p.unshift * pack_shift(largest, p.x_f16);
   for (const uint32_t* other : p.others)
     if (other != nullptr) {
       usable = usable && finite(other[matrix]);
       shift += pack_shift(other[matrix], true);
     }
-  if (!usable && update.nonfinite == NonFinite::kSkip) return;
+  const bool look = kWide && update.look;
+  // While others look, `largest` may change between two threads.
+  if (!look && !usable && update.nonfinite == NonFinite::kSkip) return;
   if (kWide && p.c != nullptr) {
     for (int i = tid; i < kTile * kTile / 2; i += kThreads) {
       const int fast = i % (kTile / 2) * 2, slow = i / (kTile / 2);
@@ -250,8 +261,9 @@ DEVICE void store_in_target(const Unit& unit, const Product& p, const ProductBuf
     }
     BARRIER(kThreads);
   }
-  const float lr = update.device_lr != nullptr ? *update.device_lr : update.lr;
-  const float decay = 1 - lr * update.weight_decay, rate = lr * e.scale;
+  // Only A X moves a parameter: the kernels for symmetric products have no registers to spare.
+  const Move move = kWide ? move_of(update, e) : Move{};
+  uint32_t lost = 0;
   PowerOfTwo unshifted(-shift);
   const int64_t columns = kWide ? e.columns : e.rows;
   if (!kWide && update.add) {
@@ -281,8 +293,11 @@ DEVICE void store_in_target(const Unit& unit, const Product& p, const ProductBuf
     const int64_t to = at.matrix * e.target.batch + row * e.target.row + column * e.target.column;
     value = unshifted(value);
     if (!usable) value = float_of(0x7fc00000u);
-    if (update.in_place) value = fmaf(decay, read(e.target, to), -rate * value);
-    write(e.target, to, value);
+    if (kWide && update.in_place) value = move(read(e.target, to), value);
+    if (look)
+      lost = larger(lost, lost_bits(e.target.type, value));
+    else
+      write(e.target, to, value);
   };
   const bool transposed = e.target.row < e.target.column;
   for (int i = tid; i < kTile * kTile; i += kThreads) {
@@ -291,6 +306,7 @@ DEVICE void store_in_target(const Unit& unit, const Product& p, const ProductBuf
     deliver(row0 + row, column0 + column, result(row, column));
     if (!kWide && !diagonal) deliver(column0 + slow, row0 + fast, result(fast, slow));
   }
+  if (lost != 0) atomicMax(buffers.largest + matrix, lost);
 }
 
 // Adds the parts of a sum and writes D, from a tile of sums that is staged and behind a barrier.

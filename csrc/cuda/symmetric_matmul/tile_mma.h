@@ -164,6 +164,7 @@ DEVICE void multiply_unit(const Unit& unit, const Product& p, const ProductBuffe
   constexpr int kI = kTile / 32, kJ = 4;                     // a warp's tiles of 16 x 8
   constexpr int kPromoted = 2;  // steps between additions to the sum in full precision
   const int tid = own_thread(), lane = tid % 32, warp = tid / 32;
+  if (kWideB && idle(unit, p)) return;
   OperandLoader<kTile, kPlanes, kWideB> loader(unit, p, shared, tid);
   const int count = loader.count();
   const int warp_row = warp / kAcross * (kTile / 2), warp_column = warp % kAcross * 32;
