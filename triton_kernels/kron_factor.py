@@ -86,13 +86,10 @@ def _overflow(sides: list[tuple[Tensor, Packed, Tensor, int, float]], beta: floa
     for factor, packed, x, side, weight in sides:
         # The largest element of a semidefinite matrix is on its diagonal.
         sums = x.double().square().sum(-1 if side == -2 else -2)
-        if beta:
-            diagonal = flattened(factor).diagonal(dim1=-2, dim2=-1).double()
-            sums = weight * sums + beta * diagonal.abs()
-            known = flattened(factor).tril().isfinite().flatten(1).all(1)
-            exceeds = ~((sums <= _MOST).all(-1) & known)
-        else:
-            exceeds = ~(weight * sums <= _MOST).all(-1)
+        diagonal = flattened(factor).diagonal(dim1=-2, dim2=-1).double()
+        sums = weight * sums + beta * diagonal.abs()
+        known = flattened(factor).tril().isfinite().flatten(1).all(1)
+        exceeds = ~((sums <= _MOST).all(-1) & known)
         exceeds = exceeds | (packed.summary.state == NONFINITE.value)
         bad = exceeds if bad is None else bad | exceeds
     assert bad is not None

@@ -208,7 +208,16 @@ at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
   const int64_t m = grad.size(-2), n = grad.size(-1);
   at::Tensor out = at::empty(sizes, grad.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
-  if (!has_left && !has_right) return out.copy_(grad);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  if (!has_left && !has_right) {
+    out.copy_(grad);
+    const MatrixBatch copies(out);
+    const std::vector<double> work(size_t(copies.count()), double(m) * double(n));
+    parallel_matrices(work, [&](int64_t i, int threads) {
+      if (std::isnan(max_abs(copies[i], threads))) fill(copies[i], nan);
+    });
+    return out;
+  }
   const TwoSidedShape shape{
       m, n, has_left ? left.size(-2) : m, has_right ? right.size(-1) : n, has_left, has_right};
   const auto is = [&](at::ScalarType type) {
@@ -241,7 +250,7 @@ at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
     if (std::isnan(max_abs(outs[i], threads)) &&
         (std::isnan(max_abs(g, threads)) || (l && std::isnan(max_abs(l, threads))) ||
          (r && std::isnan(max_abs(r, threads)))))
-      fill(outs[i], std::numeric_limits<double>::quiet_NaN());
+      fill(outs[i], nan);
   });
   return out;
 }

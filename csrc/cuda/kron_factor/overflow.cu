@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t row = at.part * kRows + warp; row < e.rows && !bad; row += kThreads / 32) {
     if (row >= (at.part + 1) * kRows) break;
     const int64_t corner = at.matrix * factor.batch + row * (factor.row + factor.column);
-    const double old = e.keep == 0 ? 0 : fabs(double(e.keep) * read(factor, corner));
-    for (int64_t i = lane; i <= row && e.keep != 0; i += 32)
+    const double old = fabs(double(e.keep) * read(factor, corner));
+    for (int64_t i = lane; i <= row; i += 32)
       known = larger(known, size_bits(read(factor, at.matrix * factor.batch + row * factor.row +
                                                        i * factor.column)));
     double sum = 0;
