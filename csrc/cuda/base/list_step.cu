@@ -120,6 +120,52 @@ DEVICE Spot spot_of(const Place& at) {
           at.part % across * tile.columns + 8 * (transposed ? warp : lane)};
 }
 
+// Eight elements in a row from `at` on, as far as there are `count`; in words of 16 bytes where
+// they lie so.
+DEVICE bool in_words(const Matrices& m, int64_t at, int64_t count) {
+  const int bytes = m.type == Type::kF32 ? 4 : m.type == Type::kF64 ? 8 : 2;
+  return m.column == 1 && count >= 8 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+         at * bytes % 16 == 0;
+}
+
+DEVICE void read_eight(const Matrices& m, int64_t at, int64_t count, float (&x)[8]) {
+  const bool words = in_words(m, at, count);
+  if (words && m.type == Type::kF32) {
+    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at);
+    const float4 a = from[0], b = from[1];
+    const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = all[i];
+    return;
+  }
+  if (words && m.type != Type::kF64) {
+    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(m.data) + at);
+    const uint32_t all[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 f = m.type == Type::kF16 ? unpack_f16(all[i]) : unpack_bf16(all[i]);
+      x[2 * i] = f.x;
+      x[2 * i + 1] = f.y;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (i < count) x[i] = read(m, at + i * m.column);
+}
+
+DEVICE void write_eight(const Matrices& m, int64_t at, int64_t count, const float (&x)[8]) {
+  if (m.type == Type::kF32 && in_words(m, at, count)) {
+    float4* to = reinterpret_cast<float4*>(static_cast<float*>(m.data) + at);
+    to[0] = make_float4(x[0], x[1], x[2], x[3]);
+    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (i < count) write(m, at + i * m.column, x[i]);
+}
+
 // The block's share of a norm. Whichever block arrives last adds all shares, in their order.
 DEVICE void add_to_norm(const Place& at, float squares, uint32_t largest, bool f16,
                         const Norms& norms, double* warps) {
@@ -151,8 +197,22 @@ __global__ void __launch_bounds__(kThreads)
   const bool later = doubtful(options.update, e, e.first + at.matrix);
   const PowerOfTwo scaled(pack_shift(most, options.f16));
   const Matrices &source = e.source, &momentum = e.momentum;
-  const int64_t from = at.matrix * source.batch + row * source.row;
-  const int64_t into = at.matrix * momentum.batch + row * momentum.row;
+  const int64_t count = inside && !keep ? e.columns - column : 0;
+  float g[8] = {}, m[8] = {};
+  if (count > 0) {
+    read_eight(source, at.matrix * source.batch + row * source.row + column * source.column, count,
+               g);
+#pragma unroll
+    for (int i = 0; i < 8; i++) g[i] = options.maximize ? -g[i] : g[i];
+    if (momentum.data != nullptr) {
+      const int64_t into =
+          at.matrix * momentum.batch + row * momentum.row + column * momentum.column;
+      read_eight(momentum, into, count, m);
+#pragma unroll
+      for (int i = 0; i < 8; i++) m[i] = averaged(options.momentum, m[i], g[i]);
+      if (!later) write_eight(momentum, into, count, m);
+    }
+  }
   uint32_t high[4], low[4];
   float squares = 0;
 #pragma unroll
@@ -160,17 +220,11 @@ __global__ void __launch_bounds__(kThreads)
     float x[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int64_t j = column + 2 * pair + i;
-      if (!inside || j >= e.columns || keep) continue;
-      const float raw = read(source, from + j * source.column);
-      const float g = options.maximize ? -raw : raw;
-      float value = g;
-      if (momentum.data != nullptr) {
-        const int64_t place_of_m = into + j * momentum.column;
-        const float m = averaged(options.momentum, read(momentum, place_of_m), g);
-        if (!later) write(momentum, place_of_m, m);
-        value = options.nesterov ? averaged(options.momentum, m, g) : m;
-      }
+      const int j = 2 * pair + i;
+      if (j >= count) continue;
+      const float value = momentum.data == nullptr ? g[j]
+                          : options.nesterov       ? averaged(options.momentum, m[j], g[j])
+                                                   : m[j];
       x[i] = usable ? scaled(value) : 0.f;
       squares += x[i] * x[i];
     }
