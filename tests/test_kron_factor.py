@@ -7,7 +7,15 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.formats import AWKWARD_SHAPES, FLOATS, FULL, SHAPES, named, state_dtype
+from support.formats import (
+    AWKWARD_SHAPES,
+    FLOATS,
+    FULL,
+    SHAPES,
+    also_on_cuda,
+    named,
+    state_dtype,
+)
 from support.fuzzing import fuzzed
 from support.inputs import gaussian, generator, integers, orthogonal, semidefinite, semidefinites
 from support.layouts import LAYOUTS, Placed, same_bits
@@ -16,6 +24,7 @@ from support.rule import assert_rule, draws, error, exact, rms, unit_roundoff
 pytestmark = pytest.mark.usefixtures("backend")
 
 SMALL_SHAPES = ((1, 1), (1, 7), (9, 1), (16, 33), (40, 24), (5, 130))
+CORNERS = ((0, 0), (0, -1), (-1, 0), (-1, -1))
 
 
 def symmetric_integers(*shape, dtype=torch.float32, seed=0):
@@ -53,7 +62,7 @@ def assert_updated(new, old, x, beta, weight):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", also_on_cuda(SHAPES, (1, 1), (4, 257), (97, 13)), ids=str)
 def test_integers_give_the_exact_factors(shape, dtype):
     m, n = shape
     grad = integers(m, n, dtype=dtype)
@@ -92,7 +101,7 @@ def test_error_is_at_most_twice_torchs(shape, dtype, factor_dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", also_on_cuda((*SMALL_SHAPES, (40, 70)), (40, 70)), ids=str)
 def test_kl_increments(shape, dtype):
     m, n = shape
     full = state_dtype(dtype)
@@ -124,21 +133,37 @@ def test_one_root_weights_the_opposite_factor_only():
     assert torch.equal(new_right, 6.0 * grad.mT @ grad)
 
 
+@pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
-def test_one_sided_updates_have_the_same_bits(dtype, side):
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
+def test_one_sided_updates_have_the_same_bits(dtype, side, kl):
+    full = state_dtype(dtype)
     grad = gaussian(2, 9, 14, dtype=dtype)
-    factors = [torch.zeros(2, n, n, dtype=state_dtype(dtype)) for n in (9, 14)]
-    both = updated(*factors, grad, 0.5)
+    factors = [torch.zeros(2, n, n, dtype=full) for n in (9, 14)]
+    roots = [gaussian(2, n, n).to(full) if kl else None for n in (9, 14)]
+    both = updated(*factors, grad, 0.5, left_root=roots[0], right_root=roots[1])
     index = ("left", "right").index(side)
-    factors[1 - index] = None
-    assert same_bits(updated(*factors, grad, 0.5)[index], both[index])
+    factors[1 - index] = roots[index] = None
+    alone = updated(*factors, grad, 0.5, left_root=roots[0], right_root=roots[1])
+    assert same_bits(alone[index], both[index])
 
 
-def test_upper_triangle_is_written_from_the_lower():
-    a = gaussian(7, 7)
-    left, _, _ = updated(a, None, torch.zeros(7, 3), 0.5)
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("n", [7, 70])
+def test_upper_triangle_is_written_from_the_lower(n):
+    a = gaussian(n, n)
+    left, _, _ = updated(a, None, torch.zeros(n, 3), 0.5)
     assert torch.equal(left, 0.5 * (a.tril() + a.tril(-1).mT))
+
+
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_beta_0_forgets_only_what_is_finite(dtype):
+    old = torch.eye(5, dtype=dtype).repeat(2, 1, 1)
+    old[0, 3, 1] = torch.nan
+    new, _, skipped = updated(old, None, torch.eye(5, dtype=dtype).repeat(2, 1, 1), 0.0, weight=2.0)
+    assert skipped == 1 and same_bits(new[0], old[0])
+    assert torch.equal(new[1], 2.0 * torch.eye(5, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
@@ -152,7 +177,7 @@ def test_zero_gradient_scales_by_beta_exactly(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)], ids=str)
+@pytest.mark.parametrize("corner", also_on_cuda(CORNERS, (-1, 0)), ids=str)
 def test_nonfinite_gradient_is_skipped_and_spares_its_mates(corner, value, dtype):
     grad = gaussian(3, 6, 17, dtype=dtype)
     left, right = (torch.eye(n, dtype=state_dtype(dtype)).repeat(3, 1, 1) for n in (6, 17))
@@ -165,20 +190,35 @@ def test_nonfinite_gradient_is_skipped_and_spares_its_mates(corner, value, dtype
         assert same_bits(new[::2], without[::2])
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_overflowing_product_is_skipped(dtype):
     top = torch.finfo(dtype).max
     grad = gaussian(4, 3, 5, dtype=dtype)
     grad[1, 2, 4] = top**0.5 * 2.0  # its square overflows
     grad[2] = top**0.5 * 0.6  # the right factor's sums of three fit, the left one's of five do not
+    grad[3] = top**0.5 * 0.3  # close, but none does
     left, right = (torch.eye(n, dtype=dtype).repeat(4, 1, 1) for n in (3, 5))
     clean = updated(left[::3], right[::3], grad[::3], 1.0, weight=1.0)
     new_left, new_right, skipped = updated(left, right, grad, 1.0, weight=1.0)
     assert skipped == 2
     assert same_bits((new_left[1:3], new_right[1:3]), (left[1:3], right[1:3]))
     assert same_bits((new_left[::3], new_right[::3]), clean[:2])
+    assert new_left[3].isfinite().all() and not same_bits(new_left[3], left[3])
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_scale_of_the_gradient(dtype):
+    grad = gaussian(2, 20, 33, dtype=dtype)
+    zeros = [torch.zeros(2, n, n, dtype=dtype) for n in (20, 33)]
+    unit = updated(*zeros, grad, 1.0, weight=1.0)
+    for exponent in (-50, 50):
+        scaled = updated(*zeros, grad * 2.0**exponent, 1.0, weight=2.0 ** (-2 * exponent))
+        assert same_bits(scaled, unit)
+
+
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_a_sum_that_overflows_with_the_old_factor_is_skipped(dtype):
     top = torch.finfo(dtype).max
@@ -190,7 +230,7 @@ def test_a_sum_that_overflows_with_the_old_factor_is_skipped(dtype):
     assert skipped == 0 and new_left.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_and_nothing_written_around(layout, dtype):
     grad = integers(2, 6, 11, dtype=dtype)
@@ -216,6 +256,7 @@ def test_expanded_gradients():
     assert same_bits(updated(left, right, grad, 0.5), updated(left, right, grad.contiguous(), 0.5))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("batch", [(1,), (4,), (2, 3)], ids=str)
 def test_batch_is_as_one_by_one(batch):
     grad = gaussian(*batch, 7, 12)
@@ -226,6 +267,7 @@ def test_batch_is_as_one_by_one(batch):
         assert same_bits(new.flatten(0, -3), torch.stack([x[i] for x in each]))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4)], ids=str)
 def test_empty(shape):
     *batch, m, n = shape
@@ -294,7 +336,7 @@ def assert_product(result, grad, left, right):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
+@pytest.mark.parametrize("shape", also_on_cuda(SHAPES[::2], (1, 1), (31, 2), (97, 13)), ids=str)
 def test_integers_give_the_exact_product(shape, dtype):
     # Products up to 256, which even bfloat16 holds.
     m, n = shape
@@ -316,7 +358,7 @@ def test_integers_give_the_exact_product(shape, dtype):
 
 @pytest.mark.parametrize("factor_dtype", FLOATS, ids=named)
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("sides", ["both", "left", "right"])
+@pytest.mark.parametrize("sides", ["left", "both", "right"])  # `make test` samples the middle
 def test_error_of_the_product_is_at_most_twice_torchs(sides, dtype, factor_dtype):
     for m, n, p, q in (
         (1, 1, 1, 1),
@@ -334,16 +376,29 @@ def test_error_of_the_product_is_at_most_twice_torchs(sides, dtype, factor_dtype
         assert_product(result, grad, left, right)
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("shape", [(12, 20), (40, 70)], ids=str)
 @pytest.mark.parametrize("dtype", FULL, ids=named)
-def test_rotation_out_undoes_rotation_in(dtype):
-    x = gaussian(12, 20, dtype=dtype)
-    left, right = orthogonal(12, 1).to(dtype), orthogonal(20, 2).to(dtype)
+def test_rotation_out_undoes_rotation_in(dtype, shape):
+    x = gaussian(*shape, dtype=dtype)
+    left, right = (orthogonal(n, seed).to(dtype) for seed, n in enumerate(shape, 1))
     there = sk.kron_precondition(x, left.mT, right)
     back = sk.kron_precondition(there, left, right.mT)
+    assert_product(back, there, left, right.mT)
     assert error(back, x) < 20.0 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+def test_scales_of_the_operands(dtype):
+    operands = [gaussian(m, n, dtype=dtype, seed=m) for m, n in ((20, 33), (20, 20), (33, 33))]
+    expected = sk.kron_precondition(*operands)
+    for exponents in ((-100, 0, 0), (100, 0, 0), (100, -100, 30), (-40, -40, 50)):
+        scaled = [x * 2.0**e for x, e in zip(operands, exponents, strict=True)]
+        assert same_bits(sk.kron_precondition(*scaled), expected * 2.0 ** sum(exponents))
+
+
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_product_of_any_layout(layout, dtype):
     grad, left, right = (
@@ -355,6 +410,7 @@ def test_product_of_any_layout(layout, dtype):
     assert torch.equal(expected.double(), left.double() @ grad.double() @ right.double())
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("batch", [(1,), (4,), (2, 3)], ids=str)
 def test_batch_of_products_is_as_one_by_one(batch):
     operands = [gaussian(*batch, m, n, seed=m) for m, n in ((7, 9), (5, 7), (9, 30))]
@@ -366,19 +422,32 @@ def test_batch_of_products_is_as_one_by_one(batch):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 def test_nonfinite_operand_gives_nan_and_spares_its_mates(dtype, value, which):
     operands = [gaussian(3, m, n, dtype=dtype, seed=m) for m, n in ((6, 18), (5, 6), (18, 7))]
     clean = sk.kron_precondition(*operands)
+    alone = sk.kron_precondition(*operands[:2], None)
     operands[which][1, -1, 0] = value
     # A zero row hides a non-finite column from the product itself.
     operands[1][1, 0] = 0.0
     result = sk.kron_precondition(*operands)
     assert result[1].isnan().all()
     assert same_bits(result[::2], clean[::2])
+    one_sided = sk.kron_precondition(*operands[:2], None)
+    assert one_sided[1].isnan().all() == (which < 2)
+    assert same_bits(one_sided[::2], alone[::2])
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_a_nonfinite_gradient_without_sides(dtype):
+    grad = gaussian(2, 3, 4, dtype=dtype)
+    grad[1, 0, 0] = torch.inf
+    result = sk.kron_precondition(grad, None, None)
+    assert same_bits(result[0], grad[0]) and result[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float16), ids=named)
 def test_an_overflow_stays_where_it_is(dtype):
     grad = integers(4, 5, dtype=dtype).abs() + 1.0
     left = torch.eye(4, dtype=dtype)
@@ -389,13 +458,13 @@ def test_an_overflow_stays_where_it_is(dtype):
     assert torch.equal(result[[0, 1, 3]], grad[[0, 1, 3]])
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("zero", range(3))
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-def test_zero_in_zero_out(dtype):
-    left, right = gaussian(6, 6, dtype=dtype), gaussian(9, 9, dtype=dtype)
-    assert not sk.kron_precondition(torch.zeros(6, 9, dtype=dtype), left, right).any()
-    assert not sk.kron_precondition(
-        gaussian(6, 9, dtype=dtype), torch.zeros_like(left), right
-    ).any()
+def test_zero_in_zero_out(dtype, zero):
+    operands = [gaussian(m, n, dtype=dtype, seed=m) for m, n in ((6, 9), (6, 6), (9, 9))]
+    operands[zero].zero_()
+    assert not sk.kron_precondition(*operands).any()
 
 
 @st.composite

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import resolve
 from support.cases import later_step, new_step
-from support.formats import FLOATS, named
+from support.formats import FLOATS, also_on_cuda, named
 from support.fuzzing import fuzzed
 from support.inputs import MUON, gaussian, generator
 from support.layouts import LAYOUTS, Placed, same_bits
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 LIST = ((5, 8), (9, 4), (2, 3, 7), (1, 6), (12, 40))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32, torch.bfloat16), ids=named)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=named)
 def test_muon_step(dtype, nesterov, compute_dtype, backend):
@@ -49,6 +49,7 @@ def test_muon_step_options(options, backend):
     assert_step_rule(later_step("muon_step_", LIST, **options), backend.name)
 
 
+@pytest.mark.in_full("cuda")
 def test_first_muon_step_of_zero_momentum(backend):
     assert_step_rule(new_step("muon_step_", LIST), backend.name)
 
@@ -120,6 +121,7 @@ def test_empty_list(backend):
     new_step("muon_step_", ()).run(backend.name)
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 def test_zero_gradient_decays_only(dtype, backend):
     case = new_step("muon_step_", ((4, 6),), dtype, lr=0.5, weight_decay=0.5)

@@ -12,7 +12,7 @@ import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
 from spectral_kernels.coefficients import names, resolve
-from support.formats import AWKWARD_SHAPES, FLOATS, FULL, named
+from support.formats import AWKWARD_SHAPES, FLOATS, FULL, also_on_cuda, named
 from support.fuzzing import fuzzed
 from support.inputs import MUON, decaying, gaussian, generator, with_singular_values
 from support.layouts import LAYOUTS, Placed, same_bits
@@ -163,16 +163,22 @@ def test_restarts_change_rounding_only(restarts):
     assert error(result, exact_newton_schulz(x, MUON)) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(layout, dtype):
+def test_any_layout(layout, dtype, backend):
     x = gaussian(4, 20, 33, dtype=dtype)
     for matrix in (x, x.mT):
-        result = sk.newton_schulz(Placed(matrix, layout).tensor)
+        placed = Placed(matrix, layout)
+        result = sk.newton_schulz(placed.tensor)
+        placed.assert_untouched_around()
+        assert result.is_contiguous()
+        if backend.name != "reference":  # torch's products look at strides
+            assert same_bits(result, sk.newton_schulz(matrix.contiguous()))
         plain = plain_newton_schulz(matrix, MUON)
         assert_rule(result, plain, exact_newton_schulz(matrix, MUON), noise=noise_of(x, MUON))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("batch", [(1,), (5,), (2, 3)], ids=str)
 def test_batch_is_as_one_by_one(batch):
     x = gaussian(*batch, 9, 31)
@@ -187,7 +193,7 @@ def test_empty(shape, function):
 
 
 @pytest.mark.parametrize("function", [sk.newton_schulz, sk.polar])
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 def test_zero_in_zero_out(dtype, function):
     x = gaussian(3, 6, 9, dtype=dtype)
     clean = function(x)
@@ -198,7 +204,7 @@ def test_zero_in_zero_out(dtype, function):
 
 
 @pytest.mark.parametrize("function", [sk.newton_schulz, sk.polar])
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32), ids=named)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nonfinite_matrix_is_nan_and_spares_its_mates(value, dtype, function):
     x = gaussian(5, 7, 18, dtype=dtype)
@@ -210,6 +216,7 @@ def test_nonfinite_matrix_is_nan_and_spares_its_mates(value, dtype, function):
     assert same_bits(result[4], clean[4])
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize(
     ("dtype", "exponents"),
@@ -230,6 +237,7 @@ def test_power_of_two_scales_do_not_change_a_bit(dtype, exponents, method):
         assert same_bits(sk.newton_schulz(scaled.to(dtype), method=method), plain), k
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 def test_largest_and_smallest_numbers(dtype):
     limits = torch.finfo(dtype)
@@ -251,7 +259,7 @@ def test_rank_one_keeps_its_sign(dtype):
 
 @pytest.mark.parametrize("method", ["auto", "standard"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("kind", ["rank 3", "duplicated rows", "zero rows"])
+@pytest.mark.parametrize("kind", also_on_cuda(["rank 3", "duplicated rows", "zero rows"], "rank 3"))
 def test_rank_deficient_is_right_on_its_range(kind, dtype, method):
     x = gaussian(18, 40, dtype=torch.float64)
     if kind == "rank 3":
@@ -469,6 +477,18 @@ BANDS = {
 }
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("coefficients", names())
+def test_every_set_of_one_matrix(coefficients, dtype):
+    """No lottery, and no measure of accuracy: the rows are those of the set."""
+    rows = resolve(coefficients)
+    x = gaussian(24, 70, dtype=dtype)
+    expected = exact_newton_schulz(x, rows.rows, rows.norm_factor)
+    found = error(sk.newton_schulz(x, coefficients=coefficients), expected)
+    assert found < {torch.bfloat16: 4e-2, torch.float16: 1e-2}.get(dtype, 1e-5)
+
+
 @pytest.mark.parametrize("coefficients", names())
 def test_singular_values_come_into_the_band(coefficients):
     # The norm of a matrix with these singular values is about 4, so the smallest starts near 1e-2.
@@ -505,6 +525,7 @@ def test_compute_dtype(dtype, compute_dtype):
     assert_rule(result, plain, expected, noise=noise)
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("dtype", FULL, ids=named)
 def test_schatten_8_norm(dtype, method):
@@ -516,6 +537,7 @@ def test_schatten_8_norm(dtype, method):
     assert error(result, expected) <= 200.0 * unit_roundoff(dtype)
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("norm", ["frobenius", "schatten8"])
 def test_eps_is_a_floor_of_the_norm(norm, method):

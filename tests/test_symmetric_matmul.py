@@ -6,13 +6,15 @@ import pytest
 import spectral_kernels as sk
 import torch
 from hypothesis import strategies as st
-from support.formats import AWKWARD_SHAPES, FLOATS, SHAPES, named
+from support.formats import AWKWARD_SHAPES, FLOATS, FULL, SHAPES, also_on_cuda, named
 from support.fuzzing import fuzzed
 from support.inputs import gaussian, integers
 from support.layouts import LAYOUTS, Placed, same_bits
 from support.rule import assert_rule, draws, exact
 
 pytestmark = pytest.mark.usefixtures("backend")
+
+CORNERS = ((0, 0), (0, -1), (-1, 0), (-1, -1))
 
 
 def assert_gram_rule(x: torch.Tensor) -> None:
@@ -21,7 +23,7 @@ def assert_gram_rule(x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", also_on_cuda(SHAPES, (1, 1), (97, 13)), ids=str)
 def test_integers_give_the_exact_product(shape, dtype):
     x = integers(*shape, dtype=dtype)
     assert torch.equal(sk.gram(x), (x.double() @ x.double().mT).to(dtype))
@@ -63,12 +65,15 @@ def test_result_is_exactly_symmetric(dtype):
     assert same_bits(product, product.mT)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float32, torch.bfloat16), ids=named)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout, dtype):
     x = integers(3, 35, 50, dtype=dtype)
-    assert torch.equal(sk.gram(Placed(x, layout).tensor), sk.gram(x))
-    assert torch.equal(sk.gram(Placed(x.mT, layout).tensor.mT), sk.gram(x))
+    wide, tall = Placed(x, layout), Placed(x.mT, layout)
+    assert torch.equal(sk.gram(wide.tensor), sk.gram(x))
+    assert torch.equal(sk.gram(tall.tensor.mT), sk.gram(x))
+    wide.assert_untouched_around()
+    tall.assert_untouched_around()
 
 
 def test_expanded_matrices():
@@ -77,6 +82,7 @@ def test_expanded_matrices():
     assert torch.equal(sk.gram(one.expand(3, 4, 20)), sk.gram(one.repeat(3, 1, 1)))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("batch", [(1,), (5,), (2, 3), (1, 2, 1)], ids=str)
 def test_batch_is_as_one_by_one(batch):
     x = gaussian(*batch, 17, 29)
@@ -90,10 +96,14 @@ def test_empty_results(shape):
     assert product.shape == (*shape[:-1], shape[-2]) and product.numel() == 0
 
 
-def test_sum_over_nothing_is_zero():
-    assert same_bits(sk.gram(torch.empty(2, 3, 0)), torch.zeros(2, 3, 3))
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+def test_sum_over_nothing_is_zero(dtype):
+    x = torch.empty(2, 3, 0, dtype=dtype)
+    assert same_bits(sk.gram(x), torch.zeros(2, 3, 3, dtype=dtype))
 
 
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
 def test_zeros_and_zero_rows(dtype):
     assert same_bits(sk.gram(torch.zeros(2, 5, 7, dtype=dtype)), torch.zeros(2, 5, 5, dtype=dtype))
@@ -104,7 +114,7 @@ def test_zeros_and_zero_rows(dtype):
     assert not product[4].any() and not product[:, 4].any() and product[kept][:, kept].all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=named)
+@pytest.mark.parametrize("dtype", also_on_cuda(FLOATS, torch.float16), ids=named)
 def test_an_overflow_stays_where_torch_has_it(dtype):
     x = integers(6, 5, dtype=dtype, seed=1)
     x[2] = torch.finfo(dtype).max / 4.0
@@ -116,7 +126,7 @@ def test_an_overflow_stays_where_torch_has_it(dtype):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=named)
-@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)], ids=str)
+@pytest.mark.parametrize("corner", also_on_cuda(CORNERS, (0, -1)), ids=str)
 def test_nonfinite_matrix_is_nan_and_spares_its_mates(corner, dtype, value):
     x = gaussian(3, 18, 21, dtype=dtype)
     clean = sk.gram(x)
@@ -126,6 +136,17 @@ def test_nonfinite_matrix_is_nan_and_spares_its_mates(corner, dtype, value):
     assert same_bits(product[::2], clean[::2])
 
 
+@pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("dtype", (*FULL, torch.bfloat16), ids=named)
+def test_power_of_two_scales(dtype):
+    x = gaussian(9, 40, dtype=dtype)
+    for exponent in (-55, 55):
+        assert same_bits(sk.gram(x * 2.0**exponent), sk.gram(x) * 2.0 ** (2 * exponent))
+    tiny = x * 2.0**-130
+    assert same_bits(sk.gram(tiny * 2.0**110), sk.gram(tiny * 2.0**100) * 2.0**20)
+
+
+@pytest.mark.in_full("cuda")
 def test_subnormals_are_kept():
     x = integers(7, 9)
     assert same_bits(sk.gram(x * 2.0**-70), sk.gram(x) * 2.0**-140)

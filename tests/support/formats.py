@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +22,12 @@ SHAPES = (
 )
 # The shapes that other projects' kernels fell over: NaN from a tuned product, and misalignment.
 AWKWARD_SHAPES = ((18, 2304), (512, 1408))
+
+
+def also_on_cuda(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """The same cases; the chosen ones run on CUDA C++ in `make test` too, as with in_full."""
+    mark = pytest.mark.in_full("cuda")
+    return [pytest.param(case, marks=mark) if case in chosen else case for case in cases]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
