@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import spectral_kernels as sk
 import torch
@@ -13,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 N, LEAST = 130, 96
 CONVERGED = 0
+TABLE = Path(__file__).parent.parent / "csrc" / "cpu" / "inverse_root" / "pole_table.inl"
 ROOTS = (1, 2, 4)
 
 
@@ -67,6 +71,19 @@ def test_the_table_has_no_gap_and_fewer_poles_for_shorter_spectra():
         assert (counts[0], counts[-1]) == (1, 4)
         assert _extension.MODULE.root_poles(2.0**-23, p, LEAST) == 0
         assert _extension.MODULE.root_poles(2.0**-22, p, LEAST - 1) == 0
+
+
+def test_the_table_has_the_errors_that_it_states():
+    text = TABLE.read_text().partition("=")[2].rstrip().rstrip(";")
+    rows = ast.literal_eval(text.translate(str.maketrans("{}", "[]")))
+    assert [row[:2] for row in rows] == [[p, k] for p in (2, 4) for k in range(2, 24, 2)]
+    for p, exponent, stated, poles, weights, (c0, c1, c2) in rows:
+        x = torch.logspace(-exponent, 0.0, 20_001, base=2.0, dtype=torch.float64)
+        found = c0 + c1 * x + c2 * x * x
+        found += sum(w / (x + s) for s, w in zip(poles, weights, strict=True))
+        error = float((found * x ** (1.0 / p) - 1.0).abs().max())
+        # What the cubic that follows takes below rounding.
+        assert error <= stated and p * error <= 0.05
 
 
 @pytest.mark.parametrize("p", ROOTS)
