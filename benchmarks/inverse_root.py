@@ -168,7 +168,7 @@ def work(a: Tensor, p: int) -> tuple[Work, ...]:
     if a.dtype == torch.float32 and a.device.type == "cpu":
         poles = _extension.MODULE.root_poles(_RIDGE / scale, p, n)
     iterated = _extension.MODULE.root_products(_RIDGE / scale, p, roundoff)
-    products = 1 + (poles + {1: 0, 2: 7, 4: 11}[p] if poles else iterated)
+    products = 1 + (poles + {2: 7, 4: 11}[p] if poles else iterated)
     return ({rate_of(a.dtype, a.device): float(math.prod(batch) * products * n**3)},)
 
 

@@ -85,7 +85,7 @@ def inverse_root(
             "eigen", a float64 eigendecomposition; "auto", the first where the ridge is large enough
             to bound the spectrum (delta >= 4 u ||A + delta I||) and n > 2, as rounding errors of
             two rows do not average out, else the second. On the CPU "auto" begins with one to four
-            shifted inverses in float32, for p = 1, 2 and 4 and n from 96 on, which takes half the
+            shifted inverses in float32, for p = 2 and 4 and n from 96 on, which takes half the
             time; "newton" and "newton_db" (p = 2, 4, 8),
             coupled Newton and Denman-Beavers for comparison, on backend
             "reference" only.

@@ -28,9 +28,6 @@ namespace {
 
 #include "pole_table.inl"  // kTable
 
-// The inverse is 1 / x itself.
-constexpr Poles kInverse = {1, 1 << 10, 0, {0}, {1}, {0, 0, 0}};
-
 // alpha A B + gamma I + beta E with B and E as they are and Aᵀ given (and A, where it is at hand),
 // to any of the outputs.
 Product multiply(const Panels& a_t, const Panels& a, const Panels& b) {
@@ -171,7 +168,6 @@ int pole_count(const Poles& poles) {
 const Poles* poles_for(double low, int p, int64_t n, Kind kind) {
   constexpr int64_t kLeast = 96;
   if (kind != Kind::kF32 || n < kLeast) return nullptr;
-  if (p == 1) return &kInverse;
   for (const Poles& poles : kTable)
     if (poles.p == p && std::ldexp(1.0, -poles.exponent) <= low) return &poles;
   return nullptr;
@@ -179,7 +175,6 @@ const Poles* poles_for(double low, int p, int64_t n, Kind kind) {
 
 Panels run(const Poles& poles, const PoleSum& call, int threads) {
   if (!sum_up(poles, call, threads)) return {};
-  if (poles.p == 1) return call.sums[0];
   const double least = std::pow(1 - poles.error, poles.p),
                most = std::pow(1 + poles.error, poles.p);
   // Rounding errors are there too.
