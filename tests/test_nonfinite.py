@@ -214,12 +214,16 @@ def test_a_parameter_that_would_overflow_is_skipped(variant, nonfinite, backend)
             assert same_bits(case[name], before[name]), name
 
 
+def _third_step(variant, dtype):
+    op, options = VARIANTS[variant]
+    return later_step(op, SHAPES, dtype, taken=2, per_matrix_counts=True, **options)
+
+
 @pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", STEPPING)
 def test_a_parameter_that_would_overflow_spares_its_mates(variant, dtype, backend):
-    op, options = VARIANTS[variant]
-    case = later_step(op, SHAPES, dtype, taken=2, per_matrix_counts=True, **options)
+    case = _third_step(variant, dtype)
     case["params"][0].fill_(torch.finfo(dtype).max)
     case["params"][1][1, 2, 3] = torch.finfo(dtype).max  # one element of one matrix
     case["lr"].fill_(30.0)
@@ -246,10 +250,9 @@ def test_a_parameter_that_would_overflow_spares_its_mates(variant, dtype, backen
 @pytest.mark.parametrize("variant", STEPPING)
 def test_a_parameter_at_the_end_of_its_range_moves(variant, dtype, backend):
     """It is looked at before it is written, and then is, with its state."""
-    op, options = VARIANTS[variant]
-    case = later_step(op, SHAPES, dtype, taken=2, per_matrix_counts=True, **options)
-    usual = case.with_(weight_decay=0.1).clone()
-    case = usual.clone()
+    case = _third_step(variant, dtype)
+    case = case.with_(weight_decay=0.1)
+    usual = case.clone()
     case["params"][0].fill_(torch.finfo(dtype).max)
     case["params"][1][1, 2, 3] = -torch.finfo(dtype).max
     expected = case.run_reference()
