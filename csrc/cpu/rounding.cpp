@@ -73,20 +73,19 @@ void round_at_random(const Matrix& wide, uint64_t step, const Matrix& narrow, in
     for (int64_t i = r0; i < r1; i++) {
       const uint32_t* const x = static_cast<const uint32_t*>(from.data) + i * from.row_stride;
       uint16_t* const y = static_cast<uint16_t*>(to.data) + i * to.row_stride;
-      const uint32_t seed = seed_of(step, uint64_t(i));
+      if (!swapped && to.col_stride == 1) {
+        round_line(x, seed_of(step, uint64_t(i)), 0, from.cols, y);
+        continue;
+      }
       for (int64_t j0 = 0; j0 < from.cols; j0 += kPart) {
         const int64_t count = std::min<int64_t>(kPart, from.cols - j0);
         if (swapped) {
           for (int64_t j = 0; j < count; j++)
             part[j] = rounded(x[j0 + j], seed_of(step, uint64_t(j0 + j)), uint32_t(i));
         } else {
-          round_line(x + j0, seed, uint32_t(j0), count, part);
+          round_line(x + j0, seed_of(step, uint64_t(i)), uint32_t(j0), count, part);
         }
-        if (to.col_stride == 1) {
-          std::copy(part, part + count, y + j0);
-        } else {
-          for (int64_t j = 0; j < count; j++) y[(j0 + j) * to.col_stride] = part[j];
-        }
+        for (int64_t j = 0; j < count; j++) y[(j0 + j) * to.col_stride] = part[j];
       }
     }
   });
