@@ -5,7 +5,7 @@
 namespace spectral_kernels {
 namespace {
 
-void check_squares(at::TensorList squares, at::TensorList params, Variance variance, bool narrow) {
+void check_squares(TensorList squares, TensorList params, Variance variance, bool narrow) {
   if (variance == Variance::kNone) return check_list(squares, "exp_avg_sqs", params.size());
   if (variance != Variance::kLowMemory)
     return narrow ? check_moment(squares, "exp_avg_sqs", params)
@@ -15,11 +15,10 @@ void check_squares(at::TensorList squares, at::TensorList params, Variance varia
     auto expected = params[i].sizes().vec();
     expected.pop_back();
     expected.back() = params[i].size(-2) + params[i].size(-1);
-    TORCH_CHECK_VALUE(squares[i].sizes() == expected, "exp_avg_sqs[", i, "] must have shape ",
-                      at::IntArrayRef(expected), " for low_memory, got ", squares[i].sizes());
-    TORCH_CHECK_TYPE(
-        squares[i].scalar_type() == at::kFloat || squares[i].scalar_type() == at::kDouble,
-        "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
+    CHECK_VALUE(squares[i].sizes() == expected, "exp_avg_sqs[", i, "] must have shape ",
+                IntArrayRef(expected), " for low_memory, got ", squares[i].sizes());
+    CHECK_TYPE(squares[i].scalar_type() == kFloat || squares[i].scalar_type() == kDouble,
+               "exp_avg_sqs must be float32 or float64, got ", squares[i].scalar_type());
     check_writable(squares[i], "exp_avg_sqs");
   }
 }
@@ -41,16 +40,16 @@ Variance check_deva(const BasisLists& lists, const DevaOptions& options, bool na
   const Variance kind = variance_of(options.variance);
   check_squares(lists.exp_avg_sqs, lists.params, kind, narrow);
   const std::vector<double>& scales = options.scales;
-  TORCH_CHECK_VALUE(scales.size() == lists.params.size(), "scales has ", scales.size(),
-                    " entries, params has ", lists.params.size());
-  TORCH_CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
-                    "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
-  TORCH_CHECK_VALUE(!options.reference || eps_mode == "inside",
-                    "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
-  TORCH_CHECK_VALUE(!options.reference || kind == Variance::kMomentum ||
-                        (kind == Variance::kInstant && norm == "schatten"),
-                    "reference=True with norm='", norm, "' does not have variance='",
-                    options.variance, "'");
+  CHECK_VALUE(scales.size() == lists.params.size(), "scales has ", scales.size(),
+              " entries, params has ", lists.params.size());
+  CHECK_VALUE(norm != "linf" || kind != Variance::kLowMemory,
+              "variance='low_memory' keeps row and column sums, which norm='linf' lacks");
+  CHECK_VALUE(!options.reference || eps_mode == "inside",
+              "reference=True has its eps inside the root, not eps_mode='", eps_mode, "'");
+  CHECK_VALUE(!options.reference || kind == Variance::kMomentum ||
+                  (kind == Variance::kInstant && norm == "schatten"),
+              "reference=True with norm='", norm, "' does not have variance='", options.variance,
+              "'");
   return kind;
 }
 

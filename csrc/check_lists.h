@@ -12,23 +12,22 @@ namespace spectral_kernels {
 void check_step(const StepLists& lists);
 // A list of state tensors that is written: entry i has the shape and batch of param i, or size 0 if
 // `optional`.
-void check_state(at::TensorList state, const char* name, at::TensorList params, bool optional);
+void check_state(TensorList state, const char* name, TensorList params, bool optional);
 // A moment: as check_state, or bfloat16 beside params that are not float64.
-void check_moment(at::TensorList state, const char* name, at::TensorList params);
+void check_moment(TensorList state, const char* name, TensorList params);
 // As check_state, for one number a row, (..., m, 1), of every entry if `present`, else of none.
-void check_rows_state(at::TensorList state, const char* name, at::TensorList params, bool present);
+void check_rows_state(TensorList state, const char* name, TensorList params, bool present);
 // As check_state, for square factors over rows (`side` 0) or columns (1) of the params.
-void check_factors(at::TensorList factors, const char* name, at::TensorList params, int side);
+void check_factors(TensorList factors, const char* name, TensorList params, int side);
 // Partners of factors, their roots or bases, are there where they are.
-void check_partners(at::TensorList factors, const char* name, at::TensorList partners,
-                    const char* partner);
+void check_partners(TensorList factors, const char* name, TensorList partners, const char* partner);
 // Factors, bases on the same sides, and one flag an entry.
 void check_eigenbasis_lists(const BasisLists& lists);
 // No tensor that is written overlaps another, or one that is read.
-void check_distinct(std::initializer_list<at::TensorList> written, at::TensorList read);
+void check_distinct(std::initializer_list<TensorList> written, TensorList read);
 // The same of the lists of a step in eigenbases, exp_avg_sqs among them if `squares`.
 void check_eigenbasis_distinct(const BasisLists& lists, bool squares);
 // Flat restarts of a list: those of entry i end at ends[i]; no ends, no restarts.
-void check_restart_ends(at::IntArrayRef restarts, at::IntArrayRef ends, size_t entries);
+void check_restart_ends(IntArrayRef restarts, IntArrayRef ends, size_t entries);
 
 }  // namespace spectral_kernels

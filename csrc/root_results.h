@@ -1,24 +1,22 @@
 // What inverse_root returns, on every device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include <tuple>
+
+#include "tensor.h"
 
 namespace spectral_kernels {
 
-using RootTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using RootTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The root, and one number a matrix of everything else; nothing is written yet.
 struct RootTensors {
-  at::Tensor root, status, steps, residual, delta;
+  Tensor root, status, steps, residual, delta;
 
-  explicit RootTensors(const at::Tensor& a)
-      : root(at::empty(a.sizes(), a.options().memory_format(at::MemoryFormat::Contiguous))) {
+  explicit RootTensors(const Tensor& a) : root(empty(a.sizes(), a)) {
     const auto batch = a.sizes().slice(0, size_t(a.dim() - 2));
-    for (at::Tensor* t : {&status, &steps}) *t = at::empty(batch, a.options().dtype(at::kLong));
-    for (at::Tensor* t : {&residual, &delta}) *t = at::empty(batch, a.options());
+    for (Tensor* t : {&status, &steps}) *t = empty(batch, a, kLong);
+    for (Tensor* t : {&residual, &delta}) *t = empty(batch, a);
   }
   operator RootTuple() const { return {root, status, steps, residual, delta}; }
 };

@@ -3,7 +3,6 @@
 // is a line there, a line here, and what the backends make of it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <torch/library.h>
@@ -12,6 +11,8 @@
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "tensor.h"
 
 namespace spectral_kernels {
 
@@ -22,8 +23,8 @@ class FromCall {
       : schema_(&op.schema()), stack_(&stack) {}
 
  protected:
-  std::vector<at::Tensor> tensors(const char* name) { return value(name).toTensorVector(); }
-  at::Tensor tensor(const char* name) { return value(name).toTensor(); }
+  std::vector<Tensor> tensors(const char* name) { return value(name).toTensorVector(); }
+  Tensor tensor(const char* name) { return value(name).toTensor(); }
   double number(const char* name) { return value(name).toDouble(); }
   std::optional<double> number_or_none(const char* name) {
     return value(name).toOptional<double>();
@@ -33,7 +34,7 @@ class FromCall {
   std::vector<int64_t> integers(const char* name) { return value(name).toIntVector(); }
   bool flag(const char* name) { return value(name).toBool(); }
   std::string text(const char* name) { return value(name).toStringRef(); }
-  at::ScalarType dtype(const char* name) { return value(name).toScalarType(); }
+  ScalarType dtype(const char* name) { return value(name).toScalarType(); }
 
  private:
   // Records have the order of their schema, mostly: the search begins behind the last one found.
@@ -55,15 +56,15 @@ class FromCall {
 // What every step has.
 struct StepLists : FromCall {
   using FromCall::FromCall;
-  std::vector<at::Tensor> params = tensors("params"), grads = tensors("grads");
-  std::vector<at::Tensor> step_counts = tensors("step_counts");
-  at::Tensor skipped = tensor("skipped"), lr = tensor("lr");
+  std::vector<Tensor> params = tensors("params"), grads = tensors("grads");
+  std::vector<Tensor> step_counts = tensors("step_counts");
+  Tensor skipped = tensor("skipped"), lr = tensor("lr");
 };
 
 struct MuonLists : StepLists {
   using StepLists::StepLists;
-  std::vector<at::Tensor> momentum_buffers = tensors("momentum_buffers");
-  std::vector<at::Tensor> second_moments = tensors("second_moments");
+  std::vector<Tensor> momentum_buffers = tensors("momentum_buffers");
+  std::vector<Tensor> second_moments = tensors("second_moments");
 };
 
 struct MuonOptions : FromCall {
@@ -80,7 +81,7 @@ struct MuonOptions : FromCall {
   std::string method = text("method");
   std::vector<int64_t> restarts = integers("restarts");
   std::vector<int64_t> restart_ends = integers("restart_ends");
-  at::ScalarType compute_dtype = dtype("compute_dtype");
+  ScalarType compute_dtype = dtype("compute_dtype");
   double eps = number("eps");
   std::string norm = text("norm");
   double norm_factor = number("norm_factor");
@@ -88,20 +89,20 @@ struct MuonOptions : FromCall {
   std::string nonfinite = text("nonfinite");
 
   // Those of entry i; the ends have been checked.
-  at::IntArrayRef restarts_of(size_t i) const {
+  IntArrayRef restarts_of(size_t i) const {
     if (restart_ends.empty()) return {};
     const int64_t begin = i == 0 ? 0 : restart_ends[i - 1];
-    return at::IntArrayRef(restarts).slice(size_t(begin), size_t(restart_ends[i] - begin));
+    return IntArrayRef(restarts).slice(size_t(begin), size_t(restart_ends[i] - begin));
   }
 };
 
 struct ShampooLists : StepLists {
   using StepLists::StepLists;
-  std::vector<at::Tensor> momentum_buffers = tensors("momentum_buffers");
-  std::vector<at::Tensor> lefts = tensors("lefts"), rights = tensors("rights");
-  std::vector<at::Tensor> left_roots = tensors("left_roots"), right_roots = tensors("right_roots");
-  std::vector<at::Tensor> graft_squares = tensors("graft_squares");
-  std::vector<at::Tensor> root_failures = tensors("root_failures");
+  std::vector<Tensor> momentum_buffers = tensors("momentum_buffers");
+  std::vector<Tensor> lefts = tensors("lefts"), rights = tensors("rights");
+  std::vector<Tensor> left_roots = tensors("left_roots"), right_roots = tensors("right_roots");
+  std::vector<Tensor> graft_squares = tensors("graft_squares");
+  std::vector<Tensor> root_failures = tensors("root_failures");
 };
 
 struct ShampooOptions : FromCall {
@@ -126,9 +127,9 @@ struct ShampooOptions : FromCall {
 // Of the steps in eigenbases.
 struct BasisLists : StepLists {
   using StepLists::StepLists;
-  std::vector<at::Tensor> exp_avgs = tensors("exp_avgs"), exp_avg_sqs = tensors("exp_avg_sqs");
-  std::vector<at::Tensor> lefts = tensors("lefts"), rights = tensors("rights");
-  std::vector<at::Tensor> left_bases = tensors("left_bases"), right_bases = tensors("right_bases");
+  std::vector<Tensor> exp_avgs = tensors("exp_avgs"), exp_avg_sqs = tensors("exp_avg_sqs");
+  std::vector<Tensor> lefts = tensors("lefts"), rights = tensors("rights");
+  std::vector<Tensor> left_bases = tensors("left_bases"), right_bases = tensors("right_bases");
   std::vector<int64_t> refresh = integers("refresh");
 };
 
@@ -160,7 +161,7 @@ struct DevaOptions : FromCall {
   bool normalize_grads = flag("normalize_grads");
   std::vector<double> rows = numbers("rows");
   std::vector<double> scales = numbers("scales");
-  at::ScalarType compute_dtype = dtype("compute_dtype");
+  ScalarType compute_dtype = dtype("compute_dtype");
   bool reference = flag("reference");
   bool maximize = flag("maximize");
   std::string nonfinite = text("nonfinite");

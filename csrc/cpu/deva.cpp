@@ -315,16 +315,16 @@ class DevaMatrix {
 
 // State of the variance, of the parameter's shape; for "low_memory" one row of m + n numbers a
 // matrix.
-Matrix squares_of(const at::Tensor& state, const Item& item, Variance variance) {
+Matrix squares_of(const Tensor& state, const Item& item, Variance variance) {
   if (state.numel() == 0 || variance == Variance::kNone) return {};
   if (variance != Variance::kLowMemory) return MatrixBatch(state)[item.index];
-  const at::Tensor rows = state.unsqueeze(-2);
+  const Tensor rows = state.unsqueeze(-2);
   return MatrixBatch(rows)[item.index];
 }
 
-std::vector<at::Tensor> squares_as_matrices(at::TensorList states, Variance variance) {
-  std::vector<at::Tensor> list = states.vec();
-  for (at::Tensor& state : list)
+std::vector<Tensor> squares_as_matrices(TensorList states, Variance variance) {
+  std::vector<Tensor> list = states.vec();
+  for (Tensor& state : list)
     if (variance == Variance::kNone)
       state = state.new_empty({0});
     else if (variance == Variance::kLowMemory)
@@ -343,19 +343,18 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
   const DevaStep step{options, scalar(lists.lr), kind, policy != NonFinite::kPropagate};
   // Rows are not used by the elementwise norm, and may be empty there.
   const double identity[] = {1, 0, 0};
-  const auto make = [&](at::ScalarType type) {
-    return NewtonSchulz(options.rows.empty() && !step.schatten()
-                            ? at::ArrayRef<double>(identity)
-                            : at::ArrayRef<double>(options.rows),
+  const auto make = [&](ScalarType type) {
+    return NewtonSchulz(options.rows.empty() && !step.schatten() ? ArrayRef<double>(identity)
+                                                                 : ArrayRef<double>(options.rows),
                         "standard", {}, type, 0, "schatten8", 1);
   };
-  const NewtonSchulz ns = make(options.compute_dtype), ns64 = make(at::kDouble);
+  const NewtonSchulz ns = make(options.compute_dtype), ns64 = make(kDouble);
   const std::vector<Item> items = items_of(lists.params);
   if (policy == NonFinite::kRaise)
     raise_nonfinite(items, lists, squares_as_matrices(lists.exp_avg_sqs, kind));
   std::vector<double> work = eigenbasis_work(items, lists);
   const auto newton_schulz_of = [&](size_t e) -> const NewtonSchulz& {
-    return lists.params[e].scalar_type() == at::kDouble ? ns64 : ns;
+    return lists.params[e].scalar_type() == kDouble ? ns64 : ns;
   };
   if (step.schatten())
     for (size_t i = 0; i < items.size(); i++) {

@@ -1,7 +1,6 @@
 // L <- beta L + w G Gᵀ and R <- beta R + w GᵀG from one read of G, and left @ G @ right.
 #include "kron_factor.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -176,9 +175,9 @@ bool update_factors(const FactorStep& step, const Matrix& grad, const Matrix& le
   return true;
 }
 
-void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const at::Tensor& grad,
-                          const at::Tensor& skipped, double beta, double weight,
-                          const at::Tensor& left_root, const at::Tensor& right_root) {
+void kron_factors_update_(const Tensor& left, const Tensor& right, const Tensor& grad,
+                          const Tensor& skipped, double beta, double weight,
+                          const Tensor& left_root, const Tensor& right_root) {
   count_call("kron_factors_update_", "cpu");
   check_factors_update(left, right, grad, skipped, left_root, right_root);
   if (grad.numel() == 0) return;
@@ -200,13 +199,12 @@ void kron_factors_update_(const at::Tensor& left, const at::Tensor& right, const
   *skipped.data_ptr<int64_t>() += skips.load();
 }
 
-at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
-                             const at::Tensor& right) {
+Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& right) {
   count_call("kron_precondition", "cpu");
   const auto sizes = check_precondition(grad, left, right);
   const bool has_left = left.numel() > 0, has_right = right.numel() > 0;
   const int64_t m = grad.size(-2), n = grad.size(-1);
-  at::Tensor out = at::empty(sizes, grad.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty(sizes, grad);
   if (out.numel() == 0) return out;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   if (!has_left && !has_right) {
@@ -220,16 +218,16 @@ at::Tensor kron_precondition(const at::Tensor& grad, const at::Tensor& left,
   }
   const TwoSidedShape shape{
       m, n, has_left ? left.size(-2) : m, has_right ? right.size(-1) : n, has_left, has_right};
-  const auto is = [&](at::ScalarType type) {
+  const auto is = [&](ScalarType type) {
     return (!has_left || left.scalar_type() == type) &&
            (!has_right || right.scalar_type() == type) && grad.scalar_type() == type;
   };
-  const bool any_double = grad.scalar_type() == at::kDouble ||
-                          (has_left && left.scalar_type() == at::kDouble) ||
-                          (has_right && right.scalar_type() == at::kDouble);
-  const Kind kind = any_double                                                    ? Kind::kF64
-                    : is(at::kBFloat16) && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
-                                                                                  : Kind::kF32;
+  const bool any_double = grad.scalar_type() == kDouble ||
+                          (has_left && left.scalar_type() == kDouble) ||
+                          (has_right && right.scalar_type() == kDouble);
+  const Kind kind = any_double                                                ? Kind::kF64
+                    : is(kBFloat16) && kernels().panel[int(Kind::kBF16)] != 0 ? Kind::kBF16
+                                                                              : Kind::kF32;
   const MatrixBatch grads(grad), outs(out);
   const double work =
       double(m) * double(n) * (double(has_left ? shape.p : 0) + double(has_right ? shape.q : 0));

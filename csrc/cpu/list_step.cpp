@@ -9,22 +9,21 @@ namespace spectral_kernels::cpu {
 namespace {
 
 template <class F>
-void with_count(const at::Tensor& t, int64_t index, const F& f) {
+void with_count(const Tensor& t, int64_t index, const F& f) {
   const int64_t at = t.numel() == 1 ? 0 : index;
-  const at::Tensor flat = t.view({-1});
+  const Tensor flat = t.view({-1});
   switch (t.scalar_type()) {
-    case at::kFloat:
+    case kFloat:
       f(flat.data_ptr<float>()[at]);
       break;
-    case at::kDouble:
+    case kDouble:
       f(flat.data_ptr<double>()[at]);
       break;
-    case at::kLong:
+    case kLong:
       f(flat.data_ptr<int64_t>()[at]);
       break;
     default:
-      TORCH_CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ",
-                       t.scalar_type());
+      CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ", t.scalar_type());
   }
 }
 
@@ -90,29 +89,28 @@ bool all_finite(std::initializer_list<Matrix> matrices, int threads) {
 }
 
 void raise_nonfinite(const std::vector<Item>& items,
-                     std::initializer_list<std::pair<const char*, at::TensorList>> lists) {
+                     std::initializer_list<std::pair<const char*, TensorList>> lists) {
   for (const auto& [name, list] : lists)
     for (const Item& item : items) {
       if (list[size_t(item.entry)].numel() == 0) continue;
-      TORCH_CHECK_VALUE(!std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index],
-                                            available_threads())),
-                        name, "[", item.entry, "] has a non-finite element (matrix ", item.index,
-                        ")");
+      CHECK_VALUE(!std::isnan(max_abs(MatrixBatch(list[size_t(item.entry)])[item.index],
+                                      available_threads())),
+                  name, "[", item.entry, "] has a non-finite element (matrix ", item.index, ")");
     }
 }
 
-double scalar(const at::Tensor& t) {
+double scalar(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat:
+    case kFloat:
       return double(*t.const_data_ptr<float>());
-    case at::kDouble:
+    case kDouble:
       return *t.const_data_ptr<double>();
     default:
-      TORCH_CHECK_TYPE(false, "lr must be float32 or float64, got ", t.scalar_type());
+      CHECK_TYPE(false, "lr must be float32 or float64, got ", t.scalar_type());
   }
 }
 
-Progress::Progress(at::TensorList step_counts, const at::Tensor& skipped)
+Progress::Progress(TensorList step_counts, const Tensor& skipped)
     : counts_(step_counts), skipped_(skipped), updated_(step_counts.size()) {}
 
 double Progress::step(const Item& item) const {
@@ -122,7 +120,7 @@ double Progress::step(const Item& item) const {
 }
 
 void Progress::updated(const Item& item) {
-  const at::Tensor& count = counts_[size_t(item.entry)];
+  const Tensor& count = counts_[size_t(item.entry)];
   updated_[size_t(item.entry)].store(true, std::memory_order_relaxed);
   if (count.numel() > 1) with_count(count, item.index, [](auto& value) { value += 1; });
 }

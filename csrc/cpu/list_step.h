@@ -2,8 +2,6 @@
 // policy for non-finite input, step counts and the counter of skipped matrices.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <atomic>
 #include <initializer_list>
 #include <string>
@@ -12,6 +10,7 @@
 
 #include "../check.h"
 #include "../check_lists.h"
+#include "../tensor.h"
 #include "views.h"
 
 namespace spectral_kernels::cpu {
@@ -21,7 +20,7 @@ struct Item {
   int64_t entry, index;
 };
 
-inline std::vector<Item> items_of(at::TensorList params) {
+inline std::vector<Item> items_of(TensorList params) {
   std::vector<Item> items;
   for (size_t e = 0; e < params.size(); e++) {
     if (params[e].numel() == 0) continue;
@@ -32,7 +31,7 @@ inline std::vector<Item> items_of(at::TensorList params) {
 }
 
 // A state tensor that may be absent (size 0).
-inline Matrix optional_matrix(const at::Tensor& t, int64_t index) {
+inline Matrix optional_matrix(const Tensor& t, int64_t index) {
   return t.numel() == 0 ? Matrix{} : MatrixBatch(t)[index];
 }
 
@@ -73,14 +72,14 @@ bool all_finite(std::initializer_list<Matrix> matrices, int threads);
 
 // nonfinite="raise": before anything is written.
 void raise_nonfinite(const std::vector<Item>& items,
-                     std::initializer_list<std::pair<const char*, at::TensorList>> lists);
+                     std::initializer_list<std::pair<const char*, TensorList>> lists);
 // The value of a scalar tensor on the CPU.
-double scalar(const at::Tensor& t);
+double scalar(const Tensor& t);
 
 // Steps and skips, gathered from many threads and written at the end.
 class Progress {
  public:
-  Progress(at::TensorList step_counts, const at::Tensor& skipped);
+  Progress(TensorList step_counts, const Tensor& skipped);
   // Steps that matrix i has taken so far.
   double step(const Item& item) const;
   void updated(const Item& item);
@@ -91,8 +90,8 @@ class Progress {
   Progress& operator=(const Progress&) = delete;
 
  private:
-  at::TensorList counts_;
-  at::Tensor skipped_;
+  TensorList counts_;
+  Tensor skipped_;
   std::vector<std::atomic<bool>> updated_;
   std::atomic<int64_t> skips_{0};
 };

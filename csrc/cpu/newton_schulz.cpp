@@ -6,7 +6,6 @@
 // norm and no division.
 #include "newton_schulz.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -27,8 +26,8 @@
 
 namespace spectral_kernels::cpu {
 
-NewtonSchulz::NewtonSchulz(at::ArrayRef<double> flat_rows, const std::string& method_,
-                           at::IntArrayRef restarts_, at::ScalarType compute_dtype_, double eps_,
+NewtonSchulz::NewtonSchulz(ArrayRef<double> flat_rows, const std::string& method_,
+                           IntArrayRef restarts_, ScalarType compute_dtype_, double eps_,
                            const std::string& norm, double norm_factor_)
     : method(method_),
       restarts(restarts_.begin(), restarts_.end()),
@@ -36,21 +35,21 @@ NewtonSchulz::NewtonSchulz(at::ArrayRef<double> flat_rows, const std::string& me
       eps(eps_),
       schatten8(norm == "schatten8"),
       norm_factor(norm_factor_) {
-  TORCH_CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
-                    "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
+  CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
+              "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
   for (size_t i = 0; i < flat_rows.size(); i += 3)
     rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});
   check_one_of(method, "method", {"auto", "standard", "gram"});
   check_one_of(norm, "norm", {"frobenius", "schatten8"});
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
-  TORCH_CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
-                    "norm_factor must be positive and finite, got ", norm_factor);
+  CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
+  CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
+              "norm_factor must be positive and finite, got ", norm_factor);
   dtype_of(compute_dtype);
 }
 
 Kind NewtonSchulz::kind() const {
-  if (compute_dtype == at::kDouble) return Kind::kF64;
-  if (compute_dtype == at::kBFloat16 && kernels().panel[int(Kind::kBF16)] != 0) return Kind::kBF16;
+  if (compute_dtype == kDouble) return Kind::kF64;
+  if (compute_dtype == kBFloat16 && kernels().panel[int(Kind::kBF16)] != 0) return Kind::kBF16;
   return Kind::kF32;
 }
 
@@ -97,7 +96,7 @@ bool NewtonSchulz::gram(int64_t s, int64_t l) const {
   if (method != "auto") return method == "gram";
   // In full precision the Gram form keeps the accuracy of the standard one only with restarts,
   // which are decided where the rows come from.
-  const bool full = compute_dtype == at::kFloat || compute_dtype == at::kDouble;
+  const bool full = compute_dtype == kFloat || compute_dtype == kDouble;
   if (full && restarts.empty()) return false;
   const Cost cost = cost_of(*this, s, l);
   return cost.gram < cost.standard;
@@ -359,14 +358,14 @@ void orthogonalize(const NewtonSchulz& ns, const Matrix& given, const Matrix& ou
   ns.iterate(input, pack.shift, last, workspace, threads);
 }
 
-at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::string_view method,
-                         at::IntArrayRef restarts, at::ScalarType compute_dtype, double eps,
-                         c10::string_view norm, double norm_factor) {
+Tensor newton_schulz(const Tensor& x, ArrayRef<double> rows, c10::string_view method,
+                     IntArrayRef restarts, ScalarType compute_dtype, double eps,
+                     c10::string_view norm, double norm_factor) {
   count_call("newton_schulz", "cpu");
   check_matrix(x, "x");
   const NewtonSchulz ns(rows, std::string(method), restarts, compute_dtype, eps, std::string(norm),
                         norm_factor);
-  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
   const double work = ns.work(std::min(xs.rows(), xs.cols()), std::max(xs.rows(), xs.cols()));
@@ -375,15 +374,15 @@ at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::st
   return out;
 }
 
-at::Tensor polar(const at::Tensor& x) {
+Tensor polar(const Tensor& x) {
   count_call("polar", "cpu");
   check_matrix(x, "x");
-  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
   const int64_t m = xs.rows(), n = xs.cols();
-  const double eps = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                    : double(std::numeric_limits<float>::epsilon());
+  const double eps = x.scalar_type() == kDouble ? std::numeric_limits<double>::epsilon()
+                                                : double(std::numeric_limits<float>::epsilon());
   const double threshold = double(std::max(m, n)) * eps;
   lapack_jobs("svd", xs.count(), [&](int64_t i) {
     const double largest = max_abs(xs[i], 1);
@@ -417,7 +416,7 @@ struct MuonStep : MuonOptions {
 size_t muon_bytes(const NewtonSchulz& ns, const MuonStep& step, const Matrix& momentum) {
   const int64_t m = momentum.rows, n = momentum.cols;
   const size_t iteration = Workspace::rounded(ns.workspace_bytes(std::min(m, n), std::max(m, n)));
-  return iteration + (step.by_rows() ? neuron_bytes(m, n, ns.compute_dtype == at::kDouble) : 0) +
+  return iteration + (step.by_rows() ? neuron_bytes(m, n, ns.compute_dtype == kDouble) : 0) +
          (momentum.dtype == DType::kBF16 ? wide_bytes(momentum) : 0);
 }
 
@@ -467,7 +466,7 @@ void muon_update(const NewtonSchulz& ns, const MuonStep& step, const Matrix& par
   if (step.hyperball) rows.rate = step.lr;  // the update's length is the parameter's
   rows.beta2 = step.beta2.value_or(0);
   rows.eps = step.neuron_eps;
-  const Matrix o = take_neurons(workspace, rows, ns.compute_dtype == at::kDouble);
+  const Matrix o = take_neurons(workspace, rows, ns.compute_dtype == kDouble);
   last.store = orient(o);
   ns.iterate(input, pack.shift, last, workspace, threads);
   run(rows, threads);
@@ -477,13 +476,13 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   count_call("muon_step_", "cpu");
   check_step(lists);
   check_moment(lists.momentum_buffers, "momentum_buffers", lists.params);
-  TORCH_CHECK_VALUE(!options.hyperball || options.weight_decay == 0,
-                    "a hyperball undoes weight decay: weight_decay must be 0, got ",
-                    options.weight_decay);
+  CHECK_VALUE(!options.hyperball || options.weight_decay == 0,
+              "a hyperball undoes weight decay: weight_decay must be 0, got ",
+              options.weight_decay);
   check_rows_state(lists.second_moments, "second_moments", lists.params, options.beta2.has_value());
   check_distinct({lists.params, lists.momentum_buffers, lists.second_moments}, lists.grads);
-  TORCH_CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ",
-                    options.scales.size(), " entries, params has ", lists.params.size());
+  CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ", options.scales.size(),
+              " entries, params has ", lists.params.size());
   const NonFinite policy = nonfinite_policy(options.nonfinite);
   const MuonStep step{options, scalar(lists.lr)};
   std::vector<Item> items = items_of(lists.params);
@@ -491,9 +490,9 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   std::vector<NewtonSchulz> iterations;  // one an entry
   for (size_t i = 0; i < lists.params.size(); i++) {
     // One rule for every dtype of parameter, fp64 excepted, which is always computed in itself.
-    const bool wide = lists.params[i].scalar_type() == at::kDouble;
+    const bool wide = lists.params[i].scalar_type() == kDouble;
     iterations.emplace_back(options.rows, options.method, options.restarts_of(i),
-                            wide ? at::kDouble : options.compute_dtype, options.eps, options.norm,
+                            wide ? kDouble : options.compute_dtype, options.eps, options.norm,
                             options.norm_factor);
   }
   const bool check = policy != NonFinite::kPropagate;

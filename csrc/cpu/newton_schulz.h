@@ -1,11 +1,10 @@
 // Newton–Schulz iterations on packed matrices, for the families that stand on them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <string>
 #include <vector>
 
+#include "../tensor.h"
 #include "product.h"
 #include "tiles.h"
 
@@ -19,14 +18,13 @@ struct NewtonSchulz {
   std::vector<Row> rows;
   std::string method;             // "standard", "gram" or "auto"
   std::vector<int64_t> restarts;  // of the Gram form: steps before which X is formed anew
-  at::ScalarType compute_dtype;
+  ScalarType compute_dtype;
   double eps = 0;
   bool schatten8 = false;
   double norm_factor = 1;
 
-  NewtonSchulz(at::ArrayRef<double> flat_rows, const std::string& method, at::IntArrayRef restarts,
-               at::ScalarType compute_dtype, double eps, const std::string& norm,
-               double norm_factor);
+  NewtonSchulz(ArrayRef<double> flat_rows, const std::string& method, IntArrayRef restarts,
+               ScalarType compute_dtype, double eps, const std::string& norm, double norm_factor);
 
   // What the iterate is multiplied in on this processor: 16-bit operands where it has instructions
   // for them, else fp32, which is at least as accurate.

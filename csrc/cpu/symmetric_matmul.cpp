@@ -41,12 +41,12 @@ void gram_of(const Matrix& x, const Matrix& out, int threads) {
     fill(out, std::numeric_limits<double>::quiet_NaN());
 }
 
-at::Tensor gram(const at::Tensor& x) {
+Tensor gram(const Tensor& x) {
   count_call("gram", "cpu");
   check_matrix(x, "x");
   auto sizes = x.sizes().vec();
   sizes.back() = x.size(-2);
-  at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty(sizes, x);
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
   const double work = double(x.size(-2)) * double(x.size(-2)) * double(x.size(-1));

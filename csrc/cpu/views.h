@@ -1,33 +1,31 @@
 // Tensors as strided matrices for the kernels.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
+#include "../tensor.h"
 #include "product.h"
 #include "tiles.h"
 
 namespace spectral_kernels::cpu {
 
-inline DType dtype_of(at::ScalarType type) {
+inline DType dtype_of(ScalarType type) {
   switch (type) {
-    case at::kFloat:
+    case kFloat:
       return DType::kF32;
-    case at::kDouble:
+    case kDouble:
       return DType::kF64;
-    case at::kBFloat16:
+    case kBFloat16:
       return DType::kBF16;
-    case at::kHalf:
+    case kHalf:
       return DType::kF16;
     default:
-      TORCH_CHECK_TYPE(false, "expected a floating-point tensor, got ", type);
+      CHECK_TYPE(false, "expected a floating-point tensor, got ", type);
   }
 }
 
 // The last two dimensions are a matrix, the leading ones a batch with any strides.
 class MatrixBatch {
  public:
-  explicit MatrixBatch(const at::Tensor& t) : tensor_(&t) {
+  explicit MatrixBatch(const Tensor& t) : tensor_(&t) {
     count_ = 1;
     for (int64_t d = 0; d + 2 < t.dim(); d++) count_ *= t.size(d);
   }
@@ -35,7 +33,7 @@ class MatrixBatch {
   int64_t rows() const { return tensor_->size(-2); }
   int64_t cols() const { return tensor_->size(-1); }
   Matrix operator[](int64_t i) const {
-    const at::Tensor& t = *tensor_;
+    const Tensor& t = *tensor_;
     int64_t offset = 0;
     for (int64_t d = t.dim() - 3; d >= 0; d--) {
       offset += i % t.size(d) * t.stride(d);
@@ -47,7 +45,7 @@ class MatrixBatch {
   }
 
  private:
-  const at::Tensor* tensor_;
+  const Tensor* tensor_;
   int64_t count_;
 };
 

@@ -2,7 +2,6 @@
 // reference/eigenbasis.py is the specification.
 #include "basis.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -352,25 +351,24 @@ double refresh_work(int64_t n) { return 5.0 * double(n) * double(n) * double(n);
 
 namespace {
 
-void put(const at::Tensor& values, int64_t matrix, const std::vector<double>& from,
+void put(const Tensor& values, int64_t matrix, const std::vector<double>& from,
          const std::vector<int64_t>& order) {
   const int64_t n = values.size(-1);
   for (int64_t k = 0; k < n; k++) {
     const double value = from[size_t(order.empty() ? k : order[size_t(k)])];
-    if (values.scalar_type() == at::kDouble)
+    if (values.scalar_type() == kDouble)
       values.data_ptr<double>()[matrix * n + k] = value;
     else
       values.data_ptr<float>()[matrix * n + k] = float(value);
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& a) {
+std::tuple<Tensor, Tensor> empty_results(const Tensor& a) {
   const auto sizes = a.sizes();
-  return {at::empty(sizes.slice(0, sizes.size() - 1), a.options()),
-          at::empty(sizes, a.options().memory_format(at::MemoryFormat::Contiguous))};
+  return {empty(sizes.slice(0, sizes.size() - 1), a), empty(sizes, a)};
 }
 
-std::tuple<at::Tensor, at::Tensor> eigenbasis_op(const at::Tensor& a) {
+std::tuple<Tensor, Tensor> eigenbasis_op(const Tensor& a) {
   count_call("eigenbasis", "cpu");
   check_full_precision(a, "a");
   check_square(a, "a");
@@ -389,15 +387,14 @@ std::tuple<at::Tensor, at::Tensor> eigenbasis_op(const at::Tensor& a) {
   return {values, vectors};
 }
 
-std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis_op(const at::Tensor& q, const at::Tensor& a,
-                                                         bool sort) {
+std::tuple<Tensor, Tensor> refresh_eigenbasis_op(const Tensor& q, const Tensor& a, bool sort) {
   count_call("refresh_eigenbasis", "cpu");
   check_full_precision(q, "q");
   check_full_precision(a, "a");
   check_square(a, "a");
   check_same_shape(q, "q", a, "a");
-  TORCH_CHECK_TYPE(q.scalar_type() == a.scalar_type(), "q is ", q.scalar_type(), " but a is ",
-                   a.scalar_type());
+  CHECK_TYPE(q.scalar_type() == a.scalar_type(), "q is ", q.scalar_type(), " but a is ",
+             a.scalar_type());
   auto [values, vectors] = empty_results(a);
   if (a.numel() == 0) return {values, vectors};
   const MatrixBatch qs(q), as(a), vs(vectors);

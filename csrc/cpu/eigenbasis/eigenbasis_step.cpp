@@ -262,8 +262,7 @@ Sides sides_of(const Item& item, const BasisLists& lists) {
           optional_matrix(lists.right_bases[e], item.index)};
 }
 
-void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists,
-                     at::TensorList squares) {
+void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists, TensorList squares) {
   raise_nonfinite(items, {{"grads", lists.grads},
                           {"exp_avgs", lists.exp_avgs},
                           {"exp_avg_sqs", squares},
@@ -280,7 +279,7 @@ std::vector<double> eigenbasis_work(const std::vector<Item>& items, const BasisL
     const size_t e = size_t(item.entry);
     const int64_t m = lists.params[e].size(-2), n = lists.params[e].size(-1);
     const double area = double(m) * double(n);
-    const auto of_side = [&](const at::Tensor& factor, int64_t size) {
+    const auto of_side = [&](const Tensor& factor, int64_t size) {
       if (factor.numel() == 0) return 0.0;
       const double product = area * double(size);
       return 2.5 * product + (lists.refresh[e] != 0 ? refresh_work(size) + 2 * product : 0);

@@ -1,11 +1,10 @@
 // One matrix of a step that works in the eigenbases of its Kronecker factors: SOAP's and DeVA's.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <memory>
 #include <vector>
 
+#include "../../tensor.h"
 #include "../kron_factor.h"
 #include "../list_step.h"
 #include "../product.h"
@@ -89,8 +88,7 @@ class EigenbasisStep {
 
 Sides sides_of(const Item& item, const BasisLists& lists);
 // nonfinite="raise", with exp_avg_sqs as matrices.
-void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists,
-                     at::TensorList squares);
+void raise_nonfinite(const std::vector<Item>& items, const BasisLists& lists, TensorList squares);
 // Multiply-adds of every matrix besides the Newton–Schulz steps, to schedule by.
 std::vector<double> eigenbasis_work(const std::vector<Item>& items, const BasisLists& lists);
 

@@ -2,7 +2,6 @@
 // eigendecomposition in fp64 as the fallback. reference/inverse_root.py is the specification.
 #include "root.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -525,11 +524,11 @@ class RootProblem {
 }  // namespace
 
 void check_root_options(const RootOptions& options) {
-  TORCH_CHECK_VALUE(options.p >= 1 && options.p <= 8, "p must be in 1..8, got ", options.p);
-  TORCH_CHECK_VALUE(options.ridge >= 0 && std::isfinite(options.ridge),
-                    "ridge must be at least 0, got ", options.ridge);
-  TORCH_CHECK_VALUE(options.relative_ridge >= 0 && std::isfinite(options.relative_ridge),
-                    "relative_ridge must be at least 0, got ", options.relative_ridge);
+  CHECK_VALUE(options.p >= 1 && options.p <= 8, "p must be in 1..8, got ", options.p);
+  CHECK_VALUE(options.ridge >= 0 && std::isfinite(options.ridge), "ridge must be at least 0, got ",
+              options.ridge);
+  CHECK_VALUE(options.relative_ridge >= 0 && std::isfinite(options.relative_ridge),
+              "relative_ridge must be at least 0, got ", options.relative_ridge);
   check_one_of(options.method, "method", {"auto", "iteration", "eigen"});
 }
 
@@ -553,7 +552,7 @@ double root_work(int64_t n, int p) {
 
 namespace {
 
-RootTuple inverse_root_op(const at::Tensor& a, int64_t p, double ridge, double relative_ridge,
+RootTuple inverse_root_op(const Tensor& a, int64_t p, double ridge, double relative_ridge,
                           c10::string_view method) {
   count_call("inverse_root", "cpu");
   check_full_precision(a, "a");
@@ -569,8 +568,8 @@ RootTuple inverse_root_op(const at::Tensor& a, int64_t p, double ridge, double r
                         results[size_t(i)] =
                             inverse_root(as[i], 1, options, {}, roots[i], true, threads);
                       });
-  const auto put = [](const at::Tensor& t, size_t i, double value) {
-    if (t.scalar_type() == at::kDouble)
+  const auto put = [](const Tensor& t, size_t i, double value) {
+    if (t.scalar_type() == kDouble)
       t.data_ptr<double>()[i] = value;
     else
       t.data_ptr<float>()[i] = float(value);

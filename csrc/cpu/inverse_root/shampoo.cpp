@@ -392,14 +392,14 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
     auto expected = lists.params[i].sizes().vec();
     expected.pop_back();
     expected.back() = 2;
-    TORCH_CHECK_TYPE(lists.root_failures[i].scalar_type() == at::kLong,
-                     "root_failures must be int64, got ", lists.root_failures[i].scalar_type());
-    TORCH_CHECK_VALUE(lists.root_failures[i].device() == lists.params[i].device(), "root_failures[",
-                      i, "] is on ", lists.root_failures[i].device(), ", the other tensors are on ",
-                      lists.params[i].device());
-    TORCH_CHECK_VALUE(
+    CHECK_TYPE(lists.root_failures[i].scalar_type() == kLong, "root_failures must be int64, got ",
+               lists.root_failures[i].scalar_type());
+    CHECK_VALUE(lists.root_failures[i].device() == lists.params[i].device(), "root_failures[", i,
+                "] is on ", lists.root_failures[i].device(), ", the other tensors are on ",
+                lists.params[i].device());
+    CHECK_VALUE(
         lists.root_failures[i].sizes() == expected && lists.root_failures[i].is_contiguous(),
-        "root_failures[", i, "] must be contiguous, of shape ", at::IntArrayRef(expected), ", got ",
+        "root_failures[", i, "] must be contiguous, of shape ", IntArrayRef(expected), ", got ",
         lists.root_failures[i].sizes());
   }
   check_distinct({lists.params, lists.momentum_buffers, lists.lefts, lists.rights, lists.left_roots,
@@ -407,11 +407,10 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
                  lists.grads);
   check_one_of(options.graft_eps_mode, "graft_eps_mode", {"relative", "absolute"});
   check_one_of(options.kl_order, "kl_order", {"sequential", "simultaneous"});
-  TORCH_CHECK_VALUE(!options.kl || options.root == 2,
-                    "kl weights its factors by inverse square roots: root must be 2, not ",
-                    options.root);
-  TORCH_CHECK_VALUE(options.refresh.size() == lists.params.size(), "refresh has ",
-                    options.refresh.size(), " entries, params has ", lists.params.size());
+  CHECK_VALUE(!options.kl || options.root == 2,
+              "kl weights its factors by inverse square roots: root must be 2, not ", options.root);
+  CHECK_VALUE(options.refresh.size() == lists.params.size(), "refresh has ", options.refresh.size(),
+              " entries, params has ", lists.params.size());
   const NonFinite policy = nonfinite_policy(options.nonfinite);
   const RootOptions roots{int(options.root), options.ridge, options.relative_ridge,
                           options.root_method};

@@ -1,8 +1,6 @@
 #include "tensors.h"
 
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 
@@ -10,7 +8,7 @@
 
 namespace spectral_kernels::cuda {
 
-void* stream_of(const at::Tensor& t) {
+void* stream_of(const Tensor& t) {
   const c10::Device device = t.device();
   if (device.is_cpu()) return nullptr;  // the emulation
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
@@ -20,27 +18,27 @@ void check_launch(int error, const char* op) {
   TORCH_CHECK(error == 0, op, ": a CUDA kernel could not be launched: ", error_text(error));
 }
 
-Type type_of(at::ScalarType type) {
+Type type_of(ScalarType type) {
   switch (type) {
-    case at::kBFloat16:
+    case kBFloat16:
       return Type::kBF16;
-    case at::kHalf:
+    case kHalf:
       return Type::kF16;
-    case at::kDouble:
+    case kDouble:
       return Type::kF64;
     default:
       return Type::kF32;
   }
 }
 
-int64_t leading(const at::Tensor& t) {
+int64_t leading(const Tensor& t) {
   int64_t count = 1;
   for (int64_t d = 0; d + 2 < t.dim(); d++) count *= t.size(d);
   return count;
 }
 
-at::Tensor matrix_of(const at::Tensor& t, int64_t index) {
-  at::Tensor matrix = t;
+Tensor matrix_of(const Tensor& t, int64_t index) {
+  Tensor matrix = t;
   while (matrix.dim() > 2) {
     int64_t each = 1;
     for (int64_t d = 1; d + 2 < matrix.dim(); d++) each *= matrix.size(d);
@@ -53,7 +51,7 @@ at::Tensor matrix_of(const at::Tensor& t, int64_t index) {
 namespace {
 
 // The one stride of all leading dimensions together; false if there is none.
-bool batch_stride(const at::Tensor& t, int64_t& stride) {
+bool batch_stride(const Tensor& t, int64_t& stride) {
   stride = 0;
   int64_t expected = -1;
   for (int64_t d = t.dim() - 3; d >= 0; d--) {
@@ -69,13 +67,13 @@ bool batch_stride(const at::Tensor& t, int64_t& stride) {
 
 }  // namespace
 
-bool common_strides(std::initializer_list<at::Tensor> tensors) {
+bool common_strides(std::initializer_list<Tensor> tensors) {
   int64_t stride;
   return std::all_of(tensors.begin(), tensors.end(),
-                     [&](const at::Tensor& t) { return !t.defined() || batch_stride(t, stride); });
+                     [&](const Tensor& t) { return !t.defined() || batch_stride(t, stride); });
 }
 
-Matrices matrices_from(const at::Tensor& t, int64_t index, bool wide) {
+Matrices matrices_from(const Tensor& t, int64_t index, bool wide) {
   if (!t.defined()) return {};
   Matrices m;
   if (!batch_stride(t, m.batch)) m.batch = 0;
@@ -91,8 +89,8 @@ Matrices matrices_from(const at::Tensor& t, int64_t index, bool wide) {
   return m;
 }
 
-void append(std::vector<Entry>& entries, const at::Tensor& source, const at::Tensor& momentum,
-            const at::Tensor& target, float scale, bool oriented) {
+void append(std::vector<Entry>& entries, const Tensor& source, const Tensor& momentum,
+            const Tensor& target, float scale, bool oriented) {
   if (source.numel() == 0) return;
   const bool wide = !oriented || source.size(-2) <= source.size(-1);
   const bool common = common_strides({source, momentum, target});
@@ -115,57 +113,56 @@ void number(std::vector<Entry>& entries) {
     entries[i].first = entries[i - 1].first + entries[i - 1].count;
 }
 
-int device_number(const at::Tensor& t) { return std::max(0, int(t.device().index())); }
+int device_number(const Tensor& t) { return std::max(0, int(t.device().index())); }
 
-int64_t shared_memory_of(const at::Tensor& t) { return shared_memory_limit(device_number(t)); }
+int64_t shared_memory_of(const Tensor& t) { return shared_memory_limit(device_number(t)); }
 
-void check_not_double(const at::Tensor& t, const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(t.scalar_type() != at::kDouble, op,
-                              ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+void check_not_double(const Tensor& t, const char* op) {
+  CHECK_IMPLEMENTED(t.scalar_type() != kDouble, op,
+                    ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
 }
 
-Counter counter_of(const at::Tensor& steps, int64_t first, int64_t count) {
+Counter counter_of(const Tensor& steps, int64_t first, int64_t count) {
   Counter c;
   c.first = first;
   c.count = count;
   c.steps = steps.data_ptr();
   c.type = type_of(steps.scalar_type());
-  c.integer = steps.scalar_type() == at::kLong;
+  c.integer = steps.scalar_type() == kLong;
   c.each = steps.numel() > 1;
   return c;
 }
 
-void raise_nonfinite(const std::vector<Entry>& entries, at::TensorList params,
-                     const char* momentum_name, const at::Tensor& largest, const char* op) {
+void raise_nonfinite(const std::vector<Entry>& entries, TensorList params,
+                     const char* momentum_name, const Tensor& largest, const char* op) {
   for (const Of of : {Of::kSource, Of::kMomentum}) {
     check_launch(launch_largest(entries, of, reinterpret_cast<uint32_t*>(largest.data_ptr()),
                                 stream_of(largest)),
                  op);
-    const at::Tensor found = largest.cpu();
+    const Tensor found = largest.cpu();
     const int32_t* bits = found.const_data_ptr<int32_t>();
     for (size_t i = 0; i < params.size(); i++)
       for (int64_t j = 0; params[i].numel() > 0 && j < leading(params[i]); j++)
-        TORCH_CHECK_VALUE(uint32_t(*bits++) < kInfinityBits,
-                          of == Of::kSource ? "grads" : momentum_name, "[", i,
-                          "] has a non-finite element (matrix ", j, ")");
+        CHECK_VALUE(uint32_t(*bits++) < kInfinityBits, of == Of::kSource ? "grads" : momentum_name,
+                    "[", i, "] has a non-finite element (matrix ", j, ")");
   }
 }
 
-void raise_nonfinite(at::TensorList list, const char* name, const char* op) {
+void raise_nonfinite(TensorList list, const char* name, const char* op) {
   for (size_t i = 0; i < list.size(); i++) {
     if (list[i].numel() == 0) continue;
     std::vector<Entry> entries;
     append(entries, list[i], {}, list[i], 1, false);
     number(entries);
-    const at::Tensor largest = at::zeros({leading(list[i])}, list[i].options().dtype(at::kInt));
+    const Tensor largest = zeros({leading(list[i])}, list[i], kInt);
     check_launch(
         launch_largest(entries, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()),
                        stream_of(largest)),
         op);
-    const at::Tensor found = largest.cpu();
+    const Tensor found = largest.cpu();
     for (int64_t j = 0; j < leading(list[i]); j++)
-      TORCH_CHECK_VALUE(uint32_t(found.const_data_ptr<int32_t>()[j]) < kInfinityBits, name, "[", i,
-                        "] has a non-finite element (matrix ", j, ")");
+      CHECK_VALUE(uint32_t(found.const_data_ptr<int32_t>()[j]) < kInfinityBits, name, "[", i,
+                  "] has a non-finite element (matrix ", j, ")");
   }
 }
 

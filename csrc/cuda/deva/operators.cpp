@@ -1,6 +1,4 @@
 // deva_step_ on CUDA tensors.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <string>
 #include <vector>
@@ -23,10 +21,9 @@ class Directions {
   Directions(const EigenbasisStep& step, const char* op) : step_(step), op_(op) {
     for (const MomentEntry& a : step.moment_entries()) entries_.push_back({a});
     const DevaSizes sizes = place_varied(entries_);
-    const auto options = step.options();
-    tiles_ = at::empty({sizes.tiles + sizes.shares}, options.dtype(at::kDouble));
-    floats_ = at::empty({2 * sizes.lines + 2 * step.matrices()}, options.dtype(at::kFloat));
-    arrived_ = at::zeros({step.matrices()}, options.dtype(at::kInt));
+    tiles_ = empty({sizes.tiles + sizes.shares}, step.like(), kDouble);
+    floats_ = empty({2 * sizes.lines + 2 * step.matrices()}, step.like(), kFloat);
+    arrived_ = zeros({step.matrices()}, step.like(), kInt);
     buffers_.tiles = tiles_.data_ptr<double>();
     buffers_.shares = buffers_.tiles + sizes.tiles;
     buffers_.lines = reinterpret_cast<Line*>(floats_.data_ptr<float>());
@@ -36,7 +33,7 @@ class Directions {
     buffers_.largest = step.largest();
   }
 
-  void schatten(const Deva& deva, at::ArrayRef<double> rows, at::ScalarType compute_dtype) {
+  void schatten(const Deva& deva, ArrayRef<double> rows, ScalarType compute_dtype) {
     void* stream = step_.stream();
     check_launch(launch_moments(entries_, deva, buffers_, stream), op_);
     if (deva.has_energies()) check_launch(launch_energies(entries_, deva, buffers_, stream), op_);
@@ -54,7 +51,7 @@ class Directions {
   const EigenbasisStep& step_;
   const char* op_;
   std::vector<Varied> entries_;
-  at::Tensor tiles_, floats_, arrived_;
+  Tensor tiles_, floats_, arrived_;
   DevaBuffers buffers_;
 };
 

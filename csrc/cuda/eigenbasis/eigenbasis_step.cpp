@@ -1,10 +1,7 @@
 #include "eigenbasis_step.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <utility>
 
@@ -18,9 +15,9 @@ namespace spectral_kernels::cuda {
 
 namespace {
 
-at::Tensor present(const at::Tensor& t) { return t.numel() == 0 ? at::Tensor() : t; }
+Tensor present(const Tensor& t) { return t.numel() == 0 ? Tensor() : t; }
 
-at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.mT() : t; }
+Tensor transposed(const Tensor& t) { return t.defined() ? t.mT() : t; }
 
 int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
 
@@ -29,13 +26,13 @@ int64_t elements_of(const EigenbasisItem& item, bool new_squares) {
   each *= 1 + 2 * item.has_sides() + item.refresh;
   if (item.squares.defined() && (item.refresh || new_squares))
     each += item.squares.size(-2) * item.squares.size(-1);
-  for (const at::Tensor& factor : {item.left, item.right})
+  for (const Tensor& factor : {item.left, item.right})
     if (factor.defined()) each += factor.size(-1) * factor.size(-1);
   return item.count * each + 7 * padded(1);
 }
 
 // A workspace of t's shape whose rows, or columns, are contiguous as t's are.
-at::Tensor take(const at::Tensor& slab, int64_t& offset, const at::Tensor& t) {
+Tensor take(const Tensor& slab, int64_t& offset, const Tensor& t) {
   std::vector<int64_t> strides(size_t(t.dim()));
   const bool by_columns = t.stride(-2) < t.stride(-1);
   int64_t next = t.size(-2) * t.size(-1);
@@ -45,7 +42,7 @@ at::Tensor take(const at::Tensor& slab, int64_t& offset, const at::Tensor& t) {
   }
   strides[strides.size() - 2] = by_columns ? 1 : t.size(-1);
   strides[strides.size() - 1] = by_columns ? t.size(-2) : 1;
-  const at::Tensor taken = slab.as_strided(t.sizes(), strides, offset);
+  const Tensor taken = slab.as_strided(t.sizes(), strides, offset);
   offset += padded(next);
   return taken;
 }
@@ -56,8 +53,8 @@ std::vector<EigenbasisItem> single_matrices(const EigenbasisItem& item) {
     EigenbasisItem one = item;
     one.index = i;
     one.count = 1;
-    for (at::Tensor* t : {&one.param, &one.grad, &one.moment, &one.squares, &one.left, &one.right,
-                          &one.left_basis, &one.right_basis})
+    for (Tensor* t : {&one.param, &one.grad, &one.moment, &one.squares, &one.left, &one.right,
+                      &one.left_basis, &one.right_basis})
       if (t->defined()) *t = matrix_of(*t, i);
     singles.push_back(std::move(one));
   }
@@ -71,12 +68,11 @@ void check_lists(const BasisLists& lists, const char* op) {
   check_state(lists.exp_avgs, "exp_avgs", lists.params, false);
   check_eigenbasis_lists(lists);
   if (lists.params.empty()) return;
-  for (const at::TensorList list :
-       {at::TensorList(lists.params), at::TensorList(lists.grads), at::TensorList(lists.exp_avgs),
-        at::TensorList(lists.exp_avg_sqs), at::TensorList(lists.lefts),
-        at::TensorList(lists.rights), at::TensorList(lists.left_bases),
-        at::TensorList(lists.right_bases)})
-    for (const at::Tensor& t : list)
+  for (const TensorList list :
+       {TensorList(lists.params), TensorList(lists.grads), TensorList(lists.exp_avgs),
+        TensorList(lists.exp_avg_sqs), TensorList(lists.lefts), TensorList(lists.rights),
+        TensorList(lists.left_bases), TensorList(lists.right_bases)})
+    for (const Tensor& t : list)
       if (t.numel() > 0) check_not_double(t, op);
 }
 
@@ -112,7 +108,7 @@ EigenbasisStep::EigenbasisStep(const BasisLists& lists, const EigenbasisOptions&
 
 // Bases of zeros, which no basis is, mark a matrix that has not been seen yet.
 void EigenbasisStep::find_first() {
-  const auto known = [](const at::Tensor& t) { return t.numel() == 0 || seen_nonzero(t); };
+  const auto known = [](const Tensor& t) { return t.numel() == 0 || seen_nonzero(t); };
   std::vector<size_t> unknown, entries;
   std::vector<Entry> bases;
   int64_t matrices = 0;
@@ -121,7 +117,7 @@ void EigenbasisStep::find_first() {
     if (known(lists_.left_bases[item.entry]) && known(lists_.right_bases[item.entry])) continue;
     unknown.push_back(i);
     entries.push_back(item.entry);
-    for (const at::Tensor& basis : {item.left_basis, item.right_basis})
+    for (const Tensor& basis : {item.left_basis, item.right_basis})
       if (basis.defined()) {
         append(bases, basis, {}, basis, 1, false);
         bases.back().first = matrices;
@@ -129,11 +125,11 @@ void EigenbasisStep::find_first() {
     matrices += item.count;
   }
   if (unknown.empty()) return;
-  const at::Tensor largest = at::zeros({matrices}, items_[0].param.options().dtype(at::kInt));
+  const Tensor largest = zeros({matrices}, items_[0].param, kInt);
   check_launch(
       launch_largest(bases, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()), stream_),
       op_);
-  const at::Tensor found = largest.cpu();
+  const Tensor found = largest.cpu();
   const int32_t* bits = found.const_data_ptr<int32_t>();
   std::vector<EigenbasisItem> all;
   std::vector<bool> waiting(lists_.params.size());
@@ -166,7 +162,7 @@ void EigenbasisStep::find_first() {
   }
   items_ = std::move(all);
   for (const size_t e : entries)
-    for (const at::Tensor& basis : {lists_.left_bases[e], lists_.right_bases[e]})
+    for (const Tensor& basis : {lists_.left_bases[e], lists_.right_bases[e]})
       if (!waiting[e] && basis.numel() > 0) remember_nonzero(basis);
 }
 
@@ -178,9 +174,9 @@ void EigenbasisStep::number() {
     const size_t entry = items_[i].entry;
     size_t end = i;
     while (end < items_.size() && items_[end].entry == entry) end++;
-    const at::Tensor& steps = lists_.step_counts[entry];
+    const Tensor& steps = lists_.step_counts[entry];
     for (const bool idle : {false, true}) {
-      const auto add = [&](const at::Tensor& own, int64_t first, int64_t count) {
+      const auto add = [&](const Tensor& own, int64_t first, int64_t count) {
         if (count == 0) return;
         Counter c = counter_of(own, first, count);
         if (idle) c.steps = nullptr;
@@ -202,9 +198,9 @@ void EigenbasisStep::number() {
     }
     i = end;
   }
-  const auto options = items_[0].param.options();
-  largest_ = at::zeros({matrices}, options.dtype(at::kInt));
-  numbers_ = at::empty({matrices * int64_t(sizeof(Numbers))}, options.dtype(at::kByte));
+  const Tensor& like = items_[0].param;
+  largest_ = zeros({matrices}, like, kInt);
+  numbers_ = empty({matrices * int64_t(sizeof(Numbers))}, like, kByte);
 }
 
 void EigenbasisStep::begin() {
@@ -215,10 +211,9 @@ void EigenbasisStep::begin() {
     cuda::number(entries);
     const Entry& last = entries.back();
     raise_nonfinite(entries, lists_.params, "exp_avgs",
-                    at::zeros({last.first + last.count}, items_[0].param.options().dtype(at::kInt)),
-                    op_);
-    std::vector<at::Tensor> squares = lists_.exp_avg_sqs;
-    for (at::Tensor& t : squares)
+                    zeros({last.first + last.count}, items_[0].param, kInt), op_);
+    std::vector<Tensor> squares = lists_.exp_avg_sqs;
+    for (Tensor& t : squares)
       if (options_.squares == Squares::kLine) t = t.unsqueeze(-2);
     if (options_.squares == Squares::kNone) squares.clear();
     raise_nonfinite(squares, "exp_avg_sqs", op_);
@@ -271,12 +266,11 @@ void EigenbasisStep::initialise() {
       firsts.push_back(&item);
     }
   if (firsts.empty()) return;
-  const at::Tensor largest =
-      at::zeros({int64_t(firsts.size())}, firsts[0]->param.options().dtype(at::kInt));
+  const Tensor largest = zeros({int64_t(firsts.size())}, firsts[0]->param, kInt);
   check_launch(
       launch_largest(grads, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()), stream_),
       op_);
-  const at::Tensor found = largest.cpu();
+  const Tensor found = largest.cpu();
   std::vector<Accumulate> factors;
   const double beta = options_.shampoo_beta;
   for (size_t i = 0; i < firsts.size(); i++) {
@@ -284,17 +278,17 @@ void EigenbasisStep::initialise() {
     if (bits == 0 || (bits >= kInfinityBits && nonfinite_ == NonFinite::kSkip)) continue;
     EigenbasisItem& item = *firsts[i];
     for (const bool rows : {true, false}) {
-      const at::Tensor& old = rows ? item.left : item.right;
+      const Tensor& old = rows ? item.left : item.right;
       if (!old.defined()) continue;
-      at::Tensor& now = rows ? item.new_left : item.new_right;
-      now = at::empty_like(old, at::MemoryFormat::Contiguous);
+      Tensor& now = rows ? item.new_left : item.new_right;
+      now = empty_as(old);
       factors.push_back({item.grad, rows, old, now, beta, 1 - beta});
     }
   }
   accumulate(factors, op_);
-  const auto basis_of = [&](const at::Tensor& factor) {
-    return factor.defined() ? eigen_of(factor, op_).vectors.to(at::kFloat).view(factor.sizes())
-                            : at::Tensor();
+  const auto basis_of = [&](const Tensor& factor) {
+    return factor.defined() ? eigen_of(factor, op_).vectors.to(kFloat).view(factor.sizes())
+                            : Tensor();
   };
   for (EigenbasisItem* item : firsts) {
     item->new_left_basis = basis_of(item->new_left);
@@ -302,7 +296,7 @@ void EigenbasisStep::initialise() {
   }
 }
 
-void EigenbasisStep::place(EigenbasisItem& item, const at::Tensor& slab, int64_t& offset) {
+void EigenbasisStep::place(EigenbasisItem& item, const Tensor& slab, int64_t& offset) {
   item.direction = take(slab, offset, item.param);
   item.rotated = item.has_sides() ? take(slab, offset, item.param) : item.grad;
   item.update = item.has_sides() ? take(slab, offset, item.param) : item.direction;
@@ -326,7 +320,7 @@ bool EigenbasisStep::next_slice() {
     size += item.param.numel();
     elements += elements_of(item, options_.new_squares);
   }
-  slab_ = at::empty({elements}, items_[begin_].param.options().dtype(at::kFloat));
+  slab_ = empty({elements}, items_[begin_].param, kFloat);
   moment_entries_.clear();
   copies_.clear();
   int64_t offset = 0;
@@ -353,8 +347,8 @@ bool EigenbasisStep::next_slice() {
   return true;
 }
 
-std::vector<at::Tensor> EigenbasisStep::directions() const {
-  std::vector<at::Tensor> list;
+std::vector<Tensor> EigenbasisStep::directions() const {
+  std::vector<Tensor> list;
   for (size_t i = begin_; i < end_; i++)
     if (!items_[i].idle) list.push_back(items_[i].direction);
   return list;
@@ -371,8 +365,7 @@ void EigenbasisStep::rotate() {
   two_sided(list, op_);
 }
 
-void EigenbasisStep::keep(const at::Tensor& now, const at::Tensor& old,
-                          const EigenbasisItem& item) {
+void EigenbasisStep::keep(const Tensor& now, const Tensor& old, const EigenbasisItem& item) {
   if (!now.defined()) return;
   append(copies_, now, {}, old, 1, false);
   copies_.back().first = item.number;
@@ -413,13 +406,12 @@ void EigenbasisStep::finish() {
     for (MomentEntry& a : moment_entries_) a.squares = {};
 
   if (!moment_entries_.empty()) {
-    const auto options = slab_.options();
-    at::Tensor sums, arrived, inverse;
+    Tensor sums, arrived, inverse;
     float* normalized = nullptr;
     if (options_.normalize) {
-      sums = at::empty({place_sums(moment_entries_)}, options.dtype(at::kDouble));
-      arrived = at::zeros_like(largest_);
-      inverse = at::empty({largest_.numel()}, options);
+      sums = empty({place_sums(moment_entries_)}, slab_, kDouble);
+      arrived = zeros(largest_.sizes(), largest_, kInt);
+      inverse = empty({largest_.numel()}, slab_);
       normalized = inverse.data_ptr<float>();
       check_launch(
           launch_inverse_rms(moment_entries_, sums.data_ptr<double>(),
@@ -441,7 +433,7 @@ void EigenbasisStep::refresh() {
   for (size_t i = begin_; i < end_; i++)
     if (items_[i].refresh) chosen.push_back(&items_[i]);
   if (chosen.empty()) return;
-  const at::Tensor found = largest_.cpu();
+  const Tensor found = largest_.cpu();
   const uint32_t* bits = reinterpret_cast<const uint32_t*>(found.const_data_ptr<int32_t>());
   const auto is_kept = [&](int64_t i) {
     return nonfinite_ == NonFinite::kSkip ? bits[i] >= kInfinityBits : bits[i] == kRefused;
@@ -449,12 +441,12 @@ void EigenbasisStep::refresh() {
   const size_t from = copies_.size();
   std::vector<TwoSided> back, forth;
   for (EigenbasisItem* item : chosen) {
-    const at::Tensor plain = at::empty_like(item->new_moment);
+    const Tensor plain = at::empty_like(item->new_moment);
     back.push_back({item->new_moment, item->left_basis, transposed(item->right_basis), plain});
     for (const bool rows : {true, false}) {
-      const at::Tensor& old = rows ? item->left_basis : item->right_basis;
-      const at::Tensor& factor = rows ? item->new_left : item->new_right;
-      at::Tensor& now = rows ? item->new_left_basis : item->new_right_basis;
+      const Tensor& old = rows ? item->left_basis : item->right_basis;
+      const Tensor& factor = rows ? item->new_left : item->new_right;
+      Tensor& now = rows ? item->new_left_basis : item->new_right_basis;
       if (!old.defined()) continue;
       now = old.clone();
       for (int64_t i = 0; i < item->count; i++) {
@@ -463,7 +455,7 @@ void EigenbasisStep::refresh() {
             refreshed_basis(matrix_of(old, i), matrix_of(factor, i), options_.permute_squares, op_);
         matrix_of(now, i).copy_(refreshed.basis);
         if (!options_.permute_squares) continue;
-        const at::Tensor squares = matrix_of(item->new_squares, i);
+        const Tensor squares = matrix_of(item->new_squares, i);
         squares.copy_(squares.index_select(rows ? 0 : 1, refreshed.order));
       }
     }

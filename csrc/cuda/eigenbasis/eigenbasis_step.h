@@ -2,13 +2,13 @@
 // in slices, so that workspaces stay small; no bit depends on where a list is cut.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <string>
 #include <vector>
 
 #include "../../step_calls.h"
+#include "../../tensor.h"
 #include "../kron_factor/products.h"
 #include "moments.h"
 
@@ -42,7 +42,7 @@ struct EigenbasisOptions {
   // A matrix with factors or second moments is skipped if its largest gradient is outside 2^±50:
   // sums of squares would come near to the limits of fp32.
   bool bounded = false;
-  at::ArrayRef<double> scales;  // of the direction, one an entry; none: 1
+  ArrayRef<double> scales;  // of the direction, one an entry; none: 1
   double shampoo_beta = 0;
   bool idle_first = false;       // a first call only sets factors and bases
   bool permute_squares = false;  // a refresh sorts columns, and the squares with them
@@ -59,15 +59,15 @@ struct EigenbasisItem {
   int64_t index = 0;  // of the matrix, if it is one of several
   int64_t number = 0, count = 0;
   bool first = false, idle = false, refresh = false;
-  at::Tensor param, grad, moment, squares, left, right, left_basis, right_basis;
-  at::Tensor new_left, new_right, new_left_basis, new_right_basis;
-  at::Tensor rotated, direction, update, new_moment, new_squares;
+  Tensor param, grad, moment, squares, left, right, left_basis, right_basis;
+  Tensor new_left, new_right, new_left_basis, new_right_basis;
+  Tensor rotated, direction, update, new_moment, new_squares;
 
   bool has_sides() const { return left.defined() || right.defined(); }
   // Those of this step: a first call's are new.
   bool started() const { return new_left_basis.defined() || new_right_basis.defined(); }
-  const at::Tensor& left_rotation() const { return started() ? new_left_basis : left_basis; }
-  const at::Tensor& right_rotation() const { return started() ? new_right_basis : right_basis; }
+  const Tensor& left_rotation() const { return started() ? new_left_basis : left_basis; }
+  const Tensor& right_rotation() const { return started() ? new_right_basis : right_basis; }
 };
 
 class EigenbasisStep {
@@ -90,9 +90,9 @@ class EigenbasisStep {
 
   // The matrices of the slice that are updated, for the step's own passes from G' to the direction.
   const std::vector<MomentEntry>& moment_entries() const { return moment_entries_; }
-  std::vector<at::Tensor> directions() const;
+  std::vector<Tensor> directions() const;
   int64_t matrices() const { return largest_.numel(); }
-  at::TensorOptions options() const { return items_[begin_].param.options(); }
+  const Tensor& like() const { return items_[begin_].param; }
 
   Numbers* numbers() const { return static_cast<Numbers*>(numbers_.data_ptr()); }
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
@@ -111,9 +111,9 @@ class EigenbasisStep {
   void number();
   void look_at_idle_squares();
   void initialise();
-  void place(EigenbasisItem& item, const at::Tensor& slab, int64_t& offset);
+  void place(EigenbasisItem& item, const Tensor& slab, int64_t& offset);
   void refresh();
-  void keep(const at::Tensor& now, const at::Tensor& old, const EigenbasisItem& item);
+  void keep(const Tensor& now, const Tensor& old, const EigenbasisItem& item);
   void check_kept(size_t from);
 
   const BasisLists& lists_;
@@ -121,11 +121,11 @@ class EigenbasisStep {
   const char* op_;
   void* stream_ = nullptr;
   NonFinite nonfinite_;
-  at::Tensor largest_, numbers_;
+  Tensor largest_, numbers_;
   std::vector<Counter> counters_;
   std::vector<EigenbasisItem> items_;
   size_t begin_ = 0, end_ = 0;  // the slice
-  at::Tensor slab_;
+  Tensor slab_;
   std::vector<MomentEntry> moment_entries_;
   std::vector<Entry> copies_;  // new state to old
 };

@@ -1,6 +1,4 @@
 // eigenbasis, refresh_eigenbasis and soap_step_ on CUDA tensors.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <string>
@@ -17,39 +15,33 @@
 namespace spectral_kernels::cuda {
 namespace {
 
-at::IntArrayRef values_shape(const at::Tensor& a) {
-  return a.sizes().slice(0, size_t(a.dim() - 1));
-}
+IntArrayRef values_shape(const Tensor& a) { return a.sizes().slice(0, size_t(a.dim() - 1)); }
 
-void check_served(const at::Tensor& a, const char* name, const char* op) {
+void check_served(const Tensor& a, const char* name, const char* op) {
   check_full_precision(a, name);
   check_square(a, name);
   check_not_double(a, op);
 }
 
-std::tuple<at::Tensor, at::Tensor> eigenbasis(const at::Tensor& a) {
+std::tuple<Tensor, Tensor> eigenbasis(const Tensor& a) {
   constexpr const char* kOp = "eigenbasis";
   count_call(kOp, "cuda");
   check_served(a, "a", kOp);
   const c10::DeviceGuard guard(a.device());
-  if (a.numel() == 0)
-    return {at::empty(values_shape(a), a.options()),
-            at::empty_like(a, at::MemoryFormat::Contiguous)};
+  if (a.numel() == 0) return {empty(values_shape(a), a), empty_as(a)};
   const Eigen found = eigen_of(a, kOp);
-  return {found.values.to(at::kFloat).view(values_shape(a)),
-          found.vectors.to(at::kFloat).view(a.sizes())};
+  return {found.values.to(kFloat).view(values_shape(a)), found.vectors.to(kFloat).view(a.sizes())};
 }
 
-std::tuple<at::Tensor, at::Tensor> refresh_eigenbasis(const at::Tensor& q, const at::Tensor& a,
-                                                      bool sort) {
+std::tuple<Tensor, Tensor> refresh_eigenbasis(const Tensor& q, const Tensor& a, bool sort) {
   constexpr const char* kOp = "refresh_eigenbasis";
   count_call(kOp, "cuda");
   check_served(q, "q", kOp);
   check_served(a, "a", kOp);
   check_same_shape(q, "q", a, "a");
   const c10::DeviceGuard guard(a.device());
-  const at::Tensor values = at::empty(values_shape(a), a.options());
-  const at::Tensor basis = at::empty_like(q, at::MemoryFormat::Contiguous);
+  const Tensor values = empty(values_shape(a), a);
+  const Tensor basis = empty_as(q);
   for (int64_t i = 0; a.numel() > 0 && i < leading(a); i++) {
     const Refreshed found = refreshed_basis(matrix_of(q, i), matrix_of(a, i), sort, kOp);
     values.view({-1, a.size(-1)})[i].copy_(found.values);

@@ -2,8 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
@@ -11,9 +9,7 @@
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/util/Exception.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <cmath>
@@ -32,12 +28,11 @@ namespace {
 constexpr double kUnitRoundoff = 0x1p-24;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-Eigen jacobi(const at::Tensor& a, const char* op) {
+Eigen jacobi(const Tensor& a, const char* op) {
   const int64_t n = a.size(-1), count = leading(a);
-  const auto options = a.options().dtype(at::kDouble);
-  const Eigen found{at::empty({count, n}, options), at::empty({count, n, n}, options)};
-  const at::Tensor sweeps = at::empty({count}, a.options().dtype(at::kLong));
-  const at::Tensor largest = at::zeros({count}, a.options().dtype(at::kInt));
+  const Eigen found{empty({count, n}, a, kDouble), empty({count, n, n}, a, kDouble)};
+  const Tensor sweeps = empty({count}, a, kLong);
+  const Tensor largest = zeros({count}, a, kInt);
   std::vector<Entry> entries;
   append(entries, a, {}, a, 1);
   number(entries);
@@ -50,18 +45,18 @@ Eigen jacobi(const at::Tensor& a, const char* op) {
   return found;
 }
 
-Eigen dense(const at::Tensor& a) {
+Eigen dense(const Tensor& a) {
   const int64_t n = a.size(-1), count = leading(a);
-  const at::Tensor wide = a.reshape({count, n, n}).to(at::kDouble);
+  const Tensor wide = a.reshape({count, n, n}).to(kDouble);
   const Eigen found{at::full_like(wide.select(-1, 0), kNaN), at::full_like(wide, kNaN)};
   for (int64_t i = 0; i < count; i++) {
-    const at::Tensor one = wide[i];
+    const Tensor one = wide[i];
     if (!one.isfinite().all().item<bool>()) continue;
     try {
       const auto [values, vectors] = at::linalg_eigh(one * 0.5 + one.mT() * 0.5);
       const auto [sorted, order] = values.sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-      const at::Tensor columns = vectors.index_select(1, order);
-      const at::Tensor largest = columns.gather(0, columns.abs().argmax(0, /*keepdim=*/true));
+      const Tensor columns = vectors.index_select(1, order);
+      const Tensor largest = columns.gather(0, columns.abs().argmax(0, /*keepdim=*/true));
       found.values[i].copy_(sorted);
       found.vectors[i].copy_(columns * largest.sign());
     } catch (const c10::LinAlgError&) {  // has not converged
@@ -70,39 +65,39 @@ Eigen dense(const at::Tensor& a) {
   return found;
 }
 
-at::Tensor times(const at::Tensor& a, const at::Tensor& b, const char* op) {
-  const at::Tensor out = at::empty_like(b, at::MemoryFormat::Contiguous);
+Tensor times(const Tensor& a, const Tensor& b, const char* op) {
+  const Tensor out = empty_as(b);
   two_sided({{b, a, {}, out}}, op);
   return out;
 }
 
-at::Tensor gram_of_columns(const at::Tensor& p, const char* op) {
-  const at::Tensor none = at::zeros_like(p), out = at::empty_like(p, at::MemoryFormat::Contiguous);
+Tensor gram_of_columns(const Tensor& p, const char* op) {
+  const Tensor none = zeros(p.sizes(), p, p.scalar_type()), out = empty_as(p);
   accumulate({{p, false, none, out, 0, 1}}, op);
   return out;
 }
 
-at::Tensor lengths_of(const at::Tensor& columns) {
-  return columns.to(at::kDouble).square().sum(at::IntArrayRef{0}).sqrt();
+Tensor lengths_of(const Tensor& columns) {
+  return columns.to(kDouble).square().sum(IntArrayRef{0}).sqrt();
 }
 
-bool is_orthonormal(const at::Tensor& p, const char* op) {
+bool is_orthonormal(const Tensor& p, const char* op) {
   constexpr double kLimit = 5e-6;
-  const at::Tensor off = gram_of_columns(p, op) - at::eye(p.size(0), p.options());
+  const Tensor off = gram_of_columns(p, op) - at::eye(p.size(0), p.options());
   return (off.abs().max() <= kLimit).item<bool>();
 }
 
 // P's orthonormal factor by adaptive CholeskyQR; q is kept if nothing works.
-at::Tensor orthonormal(const at::Tensor& start, const at::Tensor& q, const char* op) {
+Tensor orthonormal(const Tensor& start, const Tensor& q, const char* op) {
   constexpr double kFirstOrder = 0.03, kLast = 2e-3;
   constexpr int kPasses = 6;
-  const at::Tensor eye = at::eye(q.size(0), q.options());
+  const Tensor eye = at::eye(q.size(0), q.options());
   const double shift = 8 * kUnitRoundoff * std::sqrt(double(q.size(0)));
-  at::Tensor p = start;
+  Tensor p = start;
   for (int pass = 0; pass < kPasses; pass++) {
-    p = p / lengths_of(p).to(at::kFloat);
-    const at::Tensor c = gram_of_columns(p, op);
-    const double error = std::sqrt((c - eye).to(at::kDouble).square().sum().item<double>());
+    p = p / lengths_of(p).to(kFloat);
+    const Tensor c = gram_of_columns(p, op);
+    const double error = std::sqrt((c - eye).to(kDouble).square().sum().item<double>());
     if (error < kFirstOrder) {
       p = times(p, eye - c.triu(1), op);
       if (error < kLast) break;
@@ -121,7 +116,7 @@ at::Tensor orthonormal(const at::Tensor& start, const at::Tensor& q, const char*
   }
   if (is_orthonormal(p, op)) return p;
   const auto [basis, r] = at::linalg_qr(start);
-  const at::Tensor signs = at::where(r.diagonal() < 0, -1.0, 1.0).to(at::kFloat);
+  const Tensor signs = at::where(r.diagonal() < 0, -1.0, 1.0).to(kFloat);
   p = basis * signs;
   return is_orthonormal(p, op) ? p : q.clone();
 }
@@ -144,48 +139,48 @@ Seen& seen() {
 
 }  // namespace
 
-Eigen eigen_of(const at::Tensor& a, const char* op) {
+Eigen eigen_of(const Tensor& a, const char* op) {
   const int64_t n = a.size(-1);
   const bool fits = n <= kMostJacobiRows && jacobi_bytes(int(n)) <= shared_memory_of(a);
   return fits ? jacobi(a, op) : dense(a);
 }
 
-Refreshed refreshed_basis(const at::Tensor& q, const at::Tensor& a, bool sort, const char* op) {
+Refreshed refreshed_basis(const Tensor& q, const Tensor& a, bool sort, const char* op) {
   const int64_t n = a.size(0);
-  const at::Tensor zeros = at::zeros({n}, a.options());
-  const at::Tensor unchanged = at::arange(n, a.options().dtype(at::kLong));
+  const Tensor zeros = at::zeros({n}, a.options());
+  const Tensor unchanged = at::arange(n, a.options().dtype(kLong));
   const double largest = a.abs().max().item<double>();
   if (!(std::isfinite(largest) && q.isfinite().all().item<bool>()))
     return {zeros + kNaN, at::full_like(q, kNaN), unchanged};
   if (largest == 0) return {zeros, q.clone(), unchanged};
   const int exponent = std::ilogb(largest);
-  const auto scaled = [](const at::Tensor& x, int power) {
+  const auto scaled = [](const Tensor& x, int power) {
     return x * std::ldexp(1.0, power / 2) * std::ldexp(1.0, power - power / 2);
   };
-  const at::Tensor unit = scaled(a, -exponent);
-  at::Tensor p = times((unit + unit.mT()) * 0.5, q, op);
-  const at::Tensor lengths = lengths_of(p);
-  const at::Tensor null = lengths <= lengths.max() * (kUnitRoundoff * std::sqrt(double(n)));
-  const at::Tensor quotients = (q.to(at::kDouble) * p).sum(at::IntArrayRef{0});
-  const at::Tensor values = at::where(null, 0.0, quotients).to(at::kFloat);
+  const Tensor unit = scaled(a, -exponent);
+  Tensor p = times((unit + unit.mT()) * 0.5, q, op);
+  const Tensor lengths = lengths_of(p);
+  const Tensor null = lengths <= lengths.max() * (kUnitRoundoff * std::sqrt(double(n)));
+  const Tensor quotients = (q.to(kDouble) * p).sum(IntArrayRef{0});
+  const Tensor values = at::where(null, 0.0, quotients).to(kFloat);
   p = at::where(null, q, p);
-  const at::Tensor order = values.argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-  const at::Tensor basis = orthonormal(p.index_select(1, order), q.index_select(1, order), op);
-  const at::Tensor restored = scaled(values, exponent);
+  const Tensor order = values.argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
+  const Tensor basis = orthonormal(p.index_select(1, order), q.index_select(1, order), op);
+  const Tensor restored = scaled(values, exponent);
   if (sort) return {restored.index_select(0, order), basis, order};
-  const at::Tensor unsorted = at::empty_like(basis, at::MemoryFormat::Contiguous);
+  const Tensor unsorted = empty_as(basis);
   unsorted.index_copy_(1, order, basis);
   return {restored, unsorted, order};
 }
 
-bool seen_nonzero(const at::Tensor& t) {
+bool seen_nonzero(const Tensor& t) {
   Seen& all = seen();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.tensors.find(t.unsafeGetTensorImpl());
   return found != all.tensors.end() && !found->second.expired();
 }
 
-void remember_nonzero(const at::Tensor& t) {
+void remember_nonzero(const Tensor& t) {
   Seen& all = seen();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.tensors.insert_or_assign(t.unsafeGetTensorImpl(), Weak(t.getIntrusivePtr()));

@@ -2,31 +2,31 @@
 // the device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
+
+#include "../../tensor.h"
 
 namespace spectral_kernels::cuda {
 
 // Eigenvalues, descending, and eigenvectors of (count, n, n) matrices in fp64, the largest element
 // of each vector positive; NaN where there are none.
 struct Eigen {
-  at::Tensor values, vectors;
+  Tensor values, vectors;
 };
 
 // Jacobi's method on chip where matrices fit, else LAPACK's like, matrix by matrix so that no bit
 // depends on the batch.
-Eigen eigen_of(const at::Tensor& a, const char* op);
+Eigen eigen_of(const Tensor& a, const char* op);
 
 // One round of orthogonal iteration of one matrix, as reference/eigenbasis.py specifies it, and the
 // descending order of the old columns.
 struct Refreshed {
-  at::Tensor values, basis, order;
+  Tensor values, basis, order;
 };
-Refreshed refreshed_basis(const at::Tensor& q, const at::Tensor& a, bool sort, const char* op);
+Refreshed refreshed_basis(const Tensor& q, const Tensor& a, bool sort, const char* op);
 
 // Tensors that were seen not to be zero. Looking costs a wait, so it is done once a tensor.
-bool seen_nonzero(const at::Tensor& t);
-void remember_nonzero(const at::Tensor& t);
+bool seen_nonzero(const Tensor& t);
+void remember_nonzero(const Tensor& t);
 
 }  // namespace spectral_kernels::cuda

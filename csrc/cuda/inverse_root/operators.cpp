@@ -1,9 +1,5 @@
 // inverse_root on CUDA tensors.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -16,6 +12,7 @@
 #include "../../counters.h"
 #include "../../root_results.h"
 #include "../../root_rows.h"
+#include "../../tensor.h"
 #include "../base/list_step.h"
 #include "../base/registration.h"
 #include "../base/slices.h"
@@ -27,13 +24,13 @@
 namespace spectral_kernels::cuda {
 namespace {
 
-void check_square_onchip(const at::Tensor& a, const char* op) {
+void check_square_onchip(const Tensor& a, const char* op) {
   check_full_precision(a, "a");
   check_square(a, "a");
   check_not_double(a, op);
-  TORCH_CHECK_NOT_IMPLEMENTED(a.size(-1) <= kMostRootRows, op,
-                              ": the CUDA C++ kernels take matrices with a side of at most ",
-                              kMostRootRows, ", got shape ", a.sizes());
+  CHECK_IMPLEMENTED(a.size(-1) <= kMostRootRows, op,
+                    ": the CUDA C++ kernels take matrices with a side of at most ", kMostRootRows,
+                    ", got shape ", a.sizes());
 }
 
 constexpr int64_t kMostVectorBytes = 64 << 20;
@@ -47,15 +44,15 @@ const RootSchedules& schedules_of(int64_t p) {
   return all[size_t(p - 1)];
 }
 
-RootTuple inverse_root(const at::Tensor& a, int64_t p, double ridge, double relative_ridge,
+RootTuple inverse_root(const Tensor& a, int64_t p, double ridge, double relative_ridge,
                        c10::string_view method) {
   constexpr const char* kOp = "inverse_root";
   count_call(kOp, "cuda");
   check_square_onchip(a, kOp);
-  TORCH_CHECK_VALUE(p >= 1 && p <= 8, "p must be in 1..8, got ", p);
-  TORCH_CHECK_VALUE(ridge >= 0 && std::isfinite(ridge), "ridge must be at least 0, got ", ridge);
-  TORCH_CHECK_VALUE(relative_ridge >= 0 && std::isfinite(relative_ridge),
-                    "relative_ridge must be at least 0, got ", relative_ridge);
+  CHECK_VALUE(p >= 1 && p <= 8, "p must be in 1..8, got ", p);
+  CHECK_VALUE(ridge >= 0 && std::isfinite(ridge), "ridge must be at least 0, got ", ridge);
+  CHECK_VALUE(relative_ridge >= 0 && std::isfinite(relative_ridge),
+              "relative_ridge must be at least 0, got ", relative_ridge);
   const std::string how(method);
   check_one_of(how, "method", {"auto", "iteration", "eigen"});
   const c10::DeviceGuard guard(a.device());
@@ -64,12 +61,12 @@ RootTuple inverse_root(const at::Tensor& a, int64_t p, double ridge, double rela
   const int side = int(a.size(-1));
   const int64_t bytes = std::max(root_onchip_bytes(side), jacobi_bytes(side)),
                 limit = shared_memory_of(a);
-  TORCH_CHECK_NOT_IMPLEMENTED(bytes <= limit, kOp, ": a side of ", a.size(-1), " needs ", bytes,
-                              " bytes of shared memory, and this device has ", limit);
+  CHECK_IMPLEMENTED(bytes <= limit, kOp, ": a side of ", a.size(-1), " needs ", bytes,
+                    " bytes of shared memory, and this device has ", limit);
   std::vector<Entry> entries;
   append(entries, a, {}, out.root, 1);
   number(entries);
-  const at::Tensor largest = at::zeros({leading(a)}, a.options().dtype(at::kInt));
+  const Tensor largest = zeros({leading(a)}, a, kInt);
   uint32_t* bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
   RootCall call;
   call.ridge = float(ridge);
@@ -84,10 +81,9 @@ RootTuple inverse_root(const at::Tensor& a, int64_t p, double ridge, double rela
 
   // What the iteration does not serve, so many matrices at a time that their vectors stay small.
   const int64_t n = a.size(-1), most = std::max<int64_t>(1, kMostVectorBytes / (n * n * 8));
-  const auto wide = a.options().dtype(at::kDouble);
-  const at::Tensor values = at::empty({leading(a), n}, wide);
-  const at::Tensor vectors = at::empty({std::min(leading(a), most), n, n}, wide);
-  const at::Tensor sweeps = at::empty({leading(a)}, a.options().dtype(at::kLong));
+  const Tensor values = empty({leading(a), n}, a, kDouble);
+  const Tensor vectors = empty({std::min(leading(a), most), n, n}, a, kDouble);
+  const Tensor sweeps = empty({leading(a)}, a, kLong);
   const EigenResults eigen{values.data_ptr<double>(), vectors.data_ptr<double>(),
                            sweeps.data_ptr<int64_t>()};
   const auto bytes_of_vectors = [&](const Entry&) { return n * n * 8; };

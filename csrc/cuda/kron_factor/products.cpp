@@ -1,8 +1,5 @@
 #include "products.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -22,7 +19,7 @@ struct Run {
   bool both() const { return left.data != nullptr && right.data != nullptr; }
 };
 
-bool absent(const at::Tensor& t) { return !t.defined() || t.numel() == 0; }
+bool absent(const Tensor& t) { return !t.defined() || t.numel() == 0; }
 
 Matrices turned(Matrices m) {
   std::swap(m.row, m.column);
@@ -58,7 +55,7 @@ Entry entry_of(const Matrices& source, const Matrices& target, int64_t rows, int
 struct Stage {
   std::vector<Entry> products, sides;
 
-  void run(Product product, uint32_t* largest, const at::Tensor& like, const char* op) {
+  void run(Product product, uint32_t* largest, const Tensor& like, const char* op) {
     const int64_t packed = place_packed(products, 2);
     const Tiling tiling =
         place_products(products, 2, 2, multiprocessors_of_kind(device_number(like)));
@@ -68,8 +65,7 @@ struct Stage {
       sides[i].packed.plane = packed + products[i].square;
       operands.push_back(sides[i]);
     }
-    const at::Tensor workspace =
-        at::empty({packed + tiling.squares}, like.options().dtype(at::kShort));
+    const Tensor workspace = empty({packed + tiling.squares}, like, kShort);
     uint16_t* const x = reinterpret_cast<uint16_t*>(workspace.data_ptr());
     void* stream = stream_of(like);
     check_launch(launch_prologue(operands, packing(2), largest, x, {}, stream), op);
@@ -93,15 +89,15 @@ int64_t bytes_of(const Run& run) {
 
 // X right is the product (rightᵀ Xᵀ)ᵀ, so that one kernel serves both sides. left X is left in its
 // packed scale, where it can neither overflow nor vanish, and packed once more.
-void multiply(const std::vector<Run>& runs, const at::Tensor& like, const char* op) {
+void multiply(const std::vector<Run>& runs, const Tensor& like, const char* op) {
   int64_t count = 0, elements = 0;
   for (const Run& run : runs) {
     count += run.count;
     if (run.both()) elements += run.count * run.rows * run.columns;
   }
   // Of the last product's X and A, and of those of the one before.
-  const at::Tensor sizes = at::zeros({4 * count}, like.options().dtype(at::kInt));
-  const at::Tensor between = at::empty({elements}, like.options().dtype(at::kFloat));
+  const Tensor sizes = zeros({4 * count}, like, kInt);
+  const Tensor between = empty({elements}, like, kFloat);
   uint32_t* const largest = reinterpret_cast<uint32_t*>(sizes.data_ptr());
   Stage before, last;
   std::vector<Entry> given, made;
@@ -151,8 +147,8 @@ void two_sided(const std::vector<TwoSided>& list, const char* op) {
   std::vector<Run> runs;
   for (const TwoSided& given : list) {
     if (given.out.numel() == 0) continue;
-    const at::Tensor left = absent(given.left) ? at::Tensor() : given.left;
-    const at::Tensor right = absent(given.right) ? at::Tensor() : given.right;
+    const Tensor left = absent(given.left) ? Tensor() : given.left;
+    const Tensor right = absent(given.right) ? Tensor() : given.right;
     if (!left.defined() && !right.defined()) {
       given.out.copy_(given.x);
       continue;
@@ -190,7 +186,7 @@ Accumulation::Accumulation(const std::vector<Accumulate>& list, const char* op) 
     }
   }
   if (entries.empty()) return;
-  largest = at::zeros({matrices}, list[0].x.options().dtype(at::kInt));
+  largest = zeros({matrices}, list[0].x, kInt);
   check_launch(launch_largest(entries, Of::kSource, largest_bits(), stream_of(largest)), op_);
 }
 
@@ -210,9 +206,9 @@ void Accumulation::run(const std::vector<Entry>& list, int planes, NonFinite non
     const int64_t packed = place_packed(slice, planes);
     const Tiling tiling =
         place_products(slice, planes, planes, multiprocessors_of_kind(device_number(largest)));
-    const at::Tensor workspace = at::empty({packed}, largest.options().dtype(at::kShort));
-    const at::Tensor parts = at::empty({tiling.parts}, largest.options().dtype(at::kFloat));
-    const at::Tensor arrived = at::zeros({tiling.tiles}, largest.options());
+    const Tensor workspace = empty({packed}, largest, kShort);
+    const Tensor parts = empty({tiling.parts}, largest, kFloat);
+    const Tensor arrived = zeros({tiling.tiles}, largest, kInt);
     std::vector<Entry> sources = slice;
     for (Entry& e : sources) e.momentum = {};
     uint16_t* const x = reinterpret_cast<uint16_t*>(workspace.data_ptr());

@@ -3,10 +3,9 @@
 // two planes: what is 2^-37 of a matrix's largest element and less is lost.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
+#include "../../tensor.h"
 #include "../base/list_step.h"
 #include "../base/matrix_list.h"
 
@@ -16,16 +15,16 @@ namespace spectral_kernels::cuda {
 // batch; a side that is undefined or of size 0 is the identity. A matrix is NaN where an operand is
 // not finite. What lies between x and out has a scale of its own and overflows only if out does.
 struct TwoSided {
-  at::Tensor x, left, right, out;
+  Tensor x, left, right, out;
 };
 void two_sided(const std::vector<TwoSided>& list, const char* op);
 
 // out <- beta factor + weight x xᵀ (`rows`), or xᵀ x, exactly symmetric: of the factor the lower
 // triangle counts, and `out` may be the factor. A matrix is NaN where x is not finite.
 struct Accumulate {
-  at::Tensor x;
+  Tensor x;
   bool rows;
-  at::Tensor factor, out;
+  Tensor factor, out;
   double beta, weight;
 };
 void accumulate(const std::vector<Accumulate>& list, const char* op);
@@ -39,7 +38,7 @@ class Accumulation {
   uint32_t* largest_bits() const { return reinterpret_cast<uint32_t*>(largest.data_ptr()); }
 
   std::vector<Entry> entries;  // x or xᵀ as source, the factor as momentum, numbered in order
-  at::Tensor largest;          // bits of max |x|, one a matrix
+  Tensor largest;              // bits of max |x|, one a matrix
 
  private:
   void run(const std::vector<Entry>& list, int planes, NonFinite nonfinite) const;

@@ -1,6 +1,5 @@
 // newton_schulz and muon_step_ on CUDA tensors.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <optional>
@@ -17,15 +16,15 @@
 namespace spectral_kernels::cuda {
 namespace {
 
-at::Tensor newton_schulz(const at::Tensor& x, at::ArrayRef<double> rows, c10::string_view method,
-                         at::IntArrayRef restarts, at::ScalarType compute_dtype, double eps,
-                         c10::string_view norm, double norm_factor) {
+Tensor newton_schulz(const Tensor& x, ArrayRef<double> rows, c10::string_view method,
+                     IntArrayRef restarts, ScalarType compute_dtype, double eps,
+                     c10::string_view norm, double norm_factor) {
   constexpr const char* kOp = "newton_schulz";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
   const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
   const c10::DeviceGuard guard(x.device());
-  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   check_not_double(x, kOp);
   Lists lists(plan, x);
@@ -39,14 +38,14 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
   count_call(kOp, "cuda");
   check_step(lists);
   check_state(lists.momentum_buffers, "momentum_buffers", lists.params, false);
-  TORCH_CHECK_NOT_IMPLEMENTED(
+  CHECK_IMPLEMENTED(
       !options.beta2.has_value() && !options.cautious && !options.hyperball, kOp,
       ": the CUDA C++ kernels have no second moments of neurons, no cautious weight decay and no "
       "hyperball");
   check_rows_state(lists.second_moments, "second_moments", lists.params, false);
   check_distinct({lists.params, lists.momentum_buffers}, lists.grads);
-  TORCH_CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ",
-                    options.scales.size(), " entries, params has ", lists.params.size());
+  CHECK_VALUE(options.scales.size() == lists.params.size(), "scales has ", options.scales.size(),
+              " entries, params has ", lists.params.size());
   const std::string& policy = options.nonfinite;
   check_one_of(policy, "nonfinite", {"skip", "propagate", "raise"});
   const Plan plan(options.rows, options.method, options.compute_dtype, options.eps, options.norm,
@@ -79,12 +78,12 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
     update.targets = scratch.targets();
     update.most = served.most();
   }
-  at::Tensor rate;  // kept alive until the kernels are launched
+  Tensor rate;  // kept alive until the kernels are launched
   if (lists.lr.is_cpu()) {
-    update.lr = lists.lr.scalar_type() == at::kFloat ? *lists.lr.const_data_ptr<float>()
-                                                     : float(*lists.lr.const_data_ptr<double>());
+    update.lr = lists.lr.scalar_type() == kFloat ? *lists.lr.const_data_ptr<float>()
+                                                 : float(*lists.lr.const_data_ptr<double>());
   } else {
-    rate = lists.lr.to(at::kFloat);
+    rate = lists.lr.to(kFloat);
     update.device_lr = rate.const_data_ptr<float>();
   }
   Prologue prologue;

@@ -1,9 +1,5 @@
 #include "plan.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -37,28 +33,27 @@ bool Route::operator<(const Route& other) const {
   return std::tie(square_planes, cuts) < std::tie(other.square_planes, other.cuts);
 }
 
-Plan::Plan(at::ArrayRef<double> flat_rows, c10::string_view method_, at::ScalarType compute_dtype,
+Plan::Plan(ArrayRef<double> flat_rows, c10::string_view method_, ScalarType compute_dtype,
            double eps_, c10::string_view norm, double norm_factor_, const char* op_)
     : method(method_), norm_factor(norm_factor_), eps(eps_), op(op_) {
-  TORCH_CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
-                    "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
+  CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
+              "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
   check_one_of(method, "method", {"auto", "standard", "gram"});
   check_one_of(std::string(norm), "norm", {"frobenius", "schatten8"});
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
-  TORCH_CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
-                    "norm_factor must be positive and finite, got ", norm_factor);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      compute_dtype == at::kFloat || compute_dtype == at::kHalf || compute_dtype == at::kBFloat16,
-      op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
+  CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
+  CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
+              "norm_factor must be positive and finite, got ", norm_factor);
+  CHECK_IMPLEMENTED(compute_dtype == kFloat || compute_dtype == kHalf || compute_dtype == kBFloat16,
+                    op, ": the CUDA C++ kernels compute in fp32 and 16 bits, not in fp64");
   for (size_t i = 0; i < flat_rows.size(); i += 3)
     rows.push_back({flat_rows[i], flat_rows[i + 1], flat_rows[i + 2]});
-  full = compute_dtype == at::kFloat;
-  f16 = compute_dtype != at::kBFloat16;
+  full = compute_dtype == kFloat;
+  f16 = compute_dtype != kBFloat16;
   planes = full ? 2 : 1;
   schatten8 = norm == "schatten8";
 }
 
-std::vector<int64_t> Plan::cuts(at::IntArrayRef restarts) const {
+std::vector<int64_t> Plan::cuts(IntArrayRef restarts) const {
   std::vector<int64_t> steps;
   if (method == "standard" || (method == "auto" && full && restarts.empty()))
     for (size_t t = 1; t < rows.size(); t++) steps.push_back(int64_t(t));
@@ -67,7 +62,7 @@ std::vector<int64_t> Plan::cuts(at::IntArrayRef restarts) const {
   return steps;
 }
 
-Route Plan::products(const Entry& e, at::IntArrayRef restarts) const {
+Route Plan::products(const Entry& e, IntArrayRef restarts) const {
   Route route;
   const bool gram = method == "gram" || (method == "auto" && e.columns >= kLeastGramRatio * e.rows);
   route.square_planes = full || gram ? 2 : 1;
@@ -78,11 +73,11 @@ Route Plan::products(const Entry& e, at::IntArrayRef restarts) const {
   return route;
 }
 
-Route Plan::route(const Entry& e, at::IntArrayRef restarts, int64_t shared_memory) const {
+Route Plan::route(const Entry& e, IntArrayRef restarts, int64_t shared_memory) const {
   if (onchip_bytes(e.rows) <= shared_memory) return {cuts(restarts), 0};
-  TORCH_CHECK_NOT_IMPLEMENTED(product_shared_bytes(planes, 128) <= shared_memory, op,
-                              ": products need ", product_shared_bytes(planes, 128),
-                              " bytes of shared memory, and this device has ", shared_memory);
+  CHECK_IMPLEMENTED(product_shared_bytes(planes, 128) <= shared_memory, op, ": products need ",
+                    product_shared_bytes(planes, 128),
+                    " bytes of shared memory, and this device has ", shared_memory);
   return products(e, restarts);
 }
 
@@ -97,19 +92,18 @@ std::vector<Segment> Plan::segments(const std::vector<int64_t>& steps) const {
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = kept.find(key); found != kept.end()) return found->second;
   std::vector<Segment> out;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      plan_segments(rows, steps, f16, schatten8, norm_factor, eps, out), op,
-      ": these coefficients grow beyond what the CUDA C++ kernels can hold");
+  CHECK_IMPLEMENTED(plan_segments(rows, steps, f16, schatten8, norm_factor, eps, out), op,
+                    ": these coefficients grow beyond what the CUDA C++ kernels can hold");
   if (kept.size() == kMostKept) kept.clear();
   return kept.emplace(key, std::move(out)).first->second;
 }
 
-Scratch::Scratch(const OnChipSizes& sizes, const at::Tensor& like)
+Scratch::Scratch(const OnChipSizes& sizes, const Tensor& like)
     : like_(like), packed_(sizes.packed), matrices_(sizes.matrices) {
   const int64_t packed = aligned(sizes.packed * 2), parts = aligned(sizes.parts * 4),
                 q = aligned(sizes.q * 2), alpha = aligned(sizes.matrices * 4);
   char* at = bytes(packed + parts + q + alpha);
-  largest_ = at::zeros({2 * sizes.matrices}, like.options().dtype(at::kInt));
+  largest_ = zeros({2 * sizes.matrices}, like, kInt);
   buffers.packed = reinterpret_cast<uint16_t*>(at);
   buffers.parts = reinterpret_cast<float*>(at += packed);
   buffers.q = reinterpret_cast<uint16_t*>(at += parts);
@@ -131,7 +125,7 @@ ProductWorkspaces Scratch::for_products(const std::vector<ProductPlan>& plans) {
   work.next = reinterpret_cast<uint16_t*>(at);
   work.squares = reinterpret_cast<uint16_t*>(at += next);
   work.buffers.parts = reinterpret_cast<float*>(at + ProductPlan::kSquares * square);
-  work.buffers.arrived = zeros(tiles + queue);
+  work.buffers.arrived = zero_bits(tiles + queue);
   work.buffers.queue = work.buffers.arrived + tiles;
   work.buffers.largest = largest();
   work.factor = norms.factor;
@@ -143,27 +137,27 @@ void Scratch::add_norms(std::vector<Entry>& entries, const Plan& plan) {
   char* at = bytes(partial + matrices_ * 4);
   norms.squares = reinterpret_cast<double*>(at);
   norms.factor = reinterpret_cast<float*>(at + partial);
-  norms.arrived = zeros(matrices_);
+  norms.arrived = zero_bits(matrices_);
   if (plan.schatten8) return;  // follows from the plain norm
   norms.norm_factor = float(plan.norm_factor);
   norms.eps = float(plan.eps);
 }
 
 char* Scratch::bytes(int64_t count) {
-  kept_.push_back(at::empty({count}, like_.options().dtype(at::kByte)));
+  kept_.push_back(empty({count}, like_, kByte));
   return static_cast<char*>(kept_.back().data_ptr());
 }
 
-uint32_t* Scratch::zeros(int64_t count) {
-  kept_.push_back(at::zeros({count}, like_.options().dtype(at::kInt)));
+uint32_t* Scratch::zero_bits(int64_t count) {
+  kept_.push_back(zeros({count}, like_, kInt));
   return reinterpret_cast<uint32_t*>(kept_.back().data_ptr());
 }
 
-Lists::Lists(const Plan& plan, const at::Tensor& like)
+Lists::Lists(const Plan& plan, const Tensor& like)
     : plan_(plan), like_(like), shared_memory_(shared_memory_of(like)) {}
 
-void Lists::add(const at::Tensor& source, const at::Tensor& momentum, const at::Tensor& target,
-                float scale, at::IntArrayRef restarts) {
+void Lists::add(const Tensor& source, const Tensor& momentum, const Tensor& target, float scale,
+                IntArrayRef restarts) {
   append(entries, source, momentum, target, scale);
   while (routes_.size() < entries.size())
     routes_.push_back(plan_.route(entries[routes_.size()], restarts, shared_memory_));
@@ -258,12 +252,12 @@ std::vector<Entry> Lists::packed() const {
   return list;
 }
 
-void orthogonalize(const std::vector<at::Tensor>& list, at::ArrayRef<double> rows,
-                   at::ScalarType compute_dtype, const char* op) {
+void orthogonalize(const std::vector<Tensor>& list, ArrayRef<double> rows, ScalarType compute_dtype,
+                   const char* op) {
   if (list.empty()) return;
   const Plan plan(rows, "auto", compute_dtype, 0, "schatten8", 1, op);
   Lists lists(plan, list[0]);
-  for (const at::Tensor& x : list) lists.add(x, {}, x, 1, {});
+  for (const Tensor& x : list) lists.add(x, {}, x, 1, {});
   lists.run(stream_of(list[0]));
 }
 

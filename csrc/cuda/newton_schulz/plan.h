@@ -1,13 +1,12 @@
 // How lists of matrices are iterated on: which kernels serve which matrix, in which workspaces.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../../tensor.h"
 #include "on_chip.h"
 #include "products.h"
 
@@ -29,16 +28,16 @@ struct Plan {
   double norm_factor = 1, eps = 0;
   const char* op;
 
-  Plan(at::ArrayRef<double> flat_rows, c10::string_view method_, at::ScalarType compute_dtype,
-       double eps_, c10::string_view norm, double norm_factor_, const char* op_);
+  Plan(ArrayRef<double> flat_rows, c10::string_view method_, ScalarType compute_dtype, double eps_,
+       c10::string_view norm, double norm_factor_, const char* op_);
 
   // Steps before which X is formed anew. In full precision the Gram form keeps the accuracy of the
   // standard one only with restarts.
-  std::vector<int64_t> cuts(at::IntArrayRef restarts) const;
+  std::vector<int64_t> cuts(IntArrayRef restarts) const;
   // The same for a matrix that is too large for a chip, and the planes of its square matrices.
-  Route products(const Entry& e, at::IntArrayRef restarts) const;
+  Route products(const Entry& e, IntArrayRef restarts) const;
   // How a matrix is served: on chip, where square_planes is 0, if it fits there.
-  Route route(const Entry& e, at::IntArrayRef restarts, int64_t shared_memory) const;
+  Route route(const Entry& e, IntArrayRef restarts, int64_t shared_memory) const;
   // Planning follows thousands of singular values through all steps, 80 us: a few plans are kept.
   std::vector<Segment> segments(const std::vector<int64_t>& steps) const;
 };
@@ -46,7 +45,7 @@ struct Plan {
 // Scratch of one call.
 class Scratch {
  public:
-  Scratch(const OnChipSizes& sizes, const at::Tensor& like);
+  Scratch(const OnChipSizes& sizes, const Tensor& like);
 
   // What products of the placed lists `plans` need beside that, one list after the other.
   ProductWorkspaces for_products(const std::vector<ProductPlan>& plans);
@@ -55,28 +54,28 @@ class Scratch {
 
   uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
   uint32_t* targets() const { return largest() + matrices_; }
-  const at::Tensor& largest_bits() const { return largest_; }
+  const Tensor& largest_bits() const { return largest_; }
 
   OnChipBuffers buffers;
   Norms norms;
 
  private:
   char* bytes(int64_t count);
-  uint32_t* zeros(int64_t count);
+  uint32_t* zero_bits(int64_t count);
 
-  const at::Tensor& like_;
+  const Tensor& like_;
   int64_t packed_, matrices_;
-  at::Tensor largest_;
-  std::vector<at::Tensor> kept_;
+  Tensor largest_;
+  std::vector<Tensor> kept_;
 };
 
 // Entries by how they are served; all of them are placed, scaled and packed together.
 class Lists {
  public:
-  Lists(const Plan& plan, const at::Tensor& like);
+  Lists(const Plan& plan, const Tensor& like);
 
-  void add(const at::Tensor& source, const at::Tensor& momentum, const at::Tensor& target,
-           float scale, at::IntArrayRef restarts);
+  void add(const Tensor& source, const Tensor& momentum, const Tensor& target, float scale,
+           IntArrayRef restarts);
   // Refuses what cannot be served; nothing has been written before.
   void place();
   void iterate(const Update& update, void* stream);
@@ -94,7 +93,7 @@ class Lists {
   void place_products(const Route& route, const std::vector<size_t>& indices);
 
   const Plan& plan_;
-  const at::Tensor& like_;
+  const Tensor& like_;
   int64_t shared_memory_;
   std::vector<Route> routes_;
   std::map<Route, std::vector<Segment>> segments_;

@@ -1,6 +1,4 @@
 // gram on CUDA tensors.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "../../check.h"
@@ -22,7 +20,7 @@ bool is_packed(const Entry& e) {
          reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
 }
 
-at::Tensor gram(const at::Tensor& x) {
+Tensor gram(const Tensor& x) {
   constexpr const char* kOp = "gram";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
@@ -30,11 +28,11 @@ at::Tensor gram(const at::Tensor& x) {
   const c10::DeviceGuard guard(x.device());
   auto sizes = x.sizes().vec();
   sizes.back() = x.size(-2);
-  const at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor out = empty(sizes, x);
   if (x.numel() == 0) return out.zero_();
   ProductPlan plan;
-  plan.f16 = x.scalar_type() != at::kBFloat16;
-  plan.planes = plan.square_planes = x.scalar_type() == at::kFloat ? 2 : 1;
+  plan.f16 = x.scalar_type() != kBFloat16;
+  plan.planes = plan.square_planes = x.scalar_type() == kFloat ? 2 : 1;
   const int device = device_number(x);
   if (plan.planes == 1) plan.wgmma = wgmma_multiprocessors(device);
   append(plan.entries, x, {}, out, 1, false);
@@ -43,10 +41,10 @@ at::Tensor gram(const at::Tensor& x) {
   number(plan.entries);
   const int64_t packed = place_packed(plan.entries, plan.planes);
   place(plan, multiprocessors_of_kind(device));
-  const at::Tensor largest = at::zeros({leading(x)}, x.options().dtype(at::kInt));
-  const at::Tensor arrived = at::zeros({plan.tiling.tiles}, x.options().dtype(at::kInt));
-  const at::Tensor parts = at::empty({plan.tiling.parts}, x.options().dtype(at::kFloat));
-  const at::Tensor workspace = at::empty({direct ? 0 : packed}, x.options().dtype(at::kShort));
+  const Tensor largest = zeros({leading(x)}, x, kInt);
+  const Tensor arrived = zeros({plan.tiling.tiles}, x, kInt);
+  const Tensor parts = empty({plan.tiling.parts}, x, kFloat);
+  const Tensor workspace = empty({direct ? 0 : packed}, x, kShort);
   ProductBuffers buffers;
   buffers.parts = parts.data_ptr<float>();
   buffers.arrived = reinterpret_cast<uint32_t*>(arrived.data_ptr());
