@@ -45,12 +45,12 @@ demo: $(VENV)/.built
 	$(RUN) spectral-kernels demo
 
 # Four runs, two at a time; each prints when it has ended.
-RANKS := tests/test_distributed.py
+RANKS := tests/test_distributed.py tests/test_distributed_forms.py
 test: $(VENV)/.triton
 	$(MAKE) --jobs=2 --output-sync=target test-rest test-cuda test-triton test-ranks
 
 test-rest: $(VENV)/.built
-	$(RUN) pytest -m 'not long and not emulated' --ignore=$(RANKS)
+	$(RUN) pytest -m 'not long and not emulated' $(RANKS:%=--ignore=%)
 
 # The CUDA C++ kernels in their emulation on the CPU.
 test-cuda: $(VENV)/.built

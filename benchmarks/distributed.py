@@ -195,6 +195,7 @@ def measured_costs(found: Sequence[Found], algorithm: str, layout: str, clock: i
         copied=statistics.median(each.copied[clock] for each in found),
         begin=statistics.median(together((x.begin[algorithm, layout] for x in found), clock)),
         cores=(os.cpu_count() or 1) if clock == WALL else None,
+        in_place=True,
     )
 
 

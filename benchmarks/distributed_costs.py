@@ -198,6 +198,7 @@ class Costs:
         begin: of what every step has, whatever its matrices: by the number of buckets.
         hidden: the part of the shorter of computing and exchanging that the other hides.
         cores: that the ranks have together; None: enough.
+        in_place: what is received at an owner is received where it belongs, and not copied there.
     """
 
     step: Callable[[Shape], float]
@@ -207,6 +208,7 @@ class Costs:
     begin: float = 0.0
     hidden: float = 0.0
     cores: int | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,8 @@ def predicted(
         computing += [sum(k * steps[shape] for shape, k in own.items()) for own in bucket.owned]
         # Unpacked at the owner, or copied there, and written where they lie in the end.
         unpacked = 4 if layout.shards == 1 else wire.into
-        copying += costs.copied * (4 * bucket.held + unpacked * bucket.elements)
+        copied = bucket.elements - (bucket.received[0] if costs.in_place else 0.0)
+        copying += costs.copied * (4 * bucket.held + unpacked * copied)
         way = costs.everyone if layout.shards == 1 else costs.pieces
         peers = (layout.shards, layout.ranks)
         for i, width in enumerate((wire.into, wire.out)):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 pytest.register_assert_rewrite("support")
 
+from ranks.workers import Workers  # noqa: E402
 from support.fuzzing import refusal  # noqa: E402
 from support.optimizers import CONFIGS, FEW, Factory  # noqa: E402 (found by the path above)
 
@@ -323,3 +324,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{name:15} {figures}")
     for isa, why in REFUSED.items():
         terminalreporter.write_line(f"{f'cpu-{isa}':15} none: {why}")
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Processes that stay for the whole run, for tests of several ranks."""
+    found = Workers()
+    yield found
+    found.close()

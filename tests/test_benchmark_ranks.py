@@ -70,6 +70,12 @@ def test_what_a_step_over_two_ranks_is_predicted_to_take():
     assert distributed_costs.predicted([bucket], layout, narrow).total == (
         7.0 + both + found.exchanging
     )
+    # What comes from the other rank, 24 elements each, is where it belongs.
+    in_place = dataclasses.replace(costs, in_place=True)
+    busy_there = max(100.0 + 0.5 * (24 * 8 + 48 * 4), 140.0 + 0.5 * (16 * 8 + 40 * 4))
+    assert distributed_costs.predicted([bucket], layout, in_place).total == (
+        7.0 + busy_there + found.exchanging
+    )
     hidden = dataclasses.replace(costs, hidden=0.5)
     assert distributed_costs.predicted([bucket], layout, hidden).total == (
         7.0 + busy + found.exchanging - 0.5 * min(busy, found.exchanging)

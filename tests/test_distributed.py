@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import spectral_kernels as sk
@@ -14,17 +13,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from ranks.layouts import GRIDS, LAYOUTS
 from ranks.runs import OPTIMIZERS
-from ranks.workers import Workers
 from spectral_kernels.optim._distributed import wire
 from support.fuzzing import CAMPAIGN
-
-
-@pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
-    found = Workers()
-    yield found
-    found.close()
-
 
 WORLDS = [(world, layout) for layout in LAYOUTS for world in (1, 2, 3, 4)]
 
@@ -45,13 +35,6 @@ def test_the_bits_of_one_process_in_bfloat16(workers, layout):
 def test_the_bits_of_one_process_by_the_collectives_of_other_backends(workers, world, layout):
     for different, calls in workers.run(world, "by_collectives", layout):
         assert different == dict.fromkeys(OPTIMIZERS, []) and calls
-
-
-@pytest.mark.parametrize("world, layout", [(3, "fsdp"), (2, "ddp")])
-def test_the_bits_of_one_process_on_spheres_and_with_narrow_momentum(workers, world, layout):
-    arguments = (layout, torch.float32, {}, ("muon_sphere",))
-    for different in workers.run(world, "equal_to_one_process", *arguments):
-        assert different == {"muon_sphere": []}
 
 
 # Gradients to owners and weights back, and along one dimension of the mesh after another.

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ranks.layouts import full
 from ranks.nets import Net, set_weights, weights
-from ranks.runs import HALF, OPTIMIZERS, STEPS, alone, different, made, stepped
+from ranks.runs import ALL, HALF, OPTIMIZERS, STEPS, alone, different, made, stepped
 
 
 def _checkpoint(net: Net, optimizer: Any) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def save_while_training(folder: str) -> dict[str, list[str]]:
     return {"shampoo": different(net, alone("shampoo"))}
 
 
-def there_and_back(layout: str) -> dict[str, Any]:
+def there_and_back(layout: str, names: Sequence[str] = tuple(OPTIMIZERS)) -> dict[str, Any]:
     """One process, then ranks, then one process, by ordinary state dicts."""
     found: dict[str, Any] = {}
-    for name in OPTIMIZERS:
+    for name in names:
         one = Net(weights(torch.float32))
-        reference = OPTIMIZERS[name](one.named_parameters())
+        reference = ALL[name](one.named_parameters())
         stepped(one, reference, range(2), torch.float32)
         net, optimizer = made(name, layout)
         set_weights(net, {key: x.detach() for key, x in one.named_parameters()})
@@ -82,7 +82,7 @@ def there_and_back(layout: str) -> dict[str, Any]:
         of_all = optimizer.consolidate(None)
         of_last = optimizer.consolidate(dist.get_world_size() - 1)
         again = Net({key: full(x) for key, x in net.named_parameters()})
-        reference = OPTIMIZERS[name](again.named_parameters())
+        reference = ALL[name](again.named_parameters())
         reference.load_state_dict(of_all)
         stepped(again, reference, range(HALF, STEPS), torch.float32)
         last = dist.get_rank() == dist.get_world_size() - 1

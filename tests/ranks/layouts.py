@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch.distributed as dist
@@ -81,6 +81,28 @@ def pipeline_stages(net: nn.Module) -> None:
     place(net, lambda x: (mesh["rows", "rest"], [Shard(0), Replicate()]))
 
 
+def _chain(net: nn.Module, shape: tuple[int, int, int], *, stages: bool = False) -> None:
+    """FSDP2 over the first two dimensions of a mesh, some matrices tensor parallel over the last.
+
+    So FSDP2 replicates over the first one, or, where that is of pipeline stages, has the second one
+    alone.
+    """
+    mesh = mesh_of(shape, "first", "dp", "tp")
+    choices = {"even": 0, "uneven": 1, "tall": 1, "conv": 0, "three_rows": 1}
+    chosen = {id(getattr(net, name)): Shard(dim) for name, dim in choices.items()}
+    place(net, lambda x: (mesh["tp"], [chosen[id(x)]]) if id(x) in chosen else None)
+    fully_shard(net, mesh=mesh["dp"] if stages else mesh["first", "dp"])
+
+
+def _cut_twice(net: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Replicas, each of rows cut over two dimensions of the mesh; biases over the last alone."""
+    mesh = mesh_of(shape, "replicas", "rows", "more_rows")
+    place(
+        net,
+        lambda x: (mesh, [Replicate(), Shard(0) if x.ndim > 1 else Replicate(), Shard(0)]),
+    )
+
+
 def some_plain(net: nn.Module) -> None:
     """Every other parameter sharded, the others plain and the same on all ranks."""
     mesh = mesh_of_all()
@@ -101,6 +123,17 @@ GRIDS = {
     "both": both_dimensions,
     "stages": pipeline_stages,
     "some_plain": some_plain,
+}
+# Meshes of three dimensions: what is cut in another way over each of them.
+CHAINS: dict[str, Callable[[nn.Module], None]] = {
+    "hsdp_tp 2x2x1": partial(_chain, shape=(2, 2, 1)),
+    "hsdp_tp 1x2x2": partial(_chain, shape=(1, 2, 2)),
+    "hsdp_tp 2x1x2": partial(_chain, shape=(2, 1, 2)),
+    "pp_fsdp_tp 2x1x2": partial(_chain, shape=(2, 1, 2), stages=True),
+    "pp_fsdp_tp 1x2x2": partial(_chain, shape=(1, 2, 2), stages=True),
+    "replicate_shard_shard 2x2x1": partial(_cut_twice, shape=(2, 2, 1)),
+    "replicate_shard_shard 1x2x2": partial(_cut_twice, shape=(1, 2, 2)),
+    "hsdp_tp 2x2x2": partial(_chain, shape=(2, 2, 2)),
 }
 
 

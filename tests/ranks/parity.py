@@ -12,7 +12,7 @@ from unittest import mock
 import spectral_kernels as sk
 import torch
 import torch.distributed as dist
-from spectral_kernels.optim._distributed import exchange
+from spectral_kernels.optim._distributed import transport
 from spectral_kernels.optim._distributed.layout import Grid
 from support.states import assert_same
 from torch import nn
@@ -51,10 +51,10 @@ def by_collectives(layout: str) -> tuple[dict[str, list[str]], int]:
 
         return call
 
-    gather = exchange._all_gather()
+    gather = transport._all_gather()
     with (
-        mock.patch.object(exchange, "_is_gloo", lambda *_: False),
-        mock.patch.object(exchange, "_all_gather", lambda: counted(gather)),
+        mock.patch.object(transport, "Messages", transport.Collectives),
+        mock.patch.object(transport, "_all_gather", lambda: counted(gather)),
         mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single)),
         mock.patch.object(dist, "isend", side_effect=AssertionError("a message")),
     ):

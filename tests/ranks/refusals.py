@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from ranks.layouts import fsdp, fsdp_of_tensor_parallel, full, local, mesh_of_all
+from ranks.layouts import fsdp, fsdp_of_tensor_parallel, full, local, mesh_of, mesh_of_all
 from ranks.nets import Net, give, gradients, weights
 from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, options, raised, stepped
 
@@ -261,6 +261,18 @@ def refused(what: str) -> tuple[str, str]:
         fsdp(net)
         members = list(net.named_parameters())[: 3 if rank == 1 else 4]
     return raised(lambda: OPTIMIZERS["muon"](members or net.named_parameters(), **more))
+
+
+def refused_sums(shape: tuple[int, ...], which: int) -> list[tuple[str, str]]:
+    """A parameter whose elements are sums over one dimension of a mesh, in each kind of group."""
+    mesh = mesh_of(shape, "first", "second", "third")
+    placements: list[Any] = [Replicate(), Shard(0), Shard(1)]
+    placements[which] = Partial()
+    net = Net(weights(torch.float32))
+    local_part = torch.ones(4, 4)
+    wrong = nn.Parameter(DTensor.from_local(local_part, mesh, placements, run_check=False))
+    named = [("right", net.even), ("summed", wrong)]
+    return [raised(lambda make=make: make(named)) for make in OPTIMIZERS.values()]
 
 
 def refused_on_a_line(wrong: str) -> tuple[str, str, list[str]]:

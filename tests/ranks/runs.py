@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ranks.layouts import GRIDS, LAYOUTS, local, part_of
+from ranks.layouts import CHAINS, GRIDS, LAYOUTS, local, part_of
 from ranks.nets import Net, give, gradients, weights
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -22,12 +22,31 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "deva_low_memory": partial(sk.optim.DeVA, lr=0.05, variant="low_memory"),
 }
 
+
+def _in_parts(named: Iterable[tuple[str, Tensor]], **more: Any) -> Any:
+    """Muon of matrices that are several, equal ones or not."""
+    parts = {"even": 4, "uneven": (5, 13), "tall": 3}
+    by_split: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, param in named:
+        by_split.setdefault(parts.get(name), []).append((name, param))
+    groups = [{"params": each, "split": split} for split, each in by_split.items()]
+    return sk.optim.Muon(groups, lr=0.02, **more)
+
+
+_NARROW = {"state_dtype": torch.bfloat16}
 # Settings whose state or step has another form, for some tests.
-ALL = OPTIMIZERS | {
-    "muon_sphere": partial(
-        sk.optim.Muon, lr=0.02, hyperball=True, state_dtype=torch.bfloat16, beta2=0.9
-    )
+FORMS: dict[str, Callable[..., Any]] = {
+    "muon_sphere": partial(sk.optim.Muon, lr=0.02, hyperball=True, beta2=0.9, **_NARROW),
+    "muon_narrow": partial(sk.optim.Muon, lr=0.02, **_NARROW),
+    "normuon_cautious": partial(
+        sk.optim.Muon, lr=0.02, beta2=0.95, weight_decay=0.5, cautious_weight_decay=True
+    ),
+    "muon_in_parts": _in_parts,
+    "shampoo_narrow": partial(OPTIMIZERS["shampoo"], **_NARROW),
+    "soap_narrow": partial(OPTIMIZERS["soap"], **_NARROW),
+    "deva_narrow": partial(OPTIMIZERS["deva"], **_NARROW),
 }
+ALL = OPTIMIZERS | FORMS
 
 # A run, and where it is interrupted, between two refreshes.
 STEPS, HALF = 6, 4
@@ -46,9 +65,10 @@ def made(
 ) -> tuple[Net, Any]:
     net = Net(weights(dtype))
     if layout != "alone":
-        {**LAYOUTS, **GRIDS}[layout](net)
+        {**LAYOUTS, **GRIDS, **CHAINS}[layout](net)
     # Several buckets, so that two are in flight.
-    return net, ALL[name](net.named_parameters(), **options(layout, bucket_bytes=2500, **more))
+    how = options(layout, **{"bucket_bytes": 2500, **more})
+    return net, ALL[name](net.named_parameters(), **how)
 
 
 def stepped(net: nn.Module, optimizer: Any, steps: Iterable[int], dtype: torch.dtype) -> None:

@@ -7,12 +7,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from spectral_kernels.optim._distributed import checksum
+from spectral_kernels.optim._distributed import checksum, transport
 from torch import Tensor
 
 from ranks.layouts import full, local
 from ranks.nets import Net, give, gradients, weights
-from ranks.runs import OPTIMIZERS, STEPS, different, made
+from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, stepped
 
 
 def changed_by_others(layout: str, hops: str) -> tuple[dict[str, list[str]], list[int]]:
@@ -59,6 +59,95 @@ def _counting(moved: list[int]) -> Any:
         return real(part, **more)
 
     return message
+
+
+def in_place(layout: str, how: dict[str, Any]) -> tuple[dict[str, list[str]], int, int]:
+    """As if what is small here were large: every part travels by itself, in several messages.
+
+    Returns:
+        What differs from one process, how many messages there were, and how many of them were
+        received where a whole tensor is.
+    """
+    messages = there = 0
+    real = dist.irecv
+    rooms: list[Tensor] = []
+
+    def receive(part: Tensor, **more: Any) -> Any:
+        nonlocal messages, there
+        messages += 1
+        there += any(part.untyped_storage().data_ptr() == x.data_ptr() for x in rooms)
+        return real(part, **more)
+
+    found = {}
+    with (
+        mock.patch.object(transport, "_SMALL", 8),
+        mock.patch.object(transport, "_MESSAGE", 256),
+        mock.patch.object(dist, "irecv", receive),
+    ):
+        for name in OPTIMIZERS:
+            net, optimizer = made(name, layout, **how)
+            rooms += [
+                room
+                for exchange in optimizer._spread.exchanges
+                for turns in exchange.rooms.values()
+                for room in turns
+            ]
+            stepped(net, optimizer, range(STEPS), torch.float32)
+            found[name] = different(net, alone(name))
+            rooms.clear()
+    return found, messages, there
+
+
+def carried(sizes: list[list[int]], numbers: list[bool], small: int) -> list[list[Any]]:
+    """Tensors of so many elements from every rank to every other, by each way of sending them.
+
+    Returns:
+        Of every way what has come, from every rank.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+
+    def made(source: int, to: int) -> list[Tensor]:
+        return [
+            torch.arange(size, dtype=torch.float32) + 1000 * source + 100 * to + 7 * i
+            for i, size in enumerate(sizes[source])
+        ]
+
+    found = []
+    with mock.patch.object(transport, "_SMALL", small), mock.patch.object(transport, "_MESSAGE", 8):
+        for kind in (transport.Messages, transport.Collectives):
+            way = kind(dist.group.WORLD, torch.device("cpu"))
+            for everyone in (False, True):
+                places: list[list[Any]] = [
+                    [
+                        size if numbers[i % len(numbers)] else torch.full((size,), -1.0)
+                        for i, size in enumerate(sizes[source])
+                    ]
+                    for source in range(ranks)
+                ]
+                if everyone:
+                    flight = way.everyone(made(rank, 0), places, torch.float32)
+                else:
+                    send = [made(rank, to) for to in range(ranks)]
+                    flight = way.exchange(send, places, torch.float32)
+                come = flight.wait()
+                expected = [made(source, 0 if everyone else rank) for source in range(ranks)]
+                # What has a place is there, and nothing else comes for it.
+                assert all(
+                    (part is None) == isinstance(place, Tensor)
+                    for parts, theirs in zip(come, places, strict=True)
+                    for part, place in zip(parts, theirs, strict=True)
+                )
+                arrived = [
+                    [place if part is None else part for part, place in zip(*each, strict=True)]
+                    for each in zip(come, places, strict=True)
+                ]
+                same = [
+                    torch.equal(x, y)
+                    for mine, theirs in zip(arrived, expected, strict=True)
+                    for x, y in zip(mine, theirs, strict=True)
+                ]
+                found.append(same)
+    return found
 
 
 def checksums_of_changes() -> list[str]:

@@ -1,18 +1,18 @@
-"""What is sent: packed uneven exchanges, two of them in flight, and errors that say where."""
+"""What the ranks of a group send one another, where they meet, and errors that say where."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .transport import Flight, Place, transport
 
 # How many channels this process has opened over each set of ranks: the same number on all of them.
 _opened: dict[tuple[int, ...], int] = {}
@@ -36,7 +36,7 @@ class Channel:
         self.rank = dist.get_rank(group)
         self.device = device
         self.patience = patience
-        self._by_messages = _is_gloo(group, device)
+        self._transport = transport(group, device)
         self._key = ""
         self._meetings = 0
 
@@ -66,57 +66,16 @@ class Channel:
         return found.tolist()
 
     def exchange(
-        self, send: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
+        self, send: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Place]], dtype: torch.dtype
     ) -> Flight:
-        """Sends flat tensors to every rank, and receives so many elements from each."""
-        received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
-        sent = [sum(piece.numel() for piece in pieces) for pieces in send]
-        if not self._by_messages:
-            nothing = torch.empty(0, dtype=dtype, device=self.device)
-            packed = torch.cat([nothing, *itertools.chain(*send)])
-            work = dist.all_to_all_single(
-                received, packed, list(sizes), sent, group=self.group, async_op=True
-            )
-            return Flight([work], packed, received, list(sizes))
-        # What stays here goes where it is received, and is not packed.
-        into = received.split(list(sizes))
-        _pack(send[self.rank], into[self.rank])
-        sent[self.rank] = 0
-        packed = torch.empty(sum(sent), dtype=dtype, device=self.device)
-        out = packed.split(sent)
-        works = []
-        for to, source in self._peers():
-            _pack(send[to], out[to])
-            works += self._messages(out[to], to, into[source], source)
-        return Flight(works, packed, received, list(sizes))
+        """Sends flat tensors to every rank, and receives some from each."""
+        return self._transport.exchange(send, into, dtype)
 
-    def everyone(self, send: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Flight:
-        """Sends flat tensors to all ranks, of which the k-th sends sizes[k] elements."""
-        if not self._by_messages:
-            most = max(sizes)
-            padding = torch.zeros(most - sizes[self.rank], dtype=dtype, device=self.device)
-            packed = torch.cat([*send, padding])
-            received = torch.empty(most * self.size, dtype=dtype, device=self.device)
-            work = _all_gather()(received, packed, group=self.group, async_op=True)
-            return Flight([work], packed, received, [most] * self.size)
-        received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
-        into = received.split(list(sizes))
-        packed = into[self.rank]
-        _pack(send, packed)
-        works = []
-        for to, source in self._peers():
-            works += self._messages(packed, to, into[source], source)
-        return Flight(works, packed, received, list(sizes))
-
-    def _peers(self) -> Iterator[tuple[int, int]]:
-        """The others in turn, to whom this rank sends and from whom it receives at once."""
-        for step in range(1, self.size):
-            yield (self.rank + step) % self.size, (self.rank - step) % self.size
-
-    def _messages(self, sent: Tensor, to: int, received: Tensor, source: int) -> list[Any]:
-        """Starts to send one flat tensor and to receive another, in parts."""
-        works = [dist.irecv(part, group=self.group, group_src=source) for part in _parts(received)]
-        return works + [dist.isend(part, group=self.group, group_dst=to) for part in _parts(sent)]
+    def everyone(
+        self, send: Sequence[Tensor], into: Sequence[Sequence[Place]], dtype: torch.dtype
+    ) -> Flight:
+        """Sends the same flat tensors to all ranks, and receives those of each."""
+        return self._transport.everyone(send, into, dtype)
 
     def open(self, what: str) -> None:
         """Waits for all ranks as long as the group does, since they may begin far apart.
@@ -189,56 +148,3 @@ class Channel:
 def timeout_of(group: Any, device: torch.device) -> float:
     """The seconds after which a collective of a group gives up."""
     return float(group._get_backend(device).options._timeout.total_seconds())
-
-
-# Bytes of a message. In parts, the kernel copies one while the other end reads the one before.
-_MESSAGE = 4 << 20
-
-
-def _is_gloo(group: Any, device: torch.device) -> bool:
-    """Whether messages between pairs of ranks are faster than collectives, which they are on gloo.
-
-    Of 14 MB on each of two processes of one host, the gather takes 29 ms, all_to_all_single 15 and
-    messages of 4 MiB 8.7 (torch 2.13, loopback). Elsewhere collectives know of the network.
-    """
-    gloo = getattr(dist, "ProcessGroupGloo", None)
-    return gloo is not None and isinstance(group._get_backend(device), gloo)
-
-
-def _pack(pieces: Sequence[Tensor], into: Tensor) -> None:
-    if pieces:
-        torch.cat(list(pieces), out=into)
-
-
-def _parts(flat: Tensor) -> Sequence[Tensor]:
-    return flat.split(max(1, _MESSAGE // flat.element_size())) if flat.numel() else ()
-
-
-def _all_gather() -> Any:
-    """The gather of equal tensors into one, which torch 2.13 has given another name."""
-    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-@dataclass
-class Flight:
-    """An exchange that has been started; what it sends and receives lives until it has ended.
-
-    Attributes:
-        works: its handles.
-        sent, received: flat tensors.
-        sizes: elements from every rank.
-    """
-
-    works: Sequence[Any]
-    sent: Tensor
-    received: Tensor
-    sizes: list[int]
-
-    def wait(self) -> list[Tensor]:
-        """What every rank has sent."""
-        for work in self.works:
-            work.wait()
-        return list(self.received.split(self.sizes))
-
-    def onward(self) -> None:
-        """Nothing: what is here has arrived where it was to go."""

@@ -90,20 +90,18 @@ class Relay:
     def _start(self) -> None:
         hop = self._hops[0]
         send = [[x for parcel in each for x in self._held[parcel]] for each in hop.sends]
-        sizes = [self._copies * sum(region.numel for _, region in each) for each in hop.comes]
-        self._flight = hop.line.channel.exchange(send, sizes, self.dtype)
+        into = [
+            [region.numel for _, region in each for _ in range(self._copies)] for each in hop.comes
+        ]
+        self._flight = hop.line.channel.exchange(send, into, self.dtype)
         self._held = {}
 
     def _arrive(self) -> None:
         hop = self._hops.pop(0)
         for parcels, received in zip(hop.comes, self._flight.wait(), strict=True):
-            start = 0
+            parts = iter(received)
             for parcel in parcels:
-                size = parcel[1].numel
-                self._held[parcel] = [
-                    received[start + i * size : start + (i + 1) * size] for i in range(self._copies)
-                ]
-                start += self._copies * size
+                self._held[parcel] = [next(parts) for _ in range(self._copies)]
 
     def onward(self) -> None:
         """Starts the next hop, where there is one, when the one that is on its way has ended."""
@@ -183,6 +181,7 @@ class Hops(Route):
         self,
         channel: Channel,
         pieces: Sequence[Sequence[Tensor]],
+        whole: Sequence[Sequence[Tensor] | None],
         dtype: torch.dtype,
         copies: int = 1,
     ) -> Relay:

@@ -52,6 +52,12 @@ class Region:
             piece[here] = whole[there]
         return piece
 
+    def flat(self, whole: Tensor) -> Tensor | None:
+        """The rank's own part as a flat view, where its elements follow one another."""
+        blocks = list(self._blocks())
+        part = whole[blocks[0][0]] if len(blocks) == 1 else None
+        return None if part is None or not part.is_contiguous() else part.view(-1)
+
     def fill(self, whole: Tensor, piece: Tensor) -> None:
         """Writes the rank's own part, of any shape with as many elements, into a whole tensor."""
         piece = piece.reshape(self.shape)

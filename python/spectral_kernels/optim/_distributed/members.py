@@ -88,6 +88,7 @@ class Bucket:
         keeps: whether owners keep the weights between steps.
         copies: tensors of each that travel to the owner in this step: nothing that ranks have
             already, or the gradient, or weights and gradient.
+        lasts: no bucket after it in a step has its whole matrices where this one has.
     """
 
     members: list[Member]
@@ -97,6 +98,7 @@ class Bucket:
     wire: torch.dtype | None
     keeps: bool
     copies: int = 2
+    lasts: bool = True
 
     @property
     def usual_copies(self) -> int:
@@ -113,7 +115,7 @@ class Bucket:
     @property
     def room(self) -> int:
         """Whole tensors in memory that buckets share: weights or updates, unless they are kept,
-        and G where it comes."""
+        and gradients where they come."""
         return 1 if self.on_all or self.keeps else 2
 
 
@@ -129,7 +131,7 @@ class Exchange:
         buckets: those that an owner steps.
         lines: of the mesh, where what travels goes along one after another.
         loads: of every rank, of what it owns.
-        rooms: by dtype the memory of the whole matrices of the bucket that is stepped.
+        rooms: by dtype the memory of the whole matrices of buckets that are in work, in turns.
         linked: some of its ranks share other parameters over other meshes.
     """
 
@@ -140,7 +142,7 @@ class Exchange:
     buckets: list[Bucket] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    rooms: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    rooms: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
     linked: bool = False
 
     def route(self, items: Sequence[Item]) -> Route:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _MOST_TARGETS = 64
 
 
+# The rooms of whole matrices: one is stepped, the next one is filled, the one before is sent out.
+_TURNS = 3
+
+
 # By the process group of all ranks, which ends them with itself, those of meshes that are only a
 # part of it: a group has threads and connections until then, and every optimizer of a mesh asks for
 # the same one.
@@ -237,7 +241,7 @@ class Roster(Agreement):
         )
 
     def _furnish(self) -> None:
-        """Memory for the whole matrices of one bucket; all buckets use the same."""
+        """Memory for the whole matrices of buckets, which take turns."""
         for exchange in self.exchanges:
             for dtype in {bucket.dtype for bucket in exchange.buckets}:
                 same = [bucket for bucket in exchange.buckets if bucket.dtype == dtype]
@@ -250,15 +254,20 @@ class Roster(Agreement):
             sum(bucket.room * member.key.numel() for member in members)
             for bucket, members in zip(same, owned, strict=True)
         ]
-        room = torch.zeros(max(sizes), dtype=dtype, device=exchange.channel.device)
-        exchange.rooms[dtype] = room
-        for bucket, members in zip(same, owned, strict=True):
-            at = 0
+        device = exchange.channel.device
+        rooms = [
+            torch.zeros(max(sizes[turn::_TURNS]), dtype=dtype, device=device)
+            for turn in range(min(_TURNS, len(same)))
+        ]
+        exchange.rooms[dtype] = rooms
+        for which, (bucket, members) in enumerate(zip(same, owned, strict=True)):
+            room, at = rooms[which % _TURNS], 0
+            bucket.lasts = bucket.keeps or which + _TURNS >= len(same)
             for member in members:
                 count, shape = member.key.numel(), member.key.shape
                 kept = member.whole[:1] if bucket.keeps and member.whole else []
                 if bucket.keeps and not kept:
-                    kept = [torch.zeros(shape, dtype=dtype, device=room.device)]
+                    kept = [torch.zeros(shape, dtype=dtype, device=device)]
                 member.whole = kept + [
                     room[at + i * count : at + (i + 1) * count].view(shape)
                     for i in range(bucket.room)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import Channel, Flight
+from .exchange import Channel
 from .layout import Region
+from .transport import Flight, Place
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class Route:
         owned: places of the items that this process owns.
         sends: for every owner the places of the items whose part this process sends.
         comes: for every rank the places of those whose part it sends here.
-        held: for every owner how many elements of its items this process has.
+        held: for every owner how many elements of each of its items this process has.
     """
 
     items: Sequence[Item]
@@ -63,21 +64,21 @@ class Route:
     owned: list[int] = field(init=False)
     sends: list[list[int]] = field(init=False)
     comes: list[list[int]] = field(init=False)
-    held: list[int] = field(init=False)
+    held: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         ranks = len(self.items[0].regions)
         self.owned = [at for at, item in enumerate(self.items) if item.owner == self.rank]
         self.sends = [[] for _ in range(ranks)]
         self.comes = [[] for _ in range(ranks)]
-        self.held = [0] * ranks
+        self.held = [[] for _ in range(ranks)]
         for at, item in enumerate(self.items):
             if self.rank in item.senders:
                 self.sends[item.owner].append(at)
             if item.owner == self.rank:
                 for rank in item.senders:
                     self.comes[rank].append(at)
-            self.held[item.owner] += item.regions[self.rank].numel
+            self.held[item.owner].append(item.regions[self.rank].numel)
 
     def moved(self, at: int, copies: int) -> int:
         """Elements of an item that go to its owner, so many tensors of them, and back."""
@@ -90,6 +91,7 @@ class Route:
         self,
         channel: Channel,
         pieces: Sequence[Sequence[Tensor]],
+        whole: Sequence[Sequence[Tensor] | None],
         dtype: torch.dtype,
         copies: int = 1,
     ) -> Any:
@@ -97,50 +99,52 @@ class Route:
 
         Args:
             channel: what they travel over.
-            pieces: of every item the tensors that travel.
-            dtype: of them all.
+            pieces: of every item the tensors that travel; they are not changed until they have.
+            whole: of the items owned here the tensors that the parts are of; some are written at
+                once.
+            dtype: of what travels.
             copies: how many of each.
         """
         send = [[piece.reshape(-1) for at in own for piece in pieces[at]] for own in self.sends]
-        sizes = [
-            copies * sum(self.items[at].regions[rank].numel for at in items)
+        into = [
+            [
+                _place(self.items[at].regions[rank], target, dtype)
+                for at in items
+                for target in whole[at] or ()
+            ]
             for rank, items in enumerate(self.comes)
         ]
-        return channel.exchange(send, sizes, dtype)
+        return channel.exchange(send, into, dtype)
 
     def gathered(self, flight: Any, whole: Sequence[Sequence[Tensor] | None]) -> None:
-        """Waits, and writes what has come into the whole tensors of the items owned here."""
+        """Waits until the whole tensors of the items owned here, as in `gather`, are complete."""
         for rank, received in enumerate(flight.wait()):
-            start = 0
+            parts = iter(received)
             for at in self.comes[rank]:
-                region = self.items[at].regions[rank]
                 for target in whole[at] or ():
-                    region.fill(target, received[start : start + region.numel])
-                    start += region.numel
+                    part = next(parts)
+                    if part is not None:
+                        self.items[at].regions[rank].fill(target, part)
 
     def scatter(self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype) -> Any:
         """Starts to send the whole tensors of the items owned here to all that hold a part."""
         send = [
             [
-                region.cut(tensor).reshape(-1)
+                self.items[at].regions[rank].cut(tensor).reshape(-1)
                 for at in self.owned
-                if (region := self.items[at].regions[rank]).numel
-                and (tensor := whole[at]) is not None
+                if (tensor := whole[at]) is not None
             ]
             for rank in range(channel.size)
         ]
         return channel.exchange(send, self.held, dtype)
 
     def scattered(self, flight: Any) -> list[Tensor]:
-        """Waits, and returns this rank's flat part of every item; empty where it has none."""
-        received = flight.wait()
-        at = [0] * len(received)
-        parts = []
-        for item in self.items:
-            size, start = item.regions[self.rank].numel, at[item.owner]
-            parts.append(received[item.owner][start : start + size])
-            at[item.owner] += size
-        return parts
+        """Waits, and returns this rank's flat part of every item; empty where it has none.
+
+        What it owns itself may be a view of the whole tensor.
+        """
+        come = [iter(each) for each in flight.wait()]
+        return [next(come[item.owner]) for item in self.items]
 
     def spread_out(
         self, channel: Channel, whole: Sequence[Tensor | None], dtype: torch.dtype
@@ -148,3 +152,9 @@ class Route:
         """`scatter` where every rank holds all of every item: what is sent is sent once."""
         send = [tensor.reshape(-1) for at in self.owned if (tensor := whole[at]) is not None]
         return channel.everyone(send, self.held, dtype)
+
+
+def _place(region: Region, whole: Tensor, dtype: torch.dtype) -> Place:
+    """Where a part of a whole tensor is received: in its place, if it can be."""
+    flat = region.flat(whole) if whole.dtype == dtype else None
+    return region.numel if flat is None else flat

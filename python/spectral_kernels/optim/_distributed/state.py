@@ -132,10 +132,8 @@ def _gather(spread: Spread, exchange: Exchange, moves: Sequence[Move]) -> dict[M
             if move.item.owner == channel.rank:
                 found[move] = torch.empty(move.shape, dtype=dtype, device=channel.device)
         with channel.saying("bring state to its owners"):
-            route.gathered(
-                route.gather(channel, pieces, dtype),
-                [[found[move]] if move in found else None for move in batch],
-            )
+            whole = [[found[move]] if move in found else None for move in batch]
+            route.gathered(route.gather(channel, pieces, whole, dtype), whole)
     return found
 
 

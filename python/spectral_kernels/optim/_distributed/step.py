@@ -284,11 +284,17 @@ class Spread(Roster):
         bucket = exchange.buckets[which]
         with exchange.channel.saying(self._where(exchange, which, "scatter")):
             parts = bucket.route.scattered(flight)
-        return [
-            (plain(member.key), part if bucket.wire is None else self._moved(member, part))
-            for member, part in zip(bucket.members, parts, strict=True)
-            if part.numel()
-        ]
+        found = []
+        for member, part in zip(bucket.members, parts, strict=True):
+            if not part.numel():
+                continue
+            if bucket.wire is not None:
+                part = self._moved(member, part)
+            elif not bucket.lasts and member.item and member.item.owner == exchange.channel.rank:
+                # Where it lies, another bucket comes before weights are written.
+                part = part.clone()
+            found.append((plain(member.key), part))
+        return found
 
     def _moved(self, member: Member, update: Tensor) -> Tensor:
         """This rank's part of the new weights, of which an update has come."""
@@ -310,18 +316,23 @@ class Spread(Roster):
                 grad = torch.full_like(weights, math.nan)
             grad = grad.to(bucket.sent_dtype)
             pieces.append([weights, grad][-bucket.copies :])
+        whole = self._whole_of(bucket)
         with exchange.channel.saying(self._where(exchange, which, "gather")):
-            return bucket.route.gather(exchange.channel, pieces, bucket.sent_dtype, bucket.copies)
+            return bucket.route.gather(
+                exchange.channel, pieces, whole, bucket.sent_dtype, bucket.copies
+            )
+
+    @staticmethod
+    def _whole_of(bucket: Bucket) -> list[list[Tensor] | None]:
+        """Where what travels to owners becomes whole: all of it, or the gradient alone."""
+        return [member.whole and member.whole[-bucket.copies :] for member in bucket.members]
 
     def _fill(self, exchange: Exchange, which: int, flight: Any) -> None:
         """Whole weights, or zeros for updates, and gradients of what is owned here."""
         bucket = exchange.buckets[which]
         if flight is not None:
             with exchange.channel.saying(self._where(exchange, which, "gather")):
-                # All of them, or the gradient alone.
-                come = slice(-bucket.copies, None)
-                targets = [member.whole and member.whole[come] for member in bucket.members]
-                bucket.route.gathered(flight, targets)
+                bucket.route.gathered(flight, self._whole_of(bucket))
         for at in bucket.route.owned:
             member = bucket.members[at]
             assert member.whole is not None
