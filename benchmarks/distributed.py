@@ -57,7 +57,8 @@ def campaign(options: argparse.Namespace) -> tuple[list[int], Campaign]:
         known[op]: parameter_shapes(options.shape or _SHAPES.get(known[op], "small-list"))
         for op in ops
     }
-    return [int(part) for part in given], Campaign(shapes, run.BUDGET, progress=True)
+    budget = run.QUICK_BUDGET if options.quick else run.BUDGET
+    return [int(part) for part in given], Campaign(shapes, budget, progress=True)
 
 
 def main(options: argparse.Namespace, facts: Mapping[str, Any], console: Console) -> int:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import readme_tables
 import spectral_kernels as sk  # noqa: E402
 import torch
 from rich.console import Console  # noqa: E402
@@ -162,6 +163,11 @@ def test_steps_of_one_process_are_predicted_and_measured(tmp_path, monkeypatch, 
         assert [row["of_replicated"] for row in rows] == [1.0, 1.5]
         assert [row["cpu_s"] for row in rows] == [2.0, 3.0]
         assert rows[0]["cpu_predicted_s"] == 4.5 and rows[0]["cpu_error"] == 1.25
+        text = "<!-- table ranks.json -->\n<!-- end table -->\n"
+        table = readme_tables.rewritten(text, tmp_path)
+        assert "| muon replicated | 1 | 4.00 s |  | 5.00 s | +25% | +125% |" in table
+        assert "| muon ddp | 1 | 6.00 s | 1.50 | 5.00 s | -17% |" in table
+        assert "Errors of 2 predictions: 21% on average, 25% at worst; NOT within 15%" in table
     assert distributed.summary([{**rows[1], "error": 0.4}])[0].endswith("NOT within 15% and 30%")
 
 

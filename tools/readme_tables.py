@@ -6,9 +6,9 @@
 A table stands between `<!-- table FILE key=value ... -->` and `<!-- end table -->`. FILE is
 relative to the Markdown file; keys (key, op, shape, dtype, threads, isa, variant) choose rows,
 `against` those that they are compared with; several values by comma, + for a space. Of a training's
-file all runs are shown, of the doctor's all faults; a Markdown file is shown as it is, a folder as
-a line for each family, with its page there or its module: what runs where. `--check` writes nothing
-and fails where a table is not what its file says.
+file all runs are shown, of the doctor's all faults, of steps over ranks all rows; a Markdown file
+is shown as it is, a folder as a line for each family, with its page there or its module: what runs
+where. `--check` writes nothing and fails where a table is not what its file says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_kernels import _operators
-from spectral_kernels.benchmarks import demo, run
+from spectral_kernels.benchmarks import demo, distributed, run
 from spectral_kernels.benchmarks.case import OURS
 from spectral_kernels.benchmarks.timing import seconds
 
@@ -82,6 +82,8 @@ def _table(path: Path, chosen: Mapping[str, Sequence[str]]) -> str:
         return "\n".join(_scoreboard(record)) + "\n"
     if "runs" in record:
         lines = _training(record["runs"])
+    elif record["kind"] == "ranks":
+        lines = _ranks(record["rows"])
     else:
         rows = [
             row
@@ -162,6 +164,23 @@ def _lines(row: Mapping[str, Any], against: Sequence[str] | None) -> list[str]:
         f"{entry['speedup']:.2f}x |"
         for entry in others
     ] or [f"{begin} | | | |"]
+
+
+def _ranks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Steps over processes, measured and predicted, and how far the predictions are off."""
+    lines = [
+        "| optimizer, layout | processes | step | of each for itself | predicted | error | CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "" if row["layout"] == "replicated" else f"{row['of_replicated']:.2f}"
+        lines.append(
+            f"| {row['key'].rsplit(' ', 1)[0]} | {row['ranks']} | {seconds(row['median_s'])} | "
+            f"{share} | {seconds(row['predicted_s'])} | {row['error']:+.0%} | "
+            f"{row['cpu_error']:+.0%} |"
+        )
+    closing = [line.strip() for line in distributed.summary(rows)]
+    return [*lines, "", " ".join(f"{line[0].upper()}{line[1:]}." for line in closing)]
 
 
 def _error(entry: Mapping[str, Any]) -> str:
