@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from ranks.layouts import CHAINS
-from ranks.runs import FORMS, OPTIMIZERS
+from ranks.runs import FEW, FORMS, OPTIMIZERS
 from support.fuzzing import CAMPAIGN
 
 # Meshes of three dimensions.
@@ -31,8 +31,8 @@ def test_the_bits_of_one_process_on_meshes_of_three_dimensions(workers, world, l
     ],
 )
 def test_the_bits_of_one_process_on_them_by_other_ways(workers, layout, how):
-    for different in workers.run(4, "equal_to_one_process", layout, torch.float32, how):
-        assert different == dict.fromkeys(OPTIMIZERS, [])
+    for different in workers.run(4, "equal_to_one_process", layout, torch.float32, how, FEW):
+        assert different == dict.fromkeys(FEW, [])
 
 
 @pytest.mark.parametrize("layout", ["hsdp_tp 1x2x2", "replicate_shard_shard 2x2x1"])
@@ -72,9 +72,9 @@ def test_state_of_other_forms_from_one_process_to_ranks_and_back(workers, world,
 @pytest.mark.parametrize(
     "world, layout, how",
     [
-        (2, "fsdp", {}),
+        (2, "fsdp", {"bucket_bytes": 1}),
+        (2, "ddp", {"bucket_bytes": 1}),
         (3, "fsdp", {"bucket_bytes": 1}),
-        (3, "ddp", {"bucket_bytes": 1}),
         (2, "columns", {}),
         (2, "fsdp", {"keep_weights": True, "bucket_bytes": 1}),
         (4, "hsdp_tp 1x2x2", {"hops": "each", "bucket_bytes": 1}),
@@ -83,11 +83,18 @@ def test_state_of_other_forms_from_one_process_to_ranks_and_back(workers, world,
 def test_the_bits_of_one_process_where_everything_travels_by_itself(workers, world, layout, how):
     found = workers.run(world, "in_place", layout, how)
     for different, messages, _ in found:
-        assert different == dict.fromkeys(OPTIMIZERS, [])
+        assert different == dict.fromkeys(FEW, [])
         assert messages > 0
     # Rows are received in whole matrices; what waits, or goes on from line to line, is not.
     in_place = sum(there for *_, there in found)
     assert layout == "columns" or (in_place > 0) == (layout == "fsdp")
+
+
+@pytest.mark.parametrize("by_messages, places", [(True, 3), (False, 1)])
+@pytest.mark.parametrize("layout", ["fsdp", "ddp", "columns"])
+def test_more_buckets_than_places(workers, layout, by_messages, places):
+    for different, rooms in workers.run(2, "in_many_buckets", layout, by_messages):
+        assert different == [] and rooms == [places]
 
 
 SIZES = st.lists(st.integers(0, 9), max_size=5)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ranks.layouts import fsdp, full, mesh_of, mesh_of_all, place
 from ranks.nets import Net, give, gradients, set_weights, weights
-from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, stepped
+from ranks.runs import ALL, FEW, OPTIMIZERS, STEPS, alone, different, made, stepped
 
 
 def equal_to_one_process(
@@ -58,7 +58,7 @@ def by_collectives(layout: str) -> tuple[dict[str, list[str]], int]:
         mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single)),
         mock.patch.object(dist, "isend", side_effect=AssertionError("a message")),
     ):
-        return equal_to_one_process(layout, torch.float32), calls
+        return equal_to_one_process(layout, torch.float32, names=FEW), calls
 
 
 def on_a_narrow_wire(layout: str, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
@@ -254,30 +254,37 @@ def drawn(
     mesh_shape: tuple[int, ...],
     drawn_params: Sequence[tuple[tuple[int, ...], tuple[int | None, ...]]],
     how: dict[str, Any],
+    dtype: torch.dtype,
+    small: int,
 ) -> list[str]:
-    """Any shapes in any placements on any mesh, through a state dict in the middle."""
+    """Any shapes in any placements on any mesh, through a state dict in the middle.
+
+    Parts of at least `small` bytes travel by themselves.
+    """
     names = ("rows", "columns", "more")[: len(mesh_shape)]
     mesh = mesh_of(mesh_shape, *names)
     shapes = {f"p{i}": shape for i, (shape, _) in enumerate(drawn_params)}
-    net, one = (Net(weights(torch.float32, shapes)) for _ in range(2))
+    net, one = (Net(weights(dtype, shapes)) for _ in range(2))
     for (param_name, param), (_, dims) in zip(
         list(net.named_parameters()), drawn_params, strict=True
     ):
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
         shared = distribute_tensor(param.detach(), mesh, placements)
         net.register_parameter(param_name, nn.Parameter(shared))
-    make = OPTIMIZERS[name]
+    make = ALL[name]
     optimizer = make(net.named_parameters(), distributed=sk.optim.Distributed(**how))
     reference = make(one.named_parameters())
-    for step in range(3):
-        for each, stepping in ((net, optimizer), (one, reference)):
-            give(each, gradients(step, torch.float32, shapes))
-            stepping.step()
-        if step == 1:
-            state = optimizer.state_dict()
-            optimizer = make(net.named_parameters(), distributed=sk.optim.Distributed(**how))
-            optimizer.load_state_dict(state)
-    assert_same(optimizer.consolidate(None)["state"], reference.state_dict()["state"])
+    with mock.patch.object(transport, "_SMALL", small):
+        for step in range(3):
+            for each, stepping in ((net, optimizer), (one, reference)):
+                give(each, gradients(step, dtype, shapes))
+                stepping.step()
+            if step == 1:
+                state = optimizer.state_dict()
+                how_again = sk.optim.Distributed(**how)
+                optimizer = make(net.named_parameters(), distributed=how_again)
+                optimizer.load_state_dict(state)
+        assert_same(optimizer.consolidate(None)["state"], reference.state_dict()["state"])
     return different(net, {key: param.detach() for key, param in one.named_parameters()})
 
 

@@ -48,8 +48,11 @@ FORMS: dict[str, Callable[..., Any]] = {
 }
 ALL = OPTIMIZERS | FORMS
 
+# For tests of ways that are the same whatever is stepped.
+FEW = ("muon", "shampoo")
+
 # A run, and where it is interrupted, between two refreshes.
-STEPS, HALF = 6, 4
+STEPS, HALF = 5, 3
 
 
 def options(layout: str, **more: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from spectral_kernels.optim._distributed import checksum, transport
 from torch import Tensor
 
-from ranks.layouts import full, local
+from ranks.layouts import LAYOUTS, full, local
 from ranks.nets import Net, give, gradients, weights
-from ranks.runs import OPTIMIZERS, STEPS, alone, different, made, stepped
+from ranks.runs import FEW, OPTIMIZERS, STEPS, alone, different, made, options, stepped
 
 
 def changed_by_others(layout: str, hops: str) -> tuple[dict[str, list[str]], list[int]]:
@@ -22,11 +22,11 @@ def changed_by_others(layout: str, hops: str) -> tuple[dict[str, list[str]], lis
         What differs from one process, and the bytes that this rank sends in every step of Muon.
     """
     found, sent = {}, []
-    for name in OPTIMIZERS:
+    for name in FEW:
         net, optimizer = made(name, layout, keep_weights=True, hops=hops)
         one = Net(weights(torch.float32))
         reference = OPTIMIZERS[name](one.named_parameters())
-        for step in range(STEPS):
+        for step in range(6):
             if step == 3:
                 # In a way that leaves sums and versions as they are.
                 _swap_rows(net, one)
@@ -84,7 +84,7 @@ def in_place(layout: str, how: dict[str, Any]) -> tuple[dict[str, list[str]], in
         mock.patch.object(transport, "_MESSAGE", 256),
         mock.patch.object(dist, "irecv", receive),
     ):
-        for name in OPTIMIZERS:
+        for name in FEW:
             net, optimizer = made(name, layout, **how)
             rooms += [
                 room
@@ -96,6 +96,30 @@ def in_place(layout: str, how: dict[str, Any]) -> tuple[dict[str, list[str]], in
             found[name] = different(net, alone(name))
             rooms.clear()
     return found, messages, there
+
+
+def in_many_buckets(layout: str, by_messages: bool) -> tuple[list[str], list[int]]:
+    """More buckets than have places of their own, of which every rank owns a matrix.
+
+    Returns:
+        What differs from one process, and the sets of places.
+    """
+    shapes = {f"w{i}": (6 + i, 9) for i in range(5 * dist.get_world_size())}
+    net, one = (Net(weights(torch.float32, shapes)) for _ in range(2))
+    LAYOUTS[layout](net)
+    kind = transport.Messages if by_messages else transport.Collectives
+    with mock.patch.object(transport, "Messages", kind):
+        optimizer = OPTIMIZERS["muon"](net.named_parameters(), **options(layout, bucket_bytes=1))
+    reference = OPTIMIZERS["muon"](one.named_parameters())
+    for step in range(3):
+        for each, stepping in ((net, optimizer), (one, reference)):
+            give(each, gradients(step, torch.float32, shapes))
+            stepping.step()
+    [exchange] = optimizer._spread.exchanges
+    assert len(exchange.buckets) == 5
+    return different(net, dict(one.named_parameters())), [
+        len(rooms) for rooms in exchange.rooms.values()
+    ]
 
 
 def carried(sizes: list[list[int]], numbers: list[bool], small: int) -> list[list[Any]]:

@@ -27,6 +27,7 @@ class Channel:
         size, rank: of the group, and of this process in it.
         device: where what is sent lies.
         patience: seconds to wait in `meet`.
+        turns: see `Transport`.
     """
 
     def __init__(self, group: Any, device: torch.device, patience: float) -> None:
@@ -37,6 +38,7 @@ class Channel:
         self.device = device
         self.patience = patience
         self._transport = transport(group, device)
+        self.turns = self._transport.turns
         self._key = ""
         self._meetings = 0
 

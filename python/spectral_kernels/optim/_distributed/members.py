@@ -88,7 +88,8 @@ class Bucket:
         keeps: whether owners keep the weights between steps.
         copies: tensors of each that travel to the owner in this step: nothing that ranks have
             already, or the gradient, or weights and gradient.
-        lasts: no bucket after it in a step has its whole matrices where this one has.
+        lasts: what an owner sends to itself comes as a copy, or no bucket after this one in a step
+            has its whole matrices in the same place.
     """
 
     members: list[Member]

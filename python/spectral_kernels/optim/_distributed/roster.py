@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 _MOST_TARGETS = 64
 
 
-# The rooms of whole matrices: one is stepped, the next one is filled, the one before is sent out.
-_TURNS = 3
-
-
 # By the process group of all ranks, which ends them with itself, those of meshes that are only a
 # part of it: a group has threads and connections until then, and every optimizer of a mesh asks for
 # the same one.
@@ -254,15 +250,15 @@ class Roster(Agreement):
             sum(bucket.room * member.key.numel() for member in members)
             for bucket, members in zip(same, owned, strict=True)
         ]
-        device = exchange.channel.device
+        device, turns = exchange.channel.device, exchange.channel.turns
         rooms = [
-            torch.zeros(max(sizes[turn::_TURNS]), dtype=dtype, device=device)
-            for turn in range(min(_TURNS, len(same)))
+            torch.zeros(max(sizes[turn::turns]), dtype=dtype, device=device)
+            for turn in range(min(turns, len(same)))
         ]
         exchange.rooms[dtype] = rooms
         for which, (bucket, members) in enumerate(zip(same, owned, strict=True)):
-            room, at = rooms[which % _TURNS], 0
-            bucket.lasts = bucket.keeps or which + _TURNS >= len(same)
+            room, at = rooms[which % turns], 0
+            bucket.lasts = bucket.keeps or turns == 1 or which + turns >= len(same)
             for member in members:
                 count, shape = member.key.numel(), member.key.shape
                 kept = member.whole[:1] if bucket.keeps and member.whole else []

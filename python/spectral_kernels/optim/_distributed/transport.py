@@ -2,8 +2,7 @@
 
 What is sent to a rank is a list of tensors, and what comes from it a list of places: a tensor that
 is filled, or the number of elements of one that is made. Both lists have the same sizes on both
-ends, so nothing is said of them on the way. What a rank sends to itself is copied into its place at
-once, or, where that is a number, is what comes.
+ends, so nothing is said of them on the way.
 """
 
 from __future__ import annotations
@@ -68,7 +67,13 @@ class Transport(ABC):
     Args:
         group: the process group.
         device: where what is sent lies.
+
+    Attributes:
+        turns: how many sets of whole matrices are in use at once, where one is filled, another one
+            is stepped and a third one is sent.
     """
+
+    turns: int
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group = group
@@ -88,15 +93,6 @@ class Transport(ABC):
     ) -> Flight:
         """Sends the same tensors to all ranks, and receives those of each."""
 
-    def _own(self, send: Sequence[Tensor], into: Sequence[Place]) -> list[Tensor | None]:
-        """What this rank sends to itself, put into its place."""
-        come: list[Tensor | None] = []
-        for piece, place in zip(send, into, strict=True):
-            if isinstance(place, Tensor):
-                place.copy_(piece)
-            come.append(None if isinstance(place, Tensor) else piece)
-        return come
-
     def _others(self) -> Iterator[tuple[int, int]]:
         """The others in turn, to whom this rank sends and from whom it receives at once."""
         for step in range(1, self._size):
@@ -104,30 +100,39 @@ class Transport(ABC):
 
 
 class Messages(Transport):
-    """Messages between pairs of ranks: what is large travels from and to where it lies."""
+    """Messages between pairs of ranks: what is large travels from and to where it lies.
+
+    What a rank sends to itself is put into its place at once or, where that is a number, comes as
+    the very tensor that was sent.
+    """
+
+    turns = 3
 
     def exchange(
         self, send: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Place]], dtype: torch.dtype
     ) -> Flight:
         sent = {to: _packed(send[to]) for to, _ in self._others()}
-        return self._started(sent, self._own(send[self._rank], into[self._rank]), into, dtype)
+        return self._started(sent, send[self._rank], into, dtype)
 
     def everyone(
         self, send: Sequence[Tensor], into: Sequence[Sequence[Place]], dtype: torch.dtype
     ) -> Flight:
         messages = _packed(send)
         sent = {to: messages for to, _ in self._others()}
-        return self._started(sent, self._own(send, into[self._rank]), into, dtype)
+        return self._started(sent, send, into, dtype)
 
     def _started(
         self,
         sent: dict[int, list[Tensor]],
-        own: list[Tensor | None],
+        own: Sequence[Tensor],
         into: Sequence[Sequence[Place]],
         dtype: torch.dtype,
     ) -> Flight:
         come: list[list[Tensor | None]] = [[] for _ in into]
-        come[self._rank] = own
+        for piece, place in zip(own, into[self._rank], strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(piece)
+            come[self._rank].append(None if isinstance(place, Tensor) else piece)
         unpacked: list[tuple[Tensor, Tensor]] = []
         works: list[Any] = []
         received: list[Tensor] = []
@@ -153,12 +158,16 @@ class Messages(Transport):
 
 
 class Collectives(Transport):
-    """The collectives of a backend, which knows of its network."""
+    """The collectives of a backend, which knows of its network.
+
+    Places are written when an exchange ends, and what is sent is copied when it starts.
+    """
+
+    turns = 1
 
     def exchange(
         self, send: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Place]], dtype: torch.dtype
     ) -> Flight:
-        own = self._own(send[self._rank], into[self._rank])
         nothing = torch.empty(0, dtype=dtype, device=self._device)
         others = [[] if rank == self._rank else list(send[rank]) for rank in range(self._size)]
         packed = torch.cat([nothing, *itertools.chain(*others)])
@@ -171,7 +180,7 @@ class Collectives(Transport):
         work = dist.all_to_all_single(
             received, packed, sizes, sent, group=self._group, async_op=True
         )
-        return self._arriving(work, packed, received.split(sizes), own, into)
+        return self._arriving(work, packed, received.split(sizes), send[self._rank], into)
 
     def everyone(
         self, send: Sequence[Tensor], into: Sequence[Sequence[Place]], dtype: torch.dtype
@@ -181,20 +190,22 @@ class Collectives(Transport):
         packed = torch.cat([*send, torch.zeros(padding, dtype=dtype, device=self._device)])
         received = torch.empty(self._size * most, dtype=dtype, device=self._device)
         work = _all_gather()(received, packed, group=self._group, async_op=True)
-        own = self._own(send, into[self._rank])
-        return self._arriving(work, packed, received.view(self._size, most).unbind(), own, into)
+        return self._arriving(work, packed, received.view(self._size, most).unbind(), send, into)
 
     def _arriving(
         self,
         work: Any,
         packed: Tensor,
         received: Sequence[Tensor],
-        own: list[Tensor | None],
+        own: Sequence[Tensor],
         into: Sequence[Sequence[Place]],
     ) -> Flight:
         come: list[list[Tensor | None]] = [[] for _ in into]
-        come[self._rank] = own
         unpacked: list[tuple[Tensor, Tensor]] = []
+        for piece, place in zip(own, into[self._rank], strict=True):
+            if isinstance(place, Tensor):
+                unpacked.append((place, piece))
+            come[self._rank].append(None if isinstance(place, Tensor) else piece.clone())
         for _, source in self._others():
             count = sum(map(_count, into[source]))
             come[source] += _split(received[source][:count], into[source], unpacked)
