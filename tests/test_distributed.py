@@ -123,21 +123,22 @@ def test_state_that_is_asked_for_before_the_first_step_changes_nothing(workers, 
 @pytest.fixture(scope="module", params=["fsdp", "ddp", "both"])
 def checkpoint(request, workers, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp(request.param))
-    workers.run(4, "save_in_the_middle", request.param, folder)
-    return request.param, folder
+    names = ["shampoo", "deva"] if request.param == "both" else [*OPTIMIZERS]
+    workers.run(4, "save_in_the_middle", request.param, folder, names)
+    return request.param, folder, names
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(workers, checkpoint, world):
-    layout, folder = checkpoint
+    layout, folder, names = checkpoint
     layout = layout if layout in LAYOUTS or world % 2 == 0 else "columns"
-    for different in workers.run(world, "resume", layout, folder):
-        assert different == dict.fromkeys(OPTIMIZERS, [])
+    for different in workers.run(world, "resume", layout, folder, names):
+        assert different == dict.fromkeys(names, [])
 
 
 def test_a_checkpoint_goes_on_in_one_process(workers, checkpoint):
-    found = workers.run(1, "resume", "alone", checkpoint[1])
-    assert found == [dict.fromkeys(OPTIMIZERS, [])]
+    _, folder, names = checkpoint
+    assert workers.run(1, "resume", "alone", folder, names) == [dict.fromkeys(names, [])]
 
 
 def test_a_checkpoint_that_is_written_while_steps_are_taken(workers, tmp_path):
@@ -148,12 +149,18 @@ def test_a_checkpoint_that_is_written_while_steps_are_taken(workers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "world, layout",
-    [(3, "fsdp"), (2, "ddp"), (4, "both"), (4, "fsdp_tp"), (4, "some_plain")],
+    "world, layout, names",
+    [
+        (3, "fsdp", [*OPTIMIZERS]),
+        (2, "ddp", [*OPTIMIZERS]),
+        (4, "both", ["soap"]),
+        (4, "fsdp_tp", ["shampoo", "deva"]),
+        (4, "some_plain", ["muon", "shampoo"]),
+    ],
 )
-def test_from_one_process_to_ranks_and_back(workers, world, layout):
-    for different in workers.run(world, "there_and_back", layout):
-        assert different == dict.fromkeys(OPTIMIZERS, [])
+def test_from_one_process_to_ranks_and_back(workers, world, layout, names):
+    for different in workers.run(world, "there_and_back", layout, names):
+        assert different == dict.fromkeys(names, [])
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])

@@ -28,17 +28,15 @@ def _checkpoint(net: Net, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def save_in_the_middle(layout: str, folder: str) -> None:
+def save_in_the_middle(layout: str, folder: str, names: Sequence[str]) -> None:
     """Between two refreshes."""
-    for name in OPTIMIZERS:
+    for name in names:
         net, optimizer = made(name, layout)
         stepped(net, optimizer, range(HALF), torch.float32)
         dcp.save(_checkpoint(net, optimizer), checkpoint_id=f"{folder}/{name}")
 
 
-def resume(
-    layout: str, folder: str, names: Sequence[str] = tuple(OPTIMIZERS)
-) -> dict[str, list[str]]:
+def resume(layout: str, folder: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Goes on with what another world has saved, from other weights and other state."""
     found = {}
     for name in names:
