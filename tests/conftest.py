@@ -241,8 +241,6 @@ KNOWN_FAILURES = {
     "test_every_block_keeps_the_error_rule[cuda-graded-1": "22 bits of the largest block",
     "test_every_block_keeps_the_error_rule[cuda-diagonal-1": "22 bits of the largest block",
     "test_steps_and_residual_are_the_specifications[cuda-4-float32": "a step more, by rounding",
-    "test_a_parameter_that_would_overflow_is_skipped[triton-muon": "written as it is, overflowed",
-    "test_a_parameter_that_would_overflow_spares_its_mates[triton-muon": "written, overflowed",
     "test_every_block_keeps_the_error_rule[triton-zero block-1": "1.3 times what the rule allows",
 }
 _SLOW = (

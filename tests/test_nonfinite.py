@@ -267,6 +267,83 @@ def test_a_parameter_at_the_end_of_its_range_moves(variant, dtype, backend):
             assert same_bits(case[name], usual[name]), name
 
 
+SPHERE = {"hyperball": True, "weight_decay": 0.0}
+# Options of Muon's step that change what becomes of a parameter, or what is kept with it.
+MUON: dict[str, dict[str, Any]] = {
+    "standard": {"method": "standard"},
+    "gram": {"method": "gram"},
+    "16-bit": {"compute_dtype": torch.bfloat16},
+    "cautious": {"cautious": True},
+    "neurons": {"beta2": 0.9},
+    "sphere": SPHERE,
+    "sphere-neurons": {"beta2": 0.9, **SPHERE},
+    "narrow": {},
+}
+
+
+def _muon(option: str, value: float, lr: float, decay: float) -> tuple[Case, Case]:
+    """Parameters of one value in two of five matrices, in the middle of a run; and usual ones."""
+    options = MUON[option]
+    usual = later_step(
+        "muon_step_", SHAPES, torch.float16, taken=2, per_matrix_counts=True, **options
+    )
+    if option == "narrow":
+        usual = usual.with_(momentum_buffers=[x.bfloat16() for x in usual["momentum_buffers"]])
+    usual["lr"].fill_(lr)
+    usual = usual.with_(weight_decay=0.0 if "hyperball" in options else decay)
+    case = usual.clone()
+    case["params"][0].fill_(value)
+    case["params"][1][1].fill_(value)
+    return case, usual
+
+
+@pytest.mark.parametrize("option", MUON)
+def test_muon_writes_nothing_of_what_would_overflow(option, backend):
+    case, usual = _muon(option, 6e4, lr=30.0, decay=1.0)
+    before = case.clone()
+    case.run()
+    usual.run()
+    assert case["skipped"] == 2
+    for name in case.names(write=True):
+        if name == "skipped" or not case[name][0].numel():
+            continue
+        assert same_bits(case[name][0], before[name][0]), name
+        assert same_bits(case[name][1][1], before[name][1][1]), name
+        assert same_bits(case[name][1][[0, 2]], usual[name][1][[0, 2]]), name
+        assert same_bits(case[name][2], usual[name][2]), name
+    assert not same_bits(case["params"][2], before["params"][2])
+
+
+@pytest.mark.parametrize("option", MUON)
+def test_muon_writes_all_of_what_nearly_overflows(option, backend):
+    case, usual = _muon(option, 4.5e4, lr=0.1, decay=0.1)
+    expected = case.run_reference()
+    case.run()
+    usual.run()
+    assert case["skipped"] == 0
+    for i in range(len(SHAPES)):
+        assert torch.allclose(case["params"][i], expected["params"][i], rtol=2e-3, atol=2e-2)
+    for name in case.names(write=True):
+        if name not in ("params", "skipped"):
+            assert same_bits(case[name], usual[name]), name
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_spheres_of_every_size(scale, backend):
+    """Squares of their parameters have no place in float32."""
+    case = later_step("muon_step_", ((6, 9), (9, 5)), taken=1, lr=0.1, **SPHERE)
+    lengths = []
+    for w in case["params"]:
+        w.mul_(scale)
+        lengths.append(torch.linalg.matrix_norm(w.double()))
+    expected = case.run_reference()
+    case.run()
+    assert case["skipped"] == 0
+    for w, other, length in zip(case["params"], expected["params"], lengths, strict=True):
+        assert abs(torch.linalg.matrix_norm(w.double()) / length - 1.0) < 1e-6
+        assert torch.allclose(w / scale, other / scale, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", ["left", "right", "left_root", "right_root"])

@@ -84,7 +84,8 @@ def test_elements_beyond_2_31_are_found(shape, strides):
 def test_a_group_takes_its_launches_whatever_the_shapes(room):
     """One group of the 16-bit small form: two passes, the input, and one launch an orientation.
 
-    One more counts steps and skips.
+    One more looks at parameters that may leave their range, one writes the momenta of those, and
+    one counts.
     """
 
     def launched(shapes):
@@ -94,8 +95,8 @@ def test_a_group_takes_its_launches_whatever_the_shapes(room):
         case.run("triton")
         return room.device.launches() - before
 
-    assert launched(((20, 48), (24, 80), (2, 30, 64))) == 5
-    assert launched(((20, 48), (24, 80), (80, 24))) <= 7
+    assert launched(((20, 48), (24, 80), (2, 30, 64))) == 7
+    assert launched(((20, 48), (24, 80), (80, 24))) <= 8
 
 
 def test_launches_of_the_standard_form(room):
@@ -104,8 +105,9 @@ def test_launches_of_the_standard_form(room):
     )
     before = room.device.launches()
     case.run("triton")
-    # Three launches read the input, a step takes three, and one counts.
-    assert room.device.launches() - before == 3 + 3 * len(MUON) + 1
+    # Three launches read the input, a step takes three, one looks at what may leave its range, one
+    # writes the momenta of that, and one counts.
+    assert room.device.launches() - before == 3 + 3 * len(MUON) + 3
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])

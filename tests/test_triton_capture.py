@@ -31,7 +31,7 @@ SHAPES = ((96, 200), (300, 70), (2, 150, 150))
 
 # Step, whether it refreshes -> launches of kernels, calls of torch, for every distinct shape.
 MOST = {
-    ("muon_step_", 0): (7, 2),
+    ("muon_step_", 0): (8, 2),
     ("shampoo_step_", 0): (10, 156),
     ("shampoo_step_", 1): (120, 670),
     ("soap_step_", 0): (12, 135),
@@ -197,7 +197,7 @@ def test_python_work_does_not_grow_with_the_list(new):
     forget_tables()
     for one, other in zip(few, many, strict=True):
         assert one == other
-    assert many[0].total() < 500 and many[1] == 20 and many[2] == int(new)
+    assert many[0].total() < 500 and many[1] == 23 and many[2] == int(new)
 
 
 class Memory(TorchDispatchMode):

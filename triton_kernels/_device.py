@@ -40,6 +40,8 @@ FIRST_OFFSET = tl.constexpr(3)
 ZERO = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
 NONFINITE = tl.constexpr(2)
+# The new parameter may be out of range: it is looked at before anything is written.
+DOUBTFUL = tl.constexpr(3)
 
 _launches = 0
 

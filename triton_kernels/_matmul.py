@@ -14,6 +14,7 @@ from ._device import (
     ALIGNED,
     ALIGNED_COLUMN_MAJOR,
     ALIGNED_ROW_MAJOR,
+    DOUBTFUL,
     DTYPES,
     NONFINITE,
     corner,
@@ -44,7 +45,8 @@ class Delivery:
         lr: one number, on any device, or None.
         decay: weight decay over the learning rate.
         scales: fp32, one a matrix.
-        state: where it is NONFINITE, W keeps every bit, unless `propagate`.
+        state: where it is NONFINITE, W keeps every bit, unless `propagate`. Where it is DOUBTFUL,
+            the new W is looked at before it is written, and NONFINITE if it would not be finite.
         propagate, cautious: see above.
     """
 
@@ -71,6 +73,16 @@ class Delivery:
             kept,
             self.decay,
         )
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """What kernels that are launched for tiles take as `look`, a launch each."""
+        return (1, 0) if self.doubts else (0,)
+
+    @property
+    def doubts(self) -> bool:
+        """Whether a state may be DOUBTFUL."""
+        return self.lr is not None and not self.propagate
 
     @property
     def on_device(self) -> bool:
@@ -107,14 +119,29 @@ def delivery_of(
 
 
 @triton.jit
+def _infinite_from(dtype: tl.constexpr):
+    """The least fp32 number that is rounded to infinity."""
+    if dtype == tl.float16:
+        return 65520.0
+    elif dtype == tl.bfloat16:
+        return 3.3961775292304957e38
+    else:
+        return float("inf")
+
+
+@triton.jit
 def deliver(
     value, matrix, first_row, first_col, rows, cols, places, layout, state, scales, lr, rate, kept,
-    decay,
+    decay, look,
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
     LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
     SPHERE: tl.constexpr = False,
 ):  # fmt: skip
-    """See `Delivery`; rows and columns are those of the wide matrix."""
+    """See `Delivery`; rows and columns are those of the wide matrix.
+
+    With `look` of 1 nothing is written but the state of a matrix that would not be finite; with -1
+    nothing of what is doubtful.
+    """
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
     swapped = element(layout, matrix, TALL, COLUMNS)
@@ -130,7 +157,8 @@ def deliver(
     )
     if UPDATE:
         if SKIP:
-            inside = provided(inside, tl.load(state + matrix) != NONFINITE)
+            found = tl.load(state + matrix)
+            inside = provided(inside, (found < NONFINITE) | ((look >= 0) & (found == DOUBTFUL)))
         if LR_LOADED:
             loaded = tl.load(lr)
             rate = loaded.to(tl.float32)
@@ -146,13 +174,21 @@ def deliver(
             value = tl.where(sign * old < 0.0, old, kept * old) - moved
         else:
             value = kept * old - (rate * tl.load(scales + matrix)) * value
-    tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
+    if UPDATE and SKIP:
+        if look == 1:
+            lost = tl.where(tl.abs(value) < _infinite_from(PLACED_DTYPE), 0, 1)
+            if tl.max(tl.where(inside, lost, 0)) > 0:
+                tl.store(state + matrix, NONFINITE)
+        else:
+            tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
+    else:
+        tl.store(at, narrowed(value, PLACED_DTYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=("columns", "alpha_column", "beta_column"))
+@triton.jit(do_not_specialize=("columns", "alpha_column", "beta_column", "look"))
 def _wide_kernel(
     a, b, c, out, layout, tiles, factors, columns, alpha, beta, alpha_column, beta_column,
-    places, state, scales, lr, rate, kept, decay,
+    places, state, scales, lr, rate, kept, decay, look,
     A_SPACE: tl.constexpr, B_SPACE: tl.constexpr, A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr, HAS_C: tl.constexpr, PER_MATRIX: tl.constexpr,
     DELIVER: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
@@ -160,6 +196,9 @@ def _wide_kernel(
     PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col = tile_of(tiles)
+    if UPDATE and SKIP:  # noqa: SIM102 - known when compiling, unlike the next
+        if (look != 0) & (tl.load(state + matrix) != DOUBTFUL):
+            return
     row = row.to(tl.int64) * TILE
     col = col.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
@@ -201,7 +240,7 @@ def _wide_kernel(
     if DELIVER:
         deliver(
             value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
-            decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
+            decay, look, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
         )  # fmt: skip
     else:
         tl.store(out + here + block, narrowed(value, out.dtype.element_ty))
@@ -237,6 +276,8 @@ def wide(
 ) -> None:
     """out = alpha A B + beta C, wide; one launch, or up to three into the caller's tensors.
 
+    One more for each of these looks at parameters that may leave their range, see `Delivery`.
+
     Args:
         layout, config: of all workspaces.
         a, b: SHORT times WIDE, or WIDE times LONG.
@@ -247,35 +288,38 @@ def wide(
     delivery = out if isinstance(out, Delivery) else None
     target = a.values if isinstance(out, Delivery) else out
     arguments, constants, launches = delivery_of(delivery, layout)
+    looks = (0,) if delivery is None else delivery.looks
     for unit, chosen in launches:
         # Element by element a large tile takes more registers than there are.
         spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
         fitting = config.halved() if spread else config
         tiles = layout.tiles(fitting.tile, chosen)
-        launch(
-            _wide_kernel,
-            tiles.shape[0],
-            a.values,
-            b.values,
-            a.values if c is None else c,
-            target,
-            layout.table,
-            tiles,
-            layout.table if factors is None else factors,
-            0 if factors is None else factors.shape[1],
-            alpha,
-            beta,
-            *columns,
-            *arguments,
-            A_SPACE=a.space,
-            B_SPACE=b.space,
-            A_TRANSPOSED=a.transposed,
-            B_TRANSPOSED=b.transposed,
-            HAS_C=c is not None,
-            PER_MATRIX=factors is not None,
-            DELIVER=delivery is not None,
-            PLACED_UNIT=unit,
-            **constants,
-            PRECISION=precision_of(architecture(layout.device)),
-            **fitting.options(),
-        )
+        for look in looks:
+            launch(
+                _wide_kernel,
+                tiles.shape[0],
+                a.values,
+                b.values,
+                a.values if c is None else c,
+                target,
+                layout.table,
+                tiles,
+                layout.table if factors is None else factors,
+                0 if factors is None else factors.shape[1],
+                alpha,
+                beta,
+                *columns,
+                *arguments,
+                look,
+                A_SPACE=a.space,
+                B_SPACE=b.space,
+                A_TRANSPOSED=a.transposed,
+                B_TRANSPOSED=b.transposed,
+                HAS_C=c is not None,
+                PER_MATRIX=factors is not None,
+                DELIVER=delivery is not None,
+                PLACED_UNIT=unit,
+                **constants,
+                PRECISION=precision_of(architecture(layout.device)),
+                **fitting.options(),
+            )

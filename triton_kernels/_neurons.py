@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import DTYPES, NONFINITE, PLACE_COLUMNS, corner, element, launch, tile_of, widened
+from ._device import (
+    DOUBTFUL,
+    DTYPES,
+    NONFINITE,
+    PLACE_COLUMNS,
+    corner,
+    element,
+    launch,
+    tile_of,
+    widened,
+)
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout, kept, upload
 from ._matmul import Delivery, deliver
 from ._places import Places
@@ -102,9 +112,9 @@ def _products_kernel(
         offsets = row[:, None] * along + col[None, :] * across
         value = tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32)
         offsets = row[:, None] * by_row + col[None, :] * by_col
-        w = widened(tl.load(base + offsets, mask=mask, other=0.0))
-        length += tl.sum((w * w).to(tl.float64), 1)
-        dot += tl.sum((w * value).to(tl.float64), 1)
+        w = widened(tl.load(base + offsets, mask=mask, other=0.0)).to(tl.float64)
+        length += tl.sum(w * w, 1)
+        dot += tl.sum(w * value.to(tl.float64), 1)
     at = tl.load(starts + matrix) + row
     tl.store(lengths + at, length, mask=inside)
     tl.store(dots + at, dot, mask=inside)
@@ -149,11 +159,12 @@ def _sphere_kernel(
     tl.store(scales + matrix * 2 + 1, (step * kept).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("late",))
 def _moments_kernel(
-    sums, starts, layout, places, state, factors, lengths, beta2, fresh, eps,
+    sums, starts, layout, places, state, factors, lengths, beta2, fresh, eps, late,
     SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Those of what is doubtful are written `late`, if they are.
     matrix = tl.program_id(0).to(tl.int64)
     base = tl.load(places + matrix * PLACE_COLUMNS).to(tl.pointer_type(tl.float32))
     stride = tl.load(places + matrix * PLACE_COLUMNS + 1)
@@ -162,7 +173,10 @@ def _moments_kernel(
     first = tl.load(starts + matrix)
     written = count
     if SKIP:
-        written = tl.where(tl.load(state + matrix) == NONFINITE, 0, count)
+        found = tl.load(state + matrix)
+        if (late != 0) & (found != DOUBTFUL):
+            return
+        written = tl.where((late != 0) | (found < NONFINITE), count, 0)
     lanes = tl.arange(0, BLOCK)
     before = tl.zeros((BLOCK,), tl.float64)
     after = tl.zeros((BLOCK,), tl.float64)
@@ -184,14 +198,17 @@ def _moments_kernel(
     tl.store(lengths + matrix, tl.where(length == 0.0, 0.0, same).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("look",))
 def _rows_kernel(
-    x, factors, lengths, starts, tiles, places, layout, state, scales, lr, rate, kept, decay,
+    x, factors, lengths, starts, tiles, places, layout, state, scales, lr, rate, kept, decay, look,
     PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
     LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, TILE: tl.constexpr,
     NEURONS: tl.constexpr, SPHERE: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col = tile_of(tiles)
+    if UPDATE and SKIP:  # noqa: SIM102 - known when compiling, unlike the next
+        if (look != 0) & (tl.load(state + matrix) != DOUBTFUL):
+            return
     row = row.to(tl.int64) * TILE
     col = col.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
@@ -210,7 +227,7 @@ def _rows_kernel(
         value = value * (by_row[:, None] * by_col[None, :])
     deliver(
         value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
-        decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS, SPHERE,
+        decay, look, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS, SPHERE,
     )  # fmt: skip
 
 
@@ -268,7 +285,9 @@ def by_neurons(
         ROWS_AT_ONCE=_ROWS,
         DEPTH=_COLS,
     )
-    if averages is not None:
+
+    def average(late: int) -> None:
+        assert averages is not None
         launch(
             _moments_kernel,
             layout.count,
@@ -282,9 +301,13 @@ def by_neurons(
             averages.beta2,
             1.0 - averages.beta2,
             averages.eps,
+            late,
             SKIP=not out.propagate,
             BLOCK=_BLOCK,
         )
+
+    if averages is not None:
+        average(0)
     if sphere:
         squares = torch.empty_like(sums)
         dots = torch.empty_like(sums)
@@ -325,21 +348,25 @@ def by_neurons(
     size = min(tile, _TILE)
     for unit, chosen in out.places.units.wide:
         tiles = layout.tiles(size, chosen)
-        launch(
-            _rows_kernel,
-            tiles.shape[0],
-            x,
-            factors,
-            lengths,
-            starts,
-            tiles,
-            *_placed_first(out, layout),
-            **out.constants(),
-            PLACED_UNIT=unit,
-            TILE=size,
-            NEURONS=averages is not None,
-            SPHERE=sphere,
-        )
+        for look in out.looks:
+            launch(
+                _rows_kernel,
+                tiles.shape[0],
+                x,
+                factors,
+                lengths,
+                starts,
+                tiles,
+                *_placed_first(out, layout),
+                look,
+                **out.constants(),
+                PLACED_UNIT=unit,
+                TILE=size,
+                NEURONS=averages is not None,
+                SPHERE=sphere,
+            )
+    if averages is not None and not out.propagate:
+        average(1)
 
 
 def _placed_first(out: Delivery, layout: Layout) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import corner, multiplied, narrowed, span_of, widened
+from ._device import DOUBTFUL, corner, multiplied, narrowed, span_of, widened
 from ._layout import WIDE
 from ._matmul import deliver
 
@@ -120,7 +120,43 @@ def _small_kernel(
         if DELIVER:
             deliver(
                 value, matrix, 0, start, short, inner, places, layout, state, scales, lr, rate,
-                kept, decay, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
+                kept, decay, -1, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
             )  # fmt: skip
         else:
             tl.store(base + start + block, narrowed(value, dtype))
+    if DELIVER and UPDATE and SKIP:  # noqa: SIM102 - known when compiling, unlike the next
+        # What is doubtful is delivered from here by the next kernel.
+        if tl.load(state + matrix) == DOUBTFUL:
+            for start in range(0, ld, DEPTH):
+                part = tl.load(base + start + block)
+                value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
+                if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
+                    if since > 1:
+                        value = multiplied(low, part, value, PRECISION)
+                tl.store(base + start + block, narrowed(value, dtype))
+
+
+@triton.jit
+def _doubtful_kernel(
+    x, layout, places, state, scales, lr, rate, kept, decay,
+    PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr, UPDATE: tl.constexpr,
+    LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # Looks at one small matrix where that is doubtful, and then delivers it. In the kernel above
+    # this would take more registers than there are.
+    matrix = tl.program_id(0).to(tl.int64)
+    if tl.load(state + matrix) == DOUBTFUL:
+        first, ld = corner(layout, matrix, WIDE)
+        short = tl.arange(0, TILE)
+        inner = tl.arange(0, DEPTH)
+        for turn in range(0, 2):
+            for start in range(0, ld, DEPTH):
+                at = x + first + start + (short[:, None] * ld + inner[None, :])
+                deliver(
+                    widened(tl.load(at)), matrix, 0, start, short, inner, places, layout, state,
+                    scales, lr, rate, kept, decay, 1 - turn, PLACED_DTYPE, PLACED_UNIT, UPDATE,
+                    LR_LOADED, SKIP, CAUTIOUS,
+                )  # fmt: skip
+            # The next turn reads the state that other threads wrote.
+            tl.debug_barrier()

@@ -13,6 +13,7 @@ from ._config import PASS_WARPS
 from ._device import (
     ALIGNED_COLUMN_MAJOR,
     ALIGNED_ROW_MAJOR,
+    DOUBTFUL,
     DTYPES,
     NONFINITE,
     NORMAL,
@@ -46,6 +47,7 @@ from ._layout import (
     padded,
 )
 from ._places import Places
+from ._reach import Reach, reach_of
 
 _SUMMARY = 256
 
@@ -148,7 +150,7 @@ def _mixed(grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
 @triton.jit
 def _measure_kernel(
     grads, momenta, momentum, fresh, sign, layout, chunks, largest, squares, bad,
-    beside, GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
+    beside, tops, GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr,
     MOMENTUM: tl.constexpr, MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
     CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr, BESIDE: tl.constexpr,
     BESIDE_TYPE: tl.constexpr, BESIDE_UNIT: tl.constexpr,
@@ -164,6 +166,7 @@ def _measure_kernel(
         at = placed(beside, matrix, 0, row, col, rows, cols, BESIDE_TYPE, BESIDE_UNIT)
         w = widened(tl.load(at, mask=inside, other=0.0))
         finite = finite & (tl.abs(w) < float("inf"))
+        tl.store(tops + tl.program_id(0), tl.max(tl.abs(w)))
     chunk = tl.program_id(0)
     tl.store(bad + chunk, tl.max(tl.where(finite, 0, 1)))
     x = tl.where(finite, x, 0.0)
@@ -173,9 +176,35 @@ def _measure_kernel(
 
 
 @triton.jit
+def _reached(
+    widest, matrix, layout, scales, lr, rate, kept, decay, most,
+    BY_ROWS: tl.constexpr, SPHERE: tl.constexpr, LR_LOADED: tl.constexpr,
+):  # fmt: skip
+    """No |element| of a new parameter is larger, `widest` being that of the old one."""
+    if LR_LOADED:
+        loaded = tl.load(lr)
+        rate = loaded.to(tl.float32)
+        kept = (1.0 - loaded * decay).to(tl.float32)
+    if BY_ROWS or SPHERE:
+        height = element(layout, matrix, ROWS, COLUMNS)
+        size = tl.sqrt((height * element(layout, matrix, COLS, COLUMNS)).to(tl.float32))
+    if SPHERE:
+        # |W - rate U| >= |1 - rate| |W|, so that nothing that is divided by vanishes.
+        return tl.where(tl.abs(rate) < 0.5, size * widest, float("inf"))
+    else:
+        # Not everything decays where that is cautious.
+        step = tl.abs(rate * tl.load(scales + matrix)) * most
+        if BY_ROWS:
+            step *= size
+        return tl.maximum(tl.abs(kept), 1.0) * widest + step
+
+
+@triton.jit
 def _summary_kernel(
     spans, largest, squares, bad, state, exponent, factor, floor, top, eps, norm_factor,
-    FLOORED: tl.constexpr, BLOCK: tl.constexpr,
+    beside, layout, scales, lr, rate, kept, decay, most, limit,
+    FLOORED: tl.constexpr, REACHES: tl.constexpr, BY_ROWS: tl.constexpr, SPHERE: tl.constexpr,
+    LR_LOADED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(0)
     first, count = span_of(spans, matrix)
@@ -198,6 +227,18 @@ def _summary_kernel(
     if FLOORED:
         divisor = tl.maximum(norm_factor * lowest, eps)
     found = tl.where(most > 0.0, NORMAL, ZERO)
+    if REACHES:
+        widest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            at = start + lanes
+            widest = tl.maximum(widest, tl.load(beside + first + at, mask=at < count, other=0.0))
+        reached = _reached(
+            tl.max(widest, 0), matrix, layout, scales, lr, rate, kept, decay, most, BY_ROWS, SPHERE,
+            LR_LOADED,
+        )  # fmt: skip
+        found = tl.where(reached < limit, found, DOUBTFUL)
+        if LR_LOADED:
+            found = tl.where(tl.abs(tl.load(lr).to(tl.float32)) < float("inf"), found, NONFINITE)
     found = tl.where(tl.max(bads, 0) > 0, NONFINITE, found)
     tl.store(state + matrix, found)
     tl.store(exponent + matrix, e)
@@ -219,13 +260,15 @@ def _pack_kernel(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
     )  # fmt: skip
-    bad = tl.load(state + matrix) == NONFINITE
+    found = tl.load(state + matrix)
+    bad = found == NONFINITE
     if MIXED and not KEEP:
         if tl.bfloat16 == MOMENTUM:
             rows = row + tl.arange(0, CHUNK_ROWS)
             cols = col + tl.arange(0, CHUNK_COLS)
             new = rounded_at_random(new, tl.load(steps + matrix), rows, cols)
-        tl.store(at, new, mask=inside if PROPAGATE else provided(inside, bad == 0))
+        # What is doubtful is written later, if it is.
+        tl.store(at, new, mask=inside if PROPAGATE else provided(inside, found < NONFINITE))
     if SIGNS:
         x = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
     if SCALED:
@@ -248,6 +291,45 @@ def _pack_kernel(
         tl.store(base + (row * ld + col) + offsets, value, padded)
 
 
+@triton.jit
+def _settle_kernel(
+    grads, momenta, momentum, fresh, sign, layout, chunks, state, steps,
+    GRAD: tl.constexpr, GRAD_UNIT: tl.constexpr, MIXED: tl.constexpr, MOMENTUM: tl.constexpr,
+    MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
+):  # fmt: skip
+    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
+    if tl.load(state + matrix) == DOUBTFUL:
+        _, new, at, _ = _mixed(
+            grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
+            GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
+        )  # fmt: skip
+        if tl.bfloat16 == MOMENTUM:
+            rows = row + tl.arange(0, CHUNK_ROWS)
+            cols = col + tl.arange(0, CHUNK_COLS)
+            new = rounded_at_random(new, tl.load(steps + matrix), rows, cols)
+        tl.store(at, new, mask=inside)
+
+
+def settle(mix: Mix, layout: Layout, state: Tensor, steps: Tensor | None = None) -> None:
+    """Writes the momenta of what is still DOUBTFUL when the parameters have been written.
+
+    Args:
+        mix, layout, steps: as for `pack`.
+        state: of the matrices.
+    """
+    launch(
+        _settle_kernel,
+        len(layout.chunks),
+        *mix.arguments(),
+        layout.table,
+        layout.chunks,
+        state,
+        layout.table if steps is None else steps,
+        **mix.constants(),
+    )
+
+
 def summarize(
     mix: Mix,
     layout: Layout,
@@ -256,6 +338,7 @@ def summarize(
     norm_factor: float = 1.0,
     eps: float = 0.0,
     floored: bool = True,
+    reach: Reach | None = None,
 ) -> Summary:
     """Scale, norm and finiteness of every matrix, in two launches.
 
@@ -265,11 +348,14 @@ def summarize(
         state: where that of the summary is, at a multiple of 16 bytes; None: in new memory.
         norm_factor, eps: `factor` is that of X / max(norm_factor ||X||_F, eps).
         floored: False leaves both out of `factor`, for a norm that is known later.
+        reach: of the step of the matrices beside; the state is DOUBTFUL where that may lead out of
+            their range, and NONFINITE throughout if the learning rate is not finite.
     """
     chunks, device = len(layout.chunks), layout.device
     largest = torch.empty(chunks, dtype=torch.float32, device=device)
     squares = torch.empty(chunks, dtype=torch.float64, device=device)
     bad = torch.empty(chunks, dtype=torch.int32, device=device)
+    tops = largest if mix.beside is None else torch.empty_like(largest)
     launch(
         _measure_kernel,
         chunks,
@@ -280,6 +366,7 @@ def summarize(
         squares,
         bad,
         (mix.beside or mix.grads).table,
+        tops,
         **mix.constants(),
         BESIDE=mix.beside is not None,
         BESIDE_TYPE=DTYPES[(mix.beside or mix.grads).dtype],
@@ -301,7 +388,14 @@ def summarize(
         *values,
         eps,
         norm_factor,
+        tops,
+        layout.table,
+        *reach_of(reach, layout),
         FLOORED=floored,
+        REACHES=reach is not None,
+        BY_ROWS=reach is not None and reach.by_rows,
+        SPHERE=reach is not None and reach.sphere,
+        LR_LOADED=reach is not None and reach.delivery.on_device,
         BLOCK=_SUMMARY,
     )
     return summary

@@ -25,14 +25,15 @@ from torch import Tensor
 from ._batch import flattened
 from ._checks import TRITON
 from ._config import Config, architecture, config_for, precision_of
-from ._device import NONFINITE, launch
+from ._device import STRIDED, launch
 from ._groups import Kind, Plan, Rule, groups_of_one, layout_for, rule_of, table_of
 from ._layout import SHORT, WIDE, Layout, kept, upload
 from ._matmul import Delivery, Operand, delivery_of, wide
 from ._muon_lists import listing_of, scales_of
 from ._neurons import Averages, by_neurons, check_moments
-from ._newton_schulz_kernels import _powers_kernel, _small_kernel
-from ._pack import Mix, Summary, pack, summarize
+from ._newton_schulz_kernels import _doubtful_kernel, _powers_kernel, _small_kernel
+from ._pack import Mix, Summary, pack, settle, summarize
+from ._reach import Reach, most_of
 from .symmetric_matmul import Terms, symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.
@@ -87,6 +88,18 @@ def _small(
             **constants,
             PRECISION=precision_of(architecture(layout.device)),
             **plan.config.options(),
+        )
+    if out is not None and out.doubts:
+        launch(
+            _doubtful_kernel,
+            layout.count,
+            x,
+            layout.table,
+            *arguments,
+            PLACED_UNIT=STRIDED.value,
+            **constants,
+            TILE=plan.config.tile,
+            DEPTH=plan.config.depth,
         )
     return x if out is None else None
 
@@ -317,7 +330,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     table = table_of(listing.rows, addresses, device)
     propagate = options.nonfinite == "propagate"
     states = torch.empty(counters.size, dtype=torch.int32, device=device)
-    broken = None if lr.device.type == "cpu" or propagate else ~lr.isfinite().reshape(())
+    most = most_of(rule.rows, rule.norm_factor)
     steps = counters.steps(table) if listing.narrow else None
     scales = scales_of(listing, device)
     for group in listing.groups:
@@ -325,17 +338,15 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
         weights, gradients, buffers = (group.places(table, i) for i in range(3))
         beside = None if propagate else weights
         mix = Mix(gradients, buffers, options.momentum, options.nesterov, options.maximize, beside)
-        state = states[slots]
-        summary = _summary(mix, layout, rule, state)
-        if broken is not None:
-            state.masked_fill_(broken, NONFINITE.value)
+        state, decay, factors = states[slots], options.weight_decay, scales[slots]
+        delivery = Delivery(weights, lr, decay, factors, state, propagate, options.cautious)
         moments = None if beta2 is None else group.places(table, 3)
+        reach = Reach(delivery, most, moments is not None, options.hyperball)
+        summary = _summary(mix, layout, rule, state, None if propagate else reach)
         if moments is not None and not propagate:
             check_moments(layout, moments, state)
         own = None if steps is None else steps[slots]
         packed = pack(mix, layout, summary, rule.compute_dtype, propagate=propagate, steps=own)
-        decay, factors = options.weight_decay, scales[slots]
-        delivery = Delivery(weights, lr, decay, factors, state, propagate, options.cautious)
         if moments is None and not options.hyperball:
             orthogonalize(layout, group.plan, rule, packed, summary, delivery)
         else:
@@ -346,10 +357,18 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
                 averages = Averages(moments, beta2, options.neuron_eps)
             tile, sphere = group.plan.config.tile, options.hyperball
             by_neurons(layout, tile, directions, averages, delivery, sphere=sphere)
+        if not propagate:
+            settle(mix, layout, state, own)
     counters.advance_(table, states, lists.skipped, propagate=propagate)
 
 
-def _summary(mix: Mix, layout: Layout, rule: Rule, state: Tensor | None = None) -> Summary:
+def _summary(
+    mix: Mix,
+    layout: Layout,
+    rule: Rule,
+    state: Tensor | None = None,
+    reach: Reach | None = None,
+) -> Summary:
     return summarize(
         mix,
         layout,
@@ -357,4 +376,5 @@ def _summary(mix: Mix, layout: Layout, rule: Rule, state: Tensor | None = None) 
         norm_factor=rule.norm_factor,
         eps=rule.eps,
         floored=not rule.schatten8,
+        reach=reach,
     )
