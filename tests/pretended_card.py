@@ -28,7 +28,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 
     monkeypatch.setattr(_dispatch, "unavailable", lambda backend: None)
     monkeypatch.setattr(_dispatch, "_triton_rejection", lambda *_: None)
-    monkeypatch.setattr(_dispatch, "_python_operator", lambda backend, op: record(backend))
+    monkeypatch.setattr(_dispatch, "function_of", lambda backend, op: record(backend))
     monkeypatch.setattr(_dispatch._native, "operator", lambda op: record("cuda"))
     monkeypatch.setattr(_cuda, "rejection", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

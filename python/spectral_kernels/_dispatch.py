@@ -115,11 +115,21 @@ def unavailable(backend: str) -> str | None:
     if backend == "cuda":
         return _cuda.unavailable()
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton():
             return "Triton is not installed"
         if not (torch.cuda.is_available() or _interpreting()):
             return "there is no card, and TRITON_INTERPRET is not 1"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _compiles_whole() -> bool:
+    """Whether `torch.compile` is at work, and operators are registered for it."""
+    return torch.compiler.is_compiling() and _extension.MODULE is not None
 
 
 def _interpreting() -> bool:
@@ -131,9 +141,7 @@ def _triton_kernels() -> ModuleType:
     return importlib.import_module(f"{__package__}.triton_kernels")
 
 
-def _triton_rejection(op: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
-    if op not in _triton_kernels().FAMILIES:
-        return "it has no Triton kernel"
+def _triton_rejection(tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
     for tensor in tensors:
         if tensor.ndim < 2:
             continue  # a counter or a learning rate
@@ -153,7 +161,7 @@ def _rejection(
     if reason is not None:
         return reason
     if backend == "triton":
-        return _triton_rejection(op, tensors, options)
+        return _triton_rejection(tensors, options)
     if backend in ("cpu", "cuda"):
         for tensor in tensors:
             if tensor.device.type != backend:
@@ -230,11 +238,10 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
     function: Callable[..., Any]
     if chosen.backend in ("cpu", "cuda"):
         function = _native.operator(op)
+    elif chosen.backend == "triton" and _compiles_whole():
+        function = _native.operator(op, "spectral_kernels_triton")
     else:
-        with _counts_lock:
-            key = f"{op}/{chosen.backend}"
-            _python_counts[key] = _python_counts.get(key, 0) + 1
-        function = _python_operator(chosen.backend, op)
+        function = function_of(chosen.backend, op)
     result = function(*args, **options)
     if chosen.backend == "cpu" and not torch.compiler.is_compiling():
         _extension.warn_of_faults()
@@ -345,7 +352,11 @@ def _without_matrices(x: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=x.dtype, device="cpu")
 
 
-def _python_operator(backend: str, op: str) -> Callable[..., Any]:
+def function_of(backend: str, op: str) -> Callable[..., Any]:
+    """The function of a backend in Python, about to be called: the call is counted."""
+    with _counts_lock:
+        key = f"{op}/{backend}"
+        _python_counts[key] = _python_counts.get(key, 0) + 1
     if backend == "reference":
         return getattr(reference, op)
     return _triton_kernels().operator(op)

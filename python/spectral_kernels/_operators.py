@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,6 +68,7 @@ class Operator:
         lists: of a list step, its tensors in their order.
         home: the module of a backend in Python, where that is not the family's.
         in_place: whether it writes its arguments and returns nothing.
+        moments: of a list step, the places of the lists that may be in bfloat16 beside other state.
     """
 
     family: str
@@ -78,6 +78,7 @@ class Operator:
     lists: type[MuonLists] | type[ShampooLists] | type[BasisLists] | None = None
     home: str = ""
     in_place: bool = False
+    moments: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -89,12 +90,6 @@ class Operator:
         """Of a list step, the lists that hold state: those between gradients and step counts."""
         names: tuple[str, ...] = self.lists._fields if self.lists is not None else ()
         return names[2:-3]
-
-    @cached_property
-    def moments(self) -> tuple[int, ...]:
-        """Of a list step, the places of the lists that may be in bfloat16 beside other state."""
-        names: tuple[str, ...] = self.lists._fields if self.lists is not None else ()
-        return tuple(i for i, name in enumerate(names) if name in _MOMENTS)
 
 
 _MOMENTS = ("momentum_buffers", "graft_squares", "exp_avgs", "exp_avg_sqs")
@@ -108,7 +103,16 @@ def _step(
     *,
     cuda: bool = True,
 ) -> Operator:
-    return Operator(family, options=options, lists=lists, home=home, cuda=cuda, in_place=True)
+    moments = tuple(i for i, name in enumerate(lists._fields) if name in _MOMENTS)
+    return Operator(
+        family,
+        options=options,
+        lists=lists,
+        home=home,
+        cuda=cuda,
+        in_place=True,
+        moments=moments,
+    )
 
 
 TABLE = {
