@@ -18,6 +18,8 @@ from types import ModuleType
 import pytest
 import torch
 from support.cases import STEPS, Case, case, new_step
+from support.inputs import orthogonal, semidefinite
+from support.layouts import same_bits
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -266,10 +268,44 @@ def test_an_operator_waits_for_nothing(label, count):
     assert launched.total() > 0
 
 
+@pytest.mark.parametrize("matrices", [1, 6])
 @pytest.mark.parametrize("op", ["soap_step_", "deva_step_"])
-def test_a_refresh_of_bases_waits(op, count):
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        count(step_of(op, SHAPES, 1))
+def test_a_refresh_of_bases_waits_once_a_pass(op, matrices, count, monkeypatch):
+    """And for all matrices of a batch together: nothing else comes to the host."""
+    answers = []
+
+    def read(x):
+        # All matrices are chosen, pass twice (a factorization, then the last), and are orthonormal.
+        answers.append(x.shape)
+        if x.ndim == 2:
+            passes = sum(len(shape) == 2 for shape in answers)
+            return [[0.1 if passes % 2 else 1e-3] * x.shape[1], [0.0] * x.shape[1]]
+        return [True] * len(x)
+
+    bases = importlib.import_module("spectral_kernels.triton_kernels.eigenbasis")
+    monkeypatch.setattr(bases, "read", read)
+    count(step_of(op, ((matrices, 96, 200),), 1))
+    # One before, two passes, and one at the end, of either side.
+    assert answers == [(matrices,), (2, matrices), (2, matrices), (matrices,)] * 2
+
+
+def test_a_refresh_of_bases_reads_as_often_as_the_slowest_matrix_passes():
+    from spectral_kernels.triton_kernels import _device
+    from spectral_kernels.triton_kernels.eigenbasis import refreshed_bases
+
+    a = torch.stack([semidefinite(12, 10.0**k, k).float() for k in (1, 3, 6)])
+    q = torch.stack([orthogonal(12, k).float() for k in (1, 2, 3)])
+
+    def reads(chosen):
+        before = _device.reads()
+        found = refreshed_bases(q[chosen], a[chosen], sort=False)
+        return _device.reads() - before, found
+
+    apart = [reads([k]) for k in range(3)]
+    together, found = reads([0, 1, 2])
+    assert together == max(count for count, _ in apart) <= 2 + 7
+    for k, (_, one) in enumerate(apart):
+        assert same_bits([x[k] for x in found], [x[0] for x in one])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 import spectral_kernels as sk
 import torch
+from spectral_kernels import _triton_library
 from support.cases import STEPS, case, new_step
 from support.inputs import gaussian, orthogonal, semidefinite
 from support.layouts import same_bits
@@ -69,7 +70,7 @@ def test_all_operators_are_registered():
 def test_is_what_the_dispatcher_expects(op):
     one = case(op, torch.float32)
     args, options = one.flat()
-    overload = getattr(torch.ops.spectral_kernels_triton, op).default
+    overload = getattr(getattr(torch.ops, _triton_library.NAME), op).default
     torch.library.opcheck(overload, args, options)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton decides at import whether functions are compiled or interpreted.
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -44,6 +45,7 @@ NONFINITE = tl.constexpr(2)
 DOUBTFUL = tl.constexpr(3)
 
 _launches = 0
+_reads = 0
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -57,6 +59,19 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 def launches() -> int:
     """Kernels of this room that were launched since the start."""
     return _launches
+
+
+def read(x: Tensor) -> list[Any]:
+    """What is on the device, waited for; nothing else in this room's refreshes waits."""
+    global _reads
+    _reads += 1
+    found: list[Any] = x.tolist()
+    return found
+
+
+def reads() -> int:
+    """How often the device was waited for by `read` since the start."""
+    return _reads
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._checks import TRITON
 from ._config import PASS_WARPS
 from ._device import block_of, blocks_of, launch
+from ._energies import energies
 from ._list_step import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
 from .eigenbasis import (
     Bases,
@@ -32,53 +33,8 @@ from .eigenbasis import (
 )
 from .newton_schulz import newton_schulz
 
-_LINES = 16
-_ALONG = 128
 _BLOCK_ROWS = 32
 _BLOCK_COLS = 128
-
-
-@triton.jit
-def _energy_kernel(
-    x, out, lines, size, line_stride, step, matrix_stride, blocks,
-    LINES: tl.constexpr, ALONG: tl.constexpr,
-):  # fmt: skip
-    # Sums of squares along `size` elements of each of `lines` rows, or columns.
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    line = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
-    along = tl.arange(0, ALONG)
-    base = x + matrix * matrix_stride + line[:, None].to(tl.int64) * line_stride
-    sums = tl.zeros((LINES, ALONG), tl.float64)
-    for start in range(0, size, ALONG):
-        at = start + along
-        inside = (line < lines)[:, None] & (at < size)[None, :]
-        value = tl.load(base + at[None, :].to(tl.int64) * step, mask=inside, other=0.0)
-        value = value.to(tl.float64)
-        sums += value * value
-    tl.store(out + matrix * lines + line, tl.sum(sums, 1), mask=line < lines)
-
-
-def energies(x: Tensor, *, rows: bool) -> Tensor:
-    """Row or column sums of squares of a contiguous batch, fp64 (count, m) or (count, n)."""
-    count, m, n = x.shape
-    lines, size = (m, n) if rows else (n, m)
-    strides = (n, 1) if rows else (1, n)
-    out = torch.empty(count, lines, dtype=torch.float64, device=x.device)
-    blocks = -(-lines // _LINES)
-    launch(
-        _energy_kernel,
-        count * blocks,
-        x,
-        out,
-        lines,
-        size,
-        *strides,
-        m * n,
-        blocks,
-        LINES=_LINES,
-        ALONG=_ALONG,
-    )
-    return out
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, from_both_sides, gram, product, scaled_by
 from ._checks import TRITON
+from ._device import read
+from ._energies import dots, energies
 from ._list_step import Stack, column, finite, length, moved, rate_of, stacks_of
 from .kron_factor import updated
 
@@ -28,7 +30,7 @@ _PASSES = 6
 def refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor]:
     """One round of orthogonal iteration; see `spectral_kernels.refresh_eigenbasis`.
 
-    How many passes a matrix needs is read from the device.
+    How many passes matrices need is read from the device, for all of a batch together.
     """
     if not a.numel():
         return a.new_empty(a.shape[:-1]), torch.empty_like(q)
@@ -36,76 +38,145 @@ def refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Ten
     return values.reshape(a.shape[:-1]), new.reshape(q.shape).contiguous()
 
 
-def refreshed_bases(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, new bases and the order of the old columns, of a batch (count, n, n)."""
-    found = [_refreshed(one, factor, sort=sort) for one, factor in zip(q, a, strict=True)]
-    values, new, order = (torch.stack(list(x)) for x in zip(*found, strict=True))
+def refreshed_bases(
+    q: Tensor, a: Tensor, *, sort: bool, where: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, new bases and the order of the old columns, of a batch (count, n, n).
+
+    Matrices that are not chosen by `where` keep their bases. The device is waited for once here,
+    once a pass for all matrices together, and once at the end.
+    """
+    count, n, _ = a.shape
+    sizes = a.abs().flatten(1).amax(1)
+    sound = sizes.isfinite() & q.isfinite().flatten(1).all(1)
+    values = torch.where(sound[:, None], a.new_zeros(count, n), math.nan)
+    new = torch.where(sound[:, None, None], q, math.nan)
+    order = torch.arange(n, dtype=torch.int64, device=a.device).expand(count, n).contiguous()
+    moves = sound & (sizes != 0.0) if where is None else where & sound & (sizes != 0.0)
+    chosen = [i for i, moved in enumerate(read(moves)) if moved]
+    if not chosen:
+        return values, new, order
+    found = _refreshed(*(torch.stack([x[i] for i in chosen]) for x in (q, a)), sort=sort)
+    if len(chosen) == count:
+        return found
+    for result, part in zip((values, new, order), found, strict=True):
+        for i, one in zip(chosen, part, strict=True):
+            result[i] = one
     return values, new, order
 
 
 def _refreshed(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
-    zeros = a.new_zeros(len(a))
-    unchanged = torch.arange(len(a), dtype=torch.int64, device=a.device)
-    largest = float(a.abs().max())
-    if not (math.isfinite(largest) and bool(q.isfinite().all())):
-        return zeros + math.nan, torch.full_like(q, math.nan), unchanged
-    if largest == 0.0:
-        return zeros, q.clone(), unchanged
-    exponent = a.new_tensor(math.frexp(largest)[1] - 1, dtype=torch.int32)
-    a = scaled_by(a, -exponent)
-    p = _times(0.5 * (a + a.mT), q)
-    lengths = p.double().norm(dim=0)
-    null = lengths <= _U * math.sqrt(len(a)) * lengths.max()
-    values = torch.where(null, 0.0, (q.double() * p).sum(0)).float()
-    p = torch.where(null, q, p)
-    order = values.argsort(descending=True, stable=True)
-    new = _orthonormal(p[:, order], q[:, order])
-    values = scaled_by(values, exponent)
+    """The same of finite matrices that are not 0."""
+    n = a.shape[-1]
+    exponent = torch.frexp(a.abs().flatten(1).amax(1)).exponent - 1
+    a = scaled_by(a, -exponent[:, None, None])
+    p = product(0.5 * (a + a.mT), q)
+    lengths = energies(p, rows=False).sqrt()
+    null = lengths <= _U * math.sqrt(n) * lengths.amax(1, keepdim=True)
+    values = torch.where(null, 0.0, dots(q, p, rows=False)).float()
+    p = torch.where(null[:, None, :], q, p)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    at = order[:, None, :].expand_as(p)
+    new = _orthonormal(p.gather(2, at), q.gather(2, at))
+    values = scaled_by(values, exponent[:, None])
     if sort:
-        return values[order], new, order
-    unsorted = torch.empty_like(new)
-    unsorted[:, order] = new
-    return values, unsorted, order
+        return values.gather(1, order), new, order
+    return values, torch.empty_like(new).scatter_(2, at, new), order
+
+
+class _Pass:
+    """Adaptive CholeskyQR of one matrix, between passes.
+
+    Attributes:
+        p: its columns.
+        count: of passes, up to now.
+        shift: of the last factorization.
+        before, gram: what p came from, with columns of length 1.
+        done: no further passes.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self.p = self.before = self.gram = p
+        self.count = 0
+        self.shift = 0.0
+        self.done = False
+
+    def decide(self, p: Tensor, gram: Tensor, error: float, *, failed: bool, least: float) -> str:
+        """What comes next: "first order", "factorize", or "" for nothing more.
+
+        Args:
+            p, gram, error: of the columns, with lengths of 1.
+            failed: whether the factorization that they came by has not worked.
+            least: of the shifts.
+        """
+        if failed:
+            if self.shift >= 1.0:
+                self.p, self.done = self.before, True
+                return ""
+            self.shift = max(8.0 * self.shift, least)
+            return "factorize"
+        if self.count == _PASSES:
+            self.done = True
+            return ""
+        self.count += 1
+        self.before, self.gram = p, gram
+        if error < _FIRST_ORDER:
+            self.done = error < _LAST
+            return "first order"
+        self.shift = 0.0 if error < 0.5 else least
+        return "factorize"
 
 
 def _orthonormal(p: Tensor, q: Tensor) -> Tensor:
-    """P's orthonormal factor by adaptive CholeskyQR; q is kept if nothing works."""
-    n = len(p)
+    """Orthonormal factors of a batch by adaptive CholeskyQR; q is kept where nothing works."""
+    n = p.shape[-1]
     shift = 8.0 * _U * math.sqrt(n)
     eye = torch.eye(n, dtype=torch.float32, device=p.device)
-    start = p
-    for _ in range(_PASSES):
-        p = p / p.double().norm(dim=0).float()
-        c = gram(p[None])[0]
-        error = float((c - eye).double().square().sum().sqrt())
-        if error < _FIRST_ORDER:
-            p = _times(p, eye - c.triu(1))
-            if error < _LAST:
-                break
-            continue
-        s = 0.0 if error < 0.5 else shift
-        r, info = torch.linalg.cholesky_ex(c + s * eye, upper=True)
-        while int(info) and s < 1.0:
-            s = max(8.0 * s, shift)
-            r, info = torch.linalg.cholesky_ex(c + s * eye, upper=True)
-        if int(info):
-            break
-        inverse = torch.linalg.solve_triangular(r, eye, upper=True)
-        p = _times(p, inverse)
-    if _is_orthonormal(p):
-        return p
-    p, r = torch.linalg.qr(start)
-    p = p * torch.where(r.diagonal() < 0.0, -1.0, 1.0)
-    return p if _is_orthonormal(p) else q.clone()
+    every = [_Pass(one) for one in p]
+    infos = torch.zeros(len(every), dtype=torch.int32, device=p.device)
+    worked = list(infos.unbind())
+    while active := [i for i, one in enumerate(every) if not one.done]:
+        columns = torch.stack([every[i].p for i in active])
+        columns = columns / energies(columns, rows=False).sqrt().float()[:, None, :]
+        products = gram(columns)
+        errors = (products - eye).double().square().flatten(1).sum(1).sqrt()
+        found = read(torch.stack([errors, torch.stack([worked[i] for i in active]).double()]))
+        right: dict[int, Tensor] = {}
+        for k, i in enumerate(active):
+            failed = found[1][k] != 0.0
+            error, one = found[0][k], every[i]
+            step = one.decide(columns[k], products[k], error, failed=failed, least=shift)
+            worked[i] = infos[i]
+            if step == "first order":
+                right[i] = eye - one.gram.triu(1)
+            elif step:
+                r, worked[i] = torch.linalg.cholesky_ex(one.gram + one.shift * eye, upper=True)
+                right[i] = torch.linalg.solve_triangular(r, eye, upper=True)
+        if right:
+            before = torch.stack([every[i].before for i in right])
+            after = product(before, torch.stack(list(right.values())))
+            for i, new in zip(right, after, strict=True):
+                every[i].p = new
+    return _checked(torch.stack([one.p for one in every]), p, q)
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    return product(a[None], b[None])[0]
+def _checked(new: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Matrices that are orthonormal; else Householder's of p, or q."""
+    failed = [i for i, fits in enumerate(read(_are_orthonormal(new))) if not fits]
+    if not failed:
+        return new
+    # One by one: bits of a batch may be others.
+    factors = [torch.linalg.qr(p[i]) for i in failed]
+    others = torch.stack([x * torch.where(r.diagonal() < 0.0, -1.0, 1.0) for x, r in factors])
+    found = list(new)
+    for i, other, fits in zip(failed, others, read(_are_orthonormal(others)), strict=True):
+        found[i] = other if fits else q[i]
+    return torch.stack(found)
 
 
-def _is_orthonormal(p: Tensor) -> bool:
-    off = gram(p[None])[0] - torch.eye(len(p), dtype=torch.float32, device=p.device)
-    return bool(off.abs().max() <= _LIMIT)
+def _are_orthonormal(p: Tensor) -> Tensor:
+    off = gram(p) - torch.eye(p.shape[-1], dtype=torch.float32, device=p.device)
+    return off.abs().flatten(1).amax(1) <= _LIMIT
 
 
 @operator
@@ -239,33 +310,21 @@ def refreshed(
 
     With `permute` columns are sorted and the squares with them, else column follows column.
     """
-    chosen = where.nonzero().flatten()
-    if not len(chosen):
-        return bases, moment, squares
-    part = Bases(*(None if x is None else x[chosen] for x in bases))
-    plain = rotate_back(moment[chosen], part)
-    kept = None if squares is None else squares[chosen]
-    new = part
-    if part.left is not None and part.left_basis is not None:
-        _, basis, order = refreshed_bases(part.left_basis, part.left, sort=permute)
+    new, kept = bases, squares
+    if bases.left is not None and bases.left_basis is not None:
+        _, basis, order = refreshed_bases(bases.left_basis, bases.left, sort=permute, where=where)
         new = new._replace(left_basis=basis)
         if permute and kept is not None:
             kept = kept.gather(1, order[:, :, None].expand_as(kept))
-    if part.right is not None and part.right_basis is not None:
-        _, basis, order = refreshed_bases(part.right_basis, part.right, sort=permute)
+    if bases.right is not None and bases.right_basis is not None:
+        _, basis, order = refreshed_bases(bases.right_basis, bases.right, sort=permute, where=where)
         new = new._replace(right_basis=basis)
         if permute and kept is not None:
             kept = kept.gather(2, order[:, None, :].expand_as(kept))
-    moment = moment.index_copy(0, chosen, rotate(plain, new))
+    moment = torch.where(_wide(where), rotate(rotate_back(moment, bases), new), moment)
     if squares is not None and kept is not None:
-        squares = squares.index_copy(0, chosen, kept)
-    whole = Bases(
-        *(
-            None if x is None or y is None else x.index_copy(0, chosen, y)
-            for x, y in zip(bases, new, strict=True)
-        )
-    )
-    return whole, moment, squares
+        squares = torch.where(where.view((-1,) + (1,) * (squares.ndim - 1)), kept, squares)
+    return chosen_of(where, new, bases), moment, squares
 
 
 @operator

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _fake as _fake, _triton_library as _triton_library, coefficients, optim
+from . import _fake as _fake, coefficients, optim
 from ._dispatch import call_counts, explain, use_backend
 from .deva import deva_step_
 from .eigenbasis import eigenbasis, refresh_eigenbasis, soap_step_

@@ -122,14 +122,22 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _asked_once(function: Callable[[], bool]) -> Callable[[], bool]:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_asked_once
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _compiles_whole() -> bool:
-    """Whether `torch.compile` is at work, and operators are registered for it."""
-    return torch.compiler.is_compiling() and _extension.MODULE is not None
+@_asked_once
+def _are_registered() -> bool:
+    """Whether Triton's operators are; they become so here, since hardly anybody needs it."""
+    importlib.import_module(f"{__package__}._triton_library")
+    return _extension.MODULE is not None
 
 
 def _interpreting() -> bool:
@@ -238,7 +246,7 @@ def run(op: str, tensors: Sequence[Tensor], backend: str | None, *args: Any, **o
     function: Callable[..., Any]
     if chosen.backend in ("cpu", "cuda"):
         function = _native.operator(op)
-    elif chosen.backend == "triton" and _compiles_whole():
+    elif chosen.backend == "triton" and torch.compiler.is_compiling() and _are_registered():
         function = _native.operator(op, "spectral_kernels_triton")
     else:
         function = function_of(chosen.backend, op)
