@@ -78,10 +78,6 @@ LAPACK: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         x["deficient"], 4, relative_ridge=1e-4, method="eigen", return_info=True
     ),
     "inverse_root fp32": lambda x: sk.inverse_root(x["deficient"].float(), 4, return_info=True),
-    "refresh_eigenbasis": lambda x: sk.refresh_eigenbasis(x["basis"], x["ones"]),
-    "refresh_eigenbasis fp32": lambda x: sk.refresh_eigenbasis(
-        x["basis"].float(), x["ones"].float()
-    ),
     "polar": lambda x: sk.polar(x["wide"]),
     "polar fp32": lambda x: sk.polar(x["wide"].float()),
     "shampoo_step_": _shampoo,
@@ -94,6 +90,10 @@ PRODUCTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "kron_precondition": lambda x: sk.kron_precondition(x["wide"], x["left_root"], x["full"]),
     "inverse_root iteration": lambda x: sk.inverse_root(x["full"], 4, relative_ridge=1e-4),
     "muon_step_": partial(stepped, sk.optim.Muon),
+    "refresh_eigenbasis": lambda x: sk.refresh_eigenbasis(x["basis"], x["ones"]),
+    "refresh_eigenbasis fp32": lambda x: sk.refresh_eigenbasis(
+        x["basis"].float(), x["ones"].float()
+    ),
 }
 OPERATORS = {**LAPACK, **PRODUCTS}
 

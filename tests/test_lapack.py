@@ -13,7 +13,7 @@ import pytest
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _extension
-from support.inputs import gaussian, orthogonal, semidefinite, with_eigenvalues
+from support.inputs import gaussian, semidefinite, with_eigenvalues
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -126,7 +126,6 @@ CORRUPTED = """
 ROUTINES = {
     "eigenbasis": "eigh",
     "inverse_root": "eigh",
-    "refresh_eigenbasis": "qr",
     "polar": "svd",
     "soap_step_": "eigh",
 }
@@ -138,14 +137,14 @@ def test_a_wrong_result_is_seen_and_computed_again():
     for place, (name, (same, repeated, failed, warned)) in enumerate(results.items()):
         assert (same, repeated, failed) == (True, 1, 0), name
         assert warned == (place == 0), name  # once in a process
-    assert said == "eigh 3, qr 1, svd 1"
+    assert said == "eigh 3, svd 1"
 
 
 def test_a_result_that_is_wrong_twice_is_a_failure():
     results, said = script(CORRUPTED, json.dumps(ROUTINES), 2)
     for name, (_, repeated, failed, _) in results.items():
         assert (repeated, failed) == (1, 1), name
-    assert said == "eigh 3, eigh/again 3, qr 1, qr/again 1, svd 1, svd/again 1"
+    assert said == "eigh 3, eigh/again 3, svd 1, svd/again 1"
     statuses = script(
         """
         import json, torch
@@ -183,7 +182,7 @@ def test_where_mkl_hides_its_switch_the_calling_thread_does_it():
 
         torch.set_num_threads(1)
         given = fresh.inputs()
-        names = ("eigenbasis", "refresh_eigenbasis", "polar", "soap_step_")
+        names = ("eigenbasis", "inverse_root", "polar", "soap_step_")
         expected = [fresh.run(name, 1, "plain", given) for name in names]
         _C.hide_mkl_switch(True)
         found = [fresh.run(name, 4, how, given) for name, how in zip(names, fresh.HOW)]
@@ -220,12 +219,10 @@ def test_right_results_pass_the_checks(name, scale):
     if scale == 1000:
         a = a / 64  # sums of squares of the largest stay finite in the operators
     a = torch.ldexp(a, torch.tensor(scale // 2)).ldexp(torch.tensor(scale - scale // 2))
-    q = orthogonal(len(a)) if len(a) > 1 else torch.ones(1, 1, dtype=FP64)
     before = _extension.faults()
     sk.eigenbasis(a)
     sk.polar(a)
     sk.polar(a[:, : (len(a) + 1) // 2])
-    sk.refresh_eigenbasis(q, a)
     sk.inverse_root(a, 2, method="eigen")
     assert _extension.faults() == before
 

@@ -2,14 +2,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/diagonal.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_eigh.h>
-#include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/sign.h>
-#include <ATen/ops/where.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -148,17 +144,6 @@ bool eigh(int64_t n, const double* a, double* values, double* vectors) {
     at::from_blob(values, {n}, at::kDouble).copy_(w);
     view(vectors, n, n).copy_(v.mT());  // as LAPACK has it: nothing is transposed
     return is_eigendecomposition(n, a, values, vectors);
-  });
-}
-
-bool householder_q(int64_t n, const double* a, double* q) {
-  return converged([&] {
-    const auto [orthogonal, r] = at::linalg_qr(view(a, n, n));
-    corrupt(orthogonal);
-    const at::Tensor sign = at::where(r.diagonal().lt(0), -1.0, 1.0);
-    view(q, n, n).copy_(orthogonal.mul(sign));
-    const at::Tensor rows = r.mul(sign.unsqueeze(1)).contiguous();
-    return is_qr(n, a, q, rows.const_data_ptr<double>());
   });
 }
 

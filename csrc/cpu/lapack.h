@@ -21,8 +21,6 @@ void lapack_jobs(const char* routine, int64_t jobs, const std::function<bool(int
 // or returned what does not multiply to A. Row j of `vectors` is the eigenvector of values[j];
 // values ascend.
 bool eigh(int64_t n, const double* a, double* values, double* vectors);
-// The orthogonal factor of A = Q R, with a non-negative diagonal of R.
-bool householder_q(int64_t n, const double* a, double* q);
 // The polar factor of an m x n matrix on the singular values above `threshold` times the largest.
 bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* out);
 

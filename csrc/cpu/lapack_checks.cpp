@@ -72,31 +72,21 @@ double distance(Columns x, const Columns& y) {
   return length(x);
 }
 
-// Scaled by powers of two, so that no product overflows; below DBL_MIN rounding is absolute, and
+// Scaled by a power of two, so that no product overflows; below DBL_MIN rounding is absolute, and
 // `floor` is what it can amount to.
 struct Scaled {
-  std::vector<double> matrix, by;  // the matrix and the factor of every column
-  double norm, floor;
+  std::vector<double> matrix;
+  double by, norm, floor;
 };
 
-double scale_of(double largest) {
-  return largest > 0 ? std::ldexp(1.0, -std::clamp(std::ilogb(largest), -1000, 1000)) : 1;
-}
-
-Scaled scaled_columns(int64_t rows, int64_t cols, const double* a, bool alone) {
-  std::vector<double> largest(size_t(cols), 0.0);
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < cols; j++)
-      largest[size_t(j)] = std::max(largest[size_t(j)], std::abs(a[i * cols + j]));
-  if (!alone)
-    std::fill(largest.begin(), largest.end(), *std::max_element(largest.begin(), largest.end()));
-  Scaled s{std::vector<double>(a, a + rows * cols), std::move(largest), 0, 0};
-  for (double& value : s.by) value = scale_of(value);
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < cols; j++) s.matrix[size_t(i * cols + j)] *= s.by[size_t(j)];
+Scaled scaled(int64_t rows, int64_t cols, const double* a) {
+  double largest = 0;
+  for (int64_t i = 0; i < rows * cols; i++) largest = std::max(largest, std::abs(a[i]));
+  Scaled s{std::vector<double>(a, a + rows * cols), 1, 0, 0};
+  if (largest > 0) s.by = std::ldexp(1.0, -std::clamp(std::ilogb(largest), -1000, 1000));
+  for (double& value : s.matrix) value *= s.by;
   s.norm = length(s.matrix);
-  s.floor = double(rows + cols) * std::numeric_limits<double>::min() *
-            *std::max_element(s.by.begin(), s.by.end());
+  s.floor = double(rows + cols) * std::numeric_limits<double>::min() * s.by;
   return s;
 }
 
@@ -121,33 +111,23 @@ Columns product(const Svd& svd, const double* diagonal, const Columns& y) {
 
 bool is_eigendecomposition(int64_t n, const double* a, const double* values, const double* vt) {
   if (n == 0) return true;
-  const Scaled s = scaled_columns(n, n, a, false);
+  const Scaled s = scaled(n, n, a);
   const Columns y = Probes::signs(n, kProbes), vy = transposed_times(n, n, vt, y);
   const Columns left = times(n, n, s.matrix.data(), vy);
   Columns scaled_values(values, values + n);
-  for (double& value : scaled_values) value *= s.by[0];
+  for (double& value : scaled_values) value *= s.by;
   const Columns right = transposed_times(n, n, vt, scaled_rows(y, scaled_values.data()));
   return distance(left, right) <= (limit(n) * s.norm + s.floor) * length(y) &&
          distance(times(n, n, vt, vy), y) <= limit(n) * length(y);
 }
 
-bool is_qr(int64_t n, const double* a, const double* q, const double* r) {
-  if (n == 0) return true;
-  const Scaled s = scaled_columns(n, n, a, true);
-  const Columns y = Probes::signs(n, kProbes);
-  const Columns left = times(n, n, s.matrix.data(), y);
-  const Columns right = times(n, n, q, times(n, n, r, scaled_rows(y, s.by.data())));
-  return distance(left, right) <= (limit(n) * s.norm + s.floor) * length(y) &&
-         orthonormal_columns(n, n, q);
-}
-
 bool is_svd(const double* a, const Svd& svd) {
   if (svd.m == 0 || svd.n == 0) return true;
   const int64_t k = std::min(svd.m, svd.n), most = std::max(svd.m, svd.n);
-  const Scaled s = scaled_columns(svd.m, svd.n, a, false);
+  const Scaled s = scaled(svd.m, svd.n, a);
   const Columns y = Probes::signs(svd.n, kProbes);
   Columns diagonal(svd.s, svd.s + k);
-  for (double& value : diagonal) value *= s.by[0];
+  for (double& value : diagonal) value *= s.by;
   const Columns left = times(svd.m, svd.n, s.matrix.data(), y);
   return distance(left, product(svd, diagonal.data(), y)) <=
              (limit(most) * s.norm + s.floor) * length(y) &&

@@ -12,8 +12,6 @@ namespace spectral_kernels::cpu {
 
 // A (V y) = V (diag(values) y) and Vᵀ (V y) = y. The rows of `vt` are the eigenvectors.
 bool is_eigendecomposition(int64_t n, const double* a, const double* values, const double* vt);
-// A y = Q (R y), column by column of A, and Qᵀ (Q y) = y. R has zeros below its diagonal.
-bool is_qr(int64_t n, const double* a, const double* q, const double* r);
 // U is m x k, Vᵀ is k x n, k the smaller of m and n.
 struct Svd {
   int64_t m, n;

@@ -98,6 +98,15 @@ struct Scale {
   bool strict_upper = false;
 };
 
+// Householder reflections H = H_1 ... H_n = I - V T Vᵀ for which Hᵀ X is upper triangular, of one
+// panel X (m x n, n <= P and m). V, unit lower trapezoidal, takes the place of X; T (P x P, upper,
+// zeros below) and the signs of the diagonal of Hᵀ X, 1 for 0, are in fp64. A sum of squares of X
+// must not overflow.
+struct Reflections {
+  Panels x;
+  double *t, *signs;
+};
+
 // Sums over the rows of every column, in fp64 and in the order of the rows.
 enum class ColumnSum : int { kAbs, kDot };  // |a|, a b
 
@@ -199,6 +208,7 @@ struct Kernels {
   // Block columns [j0, j1) of the sums over two F32 or F64 matrices (one for kAbs).
   void (*column_sums[2])(ColumnSum what, const Panels& a, const Panels& b, int64_t j0, int64_t j1,
                          double* sums);
+  void (*reflect[2])(const Reflections&);
   // Block rows [i0, i1) of the elementwise parts, in fp32 [0] or fp64 [1].
   void (*square_average[2])(const SquareAverage&, int64_t i0, int64_t i1);
   void (*adapted_length[2])(const AdaptedLength&, int64_t i0, int64_t i1);

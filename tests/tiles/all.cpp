@@ -11,6 +11,7 @@ int main(int count, char** arguments) {
   for (const Kind kind : {Kind::kF32, Kind::kF64, Kind::kBF16}) check_products(kernels, kind);
   check_packing(kernels);
   check_elementwise(kernels);
+  check_reflections(kernels);
   std::printf("%s: %d checks, %d failures\n", kernels.name, checks, failures);
   return failures == 0 ? 0 : 1;
 }

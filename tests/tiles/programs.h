@@ -10,5 +10,6 @@ namespace spectral_kernels::cpu {
 void check_products(const Kernels& kernels, Kind kind);
 void check_packing(const Kernels& kernels);
 void check_elementwise(const Kernels& kernels);
+void check_reflections(const Kernels& kernels);
 
 }  // namespace spectral_kernels::cpu

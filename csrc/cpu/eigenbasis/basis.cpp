@@ -1,4 +1,4 @@
-// Eigenbases: by LAPACK in fp64, and their refresh by adaptive CholeskyQR on packed matrices.
+// Eigenbases: by LAPACK in fp64, and their refresh by QR of packed matrices.
 // reference/eigenbasis.py is the specification.
 #include "basis.h"
 
@@ -12,6 +12,7 @@
 #include "../../check.h"
 #include "../../counters.h"
 #include "../cholesky.h"
+#include "../householder.h"
 #include "../lapack.h"
 #include "../parallel.h"
 #include "../probes.h"
@@ -84,15 +85,7 @@ class Refresher {
     std::vector<Panels> free;
     for (const Panels& panels : pool_)
       if (panels.data != p.data && panels.data != pt.data) free.push_back(panels);
-    // Kept for the fallback, which is rare: a copy costs little beside a product.
-    Workspace spare(panel_bytes(n_, n_, kind_));
-    const Panels start_t = take_panels(spare, n_, n_, kind_);
-    Combine keep;
-    keep.a = pt;
-    keep.out = start_t;
-    run(keep, threads_);
-    const bool converged = orthonormalize(p, pt, free);
-    if (!converged && !accepted(p, free[0]) && !householder(start_t, p, pt, free[0])) {
+    if (!orthonormalize(p, pt, free)) {
       if (q_new.data != q_.data) copy_scaled(q_, 0, q_new);
       return result;
     }
@@ -155,16 +148,24 @@ class Refresher {
     run(scale, threads_);
   }
 
-  int64_t width() const { return kernels().panel[int(kind_)]; }
-  DType dtype() const { return kind_ == Kind::kF64 ? DType::kF64 : DType::kF32; }
-  // P <- P W until its columns are orthonormal. False if that failed; P is then of no use.
+  // P <- its orthonormal factor: by CholeskyQR where the columns, which are of length 1, are near
+  // to that, by Householder reflections, which take the time of two such passes, where they are
+  // not. False for a P that is not finite.
   bool orthonormalize(Panels& p, Panels& pt, std::vector<Panels>& free) {
+    constexpr double kNear = 0.5;
+    // Householder QR in the same precision leaves 7 to 13 u sqrt(n).
+    const double enough = 10 * u_ * std::sqrt(double(n_)), most = 10 * enough;
+    if (probed_error(p, pt) < kNear && correct(p, pt, free, kNear, enough)) return true;
+    orthonormal_factor(p, pt, free.data(), threads_);
+    return probed_error(p, pt) < most;
+  }
+
+  // P <- P W until its columns are orthonormal. False, with P as it was or nearer, where they are
+  // not near to that.
+  bool correct(Panels& p, Panels& pt, std::vector<Panels>& free, double near, double enough) {
     const bool wide = kind_ == Kind::kF64;
     const double first_order = wide ? 1e-7 : 0.03, last = wide ? 1e-7 : 2e-3;
-    const double shift = 8 * u_ * std::sqrt(double(n_));
-    // Householder QR in the same precision leaves 7 to 12 u sqrt(n).
-    const double enough = 10 * u_ * std::sqrt(double(n_));
-    constexpr int kMostPasses = 6;
+    constexpr int kMostPasses = 4;
     for (int pass = 0; pass < kMostPasses; pass++) {
       const Panels c = free[0], w = free[1], wt = free[2], next = free[3], next_t = free[4];
       Product gram = multiply(p, p);
@@ -180,7 +181,7 @@ class Refresher {
       unit.diagonal = minus_one.data();
       run(unit, threads_);
       const double error = std::sqrt(sum_of_squares(c, threads_));
-      if (!std::isfinite(error)) return false;
+      if (!(error < near)) return false;
       Scale factor;
       factor.out = w;
       if (error < first_order) {  // D (I - striu(C))
@@ -192,7 +193,7 @@ class Refresher {
         factor.diagonal = inverse_norm.data();
         run(factor, threads_);
       } else {
-        if (!factorize(c, error < 0.5 ? 0 : shift, shift, w, wt)) return false;
+        if (!invert_factor(c, w, wt)) return false;
         factor.x = w;
         factor.row = inverse_norm.data();
         run(factor, threads_);
@@ -205,7 +206,7 @@ class Refresher {
       run(apply, threads_);
       std::swap(p, free[3]);
       std::swap(pt, free[4]);
-      if (error < last || (error < 0.5 && probed_error(p, pt) < enough)) return true;
+      if (error < last || probed_error(p, pt) < enough) return true;
     }
     return false;
   }
@@ -227,52 +228,16 @@ class Refresher {
     return std::sqrt(sum_of_squares(probes.next, 1) / double(Probes::kCount));
   }
 
-  // W = R⁻¹, Rᵀ R = C + s I, from C - I; a failed pivot raises s.
-  bool factorize(const Panels& c, double s, double shift, const Panels& w, const Panels& wt) {
+  // W = R⁻¹, Rᵀ R = C, from C - I.
+  bool invert_factor(const Panels& c, const Panels& w, const Panels& wt) {
     Workspace workspace(panel_bytes(n_, n_, kind_));
-    const Panels shifted = take_panels(workspace, n_, n_, kind_);
-    for (;; s = std::max(8 * s, shift)) {
-      Combine add;
-      add.a = c;
-      add.gamma = 1 + s;
-      add.out = shifted;
-      run(add, threads_);
-      if (cholesky_inverse(shifted, w, wt, threads_)) return true;
-      if (s >= 1) return false;
-    }
-  }
-
-  // max |QᵀQ - I| within the bound.
-  bool accepted(const Panels& p, const Panels& scratch) {
-    const double limit = kind_ == Kind::kF64 ? 1e-13 * std::sqrt(double(n_)) : 5e-6;
-    Product gram = multiply(p, p);
-    gram.symmetric = true;
-    gram.gamma = -1;
-    gram.out = scratch;
-    run(gram, threads_);
-    const int64_t count = ceil_div(n_, width()) * width() * n_;
-    const double error = max_abs(Matrix{scratch.data, 1, count, count, 1, dtype()}, threads_);
-    return error <= limit;  // false for NaN
-  }
-
-  // Householder QR of the first P, in fp64.
-  bool householder(const Panels& start_t, Panels& p, Panels& pt, const Panels& scratch) {
-    const size_t n = size_t(n_);
-    std::vector<double> columns(n * n), result(n * n);
-    Combine unpack;
-    unpack.a = start_t;
-    unpack.store = Matrix{columns.data(), n_, n_, 1, n_, DType::kF64};
-    run(unpack, threads_);
-    bool done = false;
-    lapack_jobs("qr", 1,
-                [&](int64_t) { return done = householder_q(n_, columns.data(), result.data()); });
-    if (!done) return false;
-    Pack pack;
-    pack.x = Matrix{result.data(), n_, n_, n_, 1, DType::kF64};
-    pack.out = p;
-    pack.out_t = pt;
-    run(pack, threads_);
-    return accepted(p, scratch);
+    const Panels whole = take_panels(workspace, n_, n_, kind_);
+    Combine add;
+    add.a = c;
+    add.gamma = 1;
+    add.out = whole;
+    run(add, threads_);
+    return cholesky_inverse(whole, w, wt, threads_);
   }
 
   // Column k of the new basis goes where column order[k] of the old one was, unless sorted.
@@ -343,8 +308,8 @@ Refresh refresh_eigenbasis(const Matrix& q, const Matrix& a, bool sort, const Ma
 
 size_t refresh_bytes(int64_t n, DType dtype) {
   const Kind kind = dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
-  // The panels; the first P; a shifted C or probes.
-  return (Refresher::kPanels + 2) * panel_bytes(n, n, kind) + Probes::bytes(n, kind);
+  // The panels; C or probes.
+  return (Refresher::kPanels + 1) * panel_bytes(n, n, kind) + Probes::bytes(n, kind);
 }
 
 double refresh_work(int64_t n) { return 5.0 * double(n) * double(n) * double(n); }

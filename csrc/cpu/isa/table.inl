@@ -2,6 +2,7 @@
 
 #include "elementwise.inl"
 #include "hash.inl"
+#include "householder.inl"
 
 // `count` elements of a line from column `first` on.
 static void round_line(const uint32_t* __restrict x, uint32_t seed, uint32_t first, int64_t count,
@@ -37,6 +38,7 @@ static const Kernels kTable = {
     {combine_blocks<float>, combine_blocks<double>},
     {scale_blocks<float>, scale_blocks<double>},
     {column_sums_of<float>, column_sums_of<double>},
+    {reflect_panel<float>, reflect_panel<double>},
     {square_average<float>, square_average<double>},
     {adapted_length<float>, adapted_length<double>},
     {adam_moments<float>, adam_moments<double>},

@@ -79,6 +79,9 @@ def refresh_eigenbasis(q: Tensor, a: Tensor, *, sort: bool) -> tuple[Tensor, Ten
     with e1 = 0.03, e2 = 2e-3 in float32, and both 1e-7 in float64. Where max |Q^T Q - I| is then
     above 5e-6 (float32) or 1e-13 sqrt(n) (float64), Householder QR of the first P takes over, its
     columns signed for a non-negative diagonal of R. If that fails too, Q is kept.
+    The C++ kernels for CPUs go to Householder QR at once, in q's dtype, where E is 1/2 or more at
+    the beginning, by an estimate from eight products with random signs: there it takes the time of
+    two passes at any condition, and leaves ||Q^T Q - I||_F of 13 u sqrt(n), LAPACK's 11.
 
     Args:
         q: (..., n, n), the old basis, float32 or float64.
