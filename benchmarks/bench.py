@@ -24,6 +24,9 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if (options.scaling or options.ranks) and len(isas) > 1:
             raise ValueError("--scaling and --ranks take one instruction set")
         if options.ranks:
+            for other in ("acceptance", "sweep", "scaling"):
+                if getattr(options, other):
+                    raise ValueError(f"--ranks takes --quick, not --{other}")
             distributed.campaign(options)
         if len(isas) == 1:
             run.cap_instruction_set(isas[0], argv)

@@ -30,6 +30,7 @@ MEAN_ERROR, WORST_ERROR = 0.15, 0.30
 # What two processes are to take of the step that each takes for itself.
 GOAL = 0.65
 _MOST_RANKS = 8
+_WIDTH = 150
 # Steps with refreshes are measured by whole periods of ten, so theirs are smaller by default.
 _SHAPES = {"muon": "gpt2-block"}
 _PARTS = ("computing", "copying", "exchanging", "begin")
@@ -73,7 +74,8 @@ def main(options: argparse.Namespace, facts: Mapping[str, Any], console: Console
         rows += compared(measured, found, load.others)
         # So that what has been measured stays where the next ones are interrupted.
         run.write(path, "ranks", dict(facts), rows)
-    console.print(table(rows))
+    # In a file, or in a narrow window, its lines are longer than others.
+    Console(file=console.file, width=max(console.width, _WIDTH)).print(table(rows))
     for line in summary(rows):
         console.print(line, highlight=False)
     console.print(f"written: {path}")

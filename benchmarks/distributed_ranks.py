@@ -26,7 +26,7 @@ from .inputs import gaussian
 from .steps import FREQUENCY
 
 # Seconds of timing for what is measured in every process, of one thing.
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 40
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 40
 _TINY = (2, 2)
 # Elements that a rank sends, those to itself included.
 _SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -215,7 +215,8 @@ def _rounds(
     for call in calls.values():
         call()
     samples = {name: [_one_round(call, period)] for name, call in calls.items()}
-    first = sum(times[0][WALL] for times in samples.values())
+    # A sample is a mean step.
+    first = period * sum(times[0][WALL] for times in samples.values())
     agreed = torch.tensor([first], device="cpu", dtype=torch.float64)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     count = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(budget / max(float(agreed), 1e-9))))

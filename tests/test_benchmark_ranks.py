@@ -121,6 +121,7 @@ def test_replicas_send_on_what_they_were_given():
         (["--ranks", "2,x"], "--ranks must be like 1,2,4"),
         (["--ranks", "16"], "at most 8 processes"),
         (["--ranks", "2", "--op", "gram"], "--ranks takes --op of muon_step_"),
+        (["--ranks", "2", "--acceptance"], "--ranks takes --quick, not --acceptance"),
     ],
 )
 def test_ranks_that_make_no_sense(arguments, words, capsys):
@@ -131,6 +132,7 @@ def test_ranks_that_make_no_sense(arguments, words, capsys):
 def found_alone(ranks, campaign):
     """What one rank might have measured."""
     assert ranks == 1 and campaign.shapes == {"muon": ((24, 16), (16, 24))}
+    assert campaign.budget == run.QUICK_BUDGET
     found = distributed_ranks.Found(copied=(1e-9, 1e-9))
     for name, took in (("replicated", 4.0), ("ddp", 6.0)):
         found.steps["muon", name] = [(took, took / 2)] * 3
@@ -146,11 +148,11 @@ def found_alone(ranks, campaign):
     "processes", [found_alone, pytest.param(distributed_ranks.run, marks=pytest.mark.long)]
 )
 def test_steps_of_one_process_are_predicted_and_measured(tmp_path, monkeypatch, capsys, processes):
-    monkeypatch.setattr(run, "BUDGET", 0.01)
+    monkeypatch.setattr(run, "QUICK_BUDGET", 0.01)
     monkeypatch.setattr(distributed, "run_ranks", processes)
     path = tmp_path / "ranks.json"
     shapes = ["--op", "muon_step_", "--shape", "24x16+16x24"]
-    assert cli.main(["bench", "--ranks", "1", *shapes, "--json", str(path)]) == 0
+    assert cli.main(["bench", "--ranks", "1", "--quick", *shapes, "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "errors of 2 predictions" in printed and "On paper" in printed
     rows = run.read(path)["rows"]
@@ -169,6 +171,18 @@ def test_steps_of_one_process_are_predicted_and_measured(tmp_path, monkeypatch, 
         assert "| muon ddp | 1 | 6.00 s | 1.50 | 5.00 s | -17% |" in table
         assert "Errors of 2 predictions: 21% on average, 25% at worst; NOT within 15%" in table
     assert distributed.summary([{**rows[1], "error": 0.4}])[0].endswith("NOT within 15% and 30%")
+
+
+@pytest.mark.parametrize("period, rounds", [(1, 40), (10, 6), (100, 5)])
+def test_rounds_of_whole_periods_keep_to_their_budget(monkeypatch, period, rounds):
+    calls = []
+    monkeypatch.setattr(distributed_ranks.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(distributed_ranks, "_one_round", lambda *_: (0.05, 0.05))
+    steps_ = {"one": lambda: calls.append("one"), "other": lambda: calls.append("other")}
+    # A period of both takes a second where it has ten steps.
+    found = distributed_ranks._rounds(steps_, period, 6.0)
+    assert calls == ["one", "other"]
+    assert {name: len(times) for name, times in found.items()} == {"one": rounds, "other": rounds}
 
 
 def test_peers_are_found_where_they_are_pointed_at(tmp_path):

@@ -86,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="time against n up to N (2048 if not given; 4096 takes long), batch and threads",
     )
-    what.add_argument(
+    bench.add_argument(
         "--ranks",
         metavar="N,N",
         help="optimizers spread over so many processes, 1,2,4 say: predicted and measured steps, "
-        "then costs on paper of cards",
+        "then costs on paper of cards; with --quick fewer rounds of each",
     )
     bench.add_argument("--list", action="store_true", help="name the cases and stop")
     bench.add_argument("--op", help="operators, by comma: gram,newton_schulz")
