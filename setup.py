@@ -26,6 +26,11 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).parent.resolve()
 
 
+# The oldest torch that what is built here runs with, and every later one: of torch only the stable
+# interface of that version is used, which is C functions.
+LEAST_TORCH = (2, 11)
+
+
 # Programs that call the compiler which their arguments name.
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
@@ -198,18 +203,21 @@ def extensions() -> list:
             "TORCH_CUDA_ARCH_LIST=9.0a builds for one card, MAX_JOBS=8 eight files at a time, "
             "SPECTRAL_KERNELS_CUDA=0 without CUDA C++; pip -v shows the progress."
         )
-    return [
-        CppExtension(
-            "spectral_kernels._C",
-            sources,
-            depends=headers,
-            define_macros=cuda.get("defines", []),
-            extra_compile_args={"cxx": flags, "nvcc": cuda.get("nvcc", [])},
-            library_dirs=cuda.get("library_dirs", []),
-            libraries=cuda.get("libraries", []),
-            extra_link_args=["-fopenmp"],
-        )
-    ]
+    target = LEAST_TORCH[0] << 56 | LEAST_TORCH[1] << 48
+    extension = CppExtension(
+        "spectral_kernels._C",
+        sources,
+        depends=headers,
+        # Also keeps out those headers of torch that are not stable.
+        define_macros=[("TORCH_TARGET_VERSION", hex(target)), *cuda.get("defines", [])],
+        extra_compile_args={"cxx": flags, "nvcc": cuda.get("nvcc", [])},
+        library_dirs=cuda.get("library_dirs", []),
+        libraries=cuda.get("libraries", []),
+        extra_link_args=["-fopenmp"],
+    )
+    unstable = {"c10", "torch", "torch_python", "c10_cuda", "torch_cuda"}
+    extension.libraries = [name for name in extension.libraries if name not in unstable]
+    return [extension]
 
 
 modules = extensions()

@@ -12,7 +12,7 @@
 namespace spectral_kernels {
 
 inline void check_matrix(const Tensor& t, const char* name) {
-  CHECK_TYPE(t.layout() == kStrided, name, " must be a dense tensor, got layout ", t.layout());
+  CHECK_TYPE(t.layout().strided(), name, " must be a dense tensor, got layout ", t.layout());
   const auto type = t.scalar_type();
   CHECK_TYPE(type == kFloat || type == kDouble || type == kBFloat16 || type == kHalf, name,
              " must be float32, float64, bfloat16 or float16, got ", type);

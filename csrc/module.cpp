@@ -1,7 +1,7 @@
 // The small non-tensor surface: what was built, what runs, counters, workspace.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/version.h>
+#include <torch/headeronly/version.h>
 
 #include <array>
 #include <chrono>
@@ -16,6 +16,7 @@
 #include "cpu/lapack.h"
 #include "cpu/tiles.h"
 #include "cpu/workspace.h"
+#include "errors.h"
 #include "root_rows.h"
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
 #include "cuda/base/device.h"
@@ -54,10 +55,20 @@ bool cuda_rows_fit(const std::vector<std::array<double, 3>>& rows, double norm_f
 
 }  // namespace
 
+// torch's own number of threads, which its stable interface cannot set: MKL's, OpenMP's and that of
+// threads which ask for the first time.
+void spectral_kernels::cpu::set_torch_threads(int threads) {
+  const pybind11::gil_scoped_acquire gil;
+  pybind11::module_::import("torch").attr("set_num_threads")(threads);
+}
+
 PYBIND11_MODULE(_C, m) {
   using namespace spectral_kernels;
+  cpu::set_has_mkl(pybind11::module_::import("torch._C").attr("has_mkl").cast<bool>());
   m.doc() = "Compiled part of spectral_kernels; operators are in torch.ops.spectral_kernels.";
   m.attr("built_with_torch") = TORCH_VERSION;
+  m.attr("least_torch") =
+      text_of(TORCH_TARGET_VERSION >> 56, ".", TORCH_TARGET_VERSION >> 48 & 0xff);
   m.attr("compiler") = __VERSION__;
 #ifdef SPECTRAL_KERNELS_CUDA_ARCHITECTURES
   m.attr("cuda_architectures") = SPECTRAL_KERNELS_CUDA_ARCHITECTURES;

@@ -1,6 +1,7 @@
 // Every operator of the library: its schema and what its arguments mean beyond the public
 // docstrings. Implementations register themselves: csrc/cpu at the foot of a family's file,
-// csrc/cuda in a family's operators.cpp; fakes stand in python/spectral_kernels/_operators.py.
+// csrc/cuda in a family's operators.cpp; fakes stand in python/spectral_kernels/_operators.py, and
+// what refuses to be differentiated in _fake.py.
 //
 // Conventions
 //   - Leading dimensions are a batch; any strides; empty sizes are no-ops.
@@ -13,36 +14,21 @@
 //   - Coefficient rows are flat: a0, b0, c0, a1, b1, c1, ... The restarts of a list are flat too:
 //     entry i has those from restart_ends[i - 1] up to restart_ends[i]; no ends, no restarts.
 //   - nonfinite is "skip", "propagate" or "raise".
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
-#include <torch/library.h>
+#include <cctype>
+#include <functional>
+#include <map>
+#include <stdexcept>
 
+#include "registration.h"
+
+namespace spectral_kernels {
 namespace {
 
-// Operators have no derivative. A result that does not require grad would cut the graph without a
-// word.
-void refuse_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                     torch::jit::Stack* stack) {
-  if (c10::GradMode::is_enabled()) {
-    const auto check = [&](const at::Tensor& t) {
-      TORCH_CHECK(!t.defined() || !t.requires_grad(), op.schema().name(),
-                  " has no derivative, and an argument requires grad: detach it, or call under "
-                  "torch.no_grad()");
-    };
-    const size_t count = op.schema().arguments().size();
-    for (size_t i = 0; i < count; i++) {
-      const c10::IValue& argument = torch::jit::peek(*stack, i, count);
-      if (argument.isTensor()) check(argument.toTensor());
-      if (argument.isTensorList())
-        for (const at::Tensor& t : argument.toTensorVector()) check(t);
-    }
-  }
-  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-}
+struct Library {
+  std::function<void(const char* schema)> def;
+};
 
-}  // namespace
-
-TORCH_LIBRARY(spectral_kernels, m) {
+void define_all(const Library& m) {
   // symmetric_matmul
   m.def("gram(Tensor x) -> Tensor");
 
@@ -100,9 +86,40 @@ TORCH_LIBRARY(spectral_kernels, m) {
       "str nonfinite, int[] refresh) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(spectral_kernels, Autograd, m) {
-  // Of what is defined above, so that none is forgotten.
-  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames())
-    if (op.getNamespace() == "spectral_kernels")
-      m.impl(op.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_autograd>());
+// "gram" and {"x"} of "gram(Tensor x) -> Tensor".
+Schema parsed(const std::string& text) {
+  const size_t open = text.find('('), close = text.rfind(") ->");
+  Schema schema{text.substr(0, open), {}};
+  for (size_t begin = open + 1; begin < close;) {
+    const size_t end = std::min(text.find(',', begin), close);
+    const std::string argument = text.substr(begin, end - begin);
+    const size_t name = argument.rfind(' ');
+    if (argument != "*" && argument != " *") schema.arguments.push_back(argument.substr(name + 1));
+    begin = end + 1;
+  }
+  return schema;
 }
+
+}  // namespace
+
+const Schema& schema_of(const std::string& name) {
+  static const auto all = [] {
+    std::map<std::string, Schema> schemas;
+    define_all({[&](const char* text) {
+      const Schema schema = parsed(text);
+      schemas.emplace(schema.name, schema);
+    }});
+    return schemas;
+  }();
+  return all.at(name);
+}
+
+#ifdef SPECTRAL_KERNELS_EMULATION
+STABLE_TORCH_LIBRARY(spectral_kernels_emulated, library) {
+#else
+STABLE_TORCH_LIBRARY(spectral_kernels, library) {
+#endif
+  define_all({[&](const char* schema) { library.def(schema); }});
+}
+
+}  // namespace spectral_kernels

@@ -1,56 +1,43 @@
 // Calls of the list steps as records: their lists, and their options as _options.py has them. Both
-// are read from the dispatcher's stack by the names of the schema in ops.cpp, so that a new option
+// are read from torch's stack by the names of the schema in ops.cpp, so that a new option
 // is a line there, a line here, and what the backends make of it.
 #pragma once
-
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
-#include <torch/library.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "tensor.h"
+#include "boxing.h"
 
 namespace spectral_kernels {
 
 // Reads arguments by name while a record is made.
 class FromCall {
  public:
-  FromCall(const c10::OperatorHandle& op, const torch::jit::Stack& stack)
-      : schema_(&op.schema()), stack_(&stack) {}
+  explicit FromCall(CallArguments& call) : call_(&call) {}
 
  protected:
-  std::vector<Tensor> tensors(const char* name) { return value(name).toTensorVector(); }
-  Tensor tensor(const char* name) { return value(name).toTensor(); }
-  double number(const char* name) { return value(name).toDouble(); }
+  std::vector<Tensor> tensors(const char* name) { return take<std::vector<Tensor>>(name); }
+  Tensor tensor(const char* name) { return take<Tensor>(name); }
+  double number(const char* name) { return take<double>(name); }
   std::optional<double> number_or_none(const char* name) {
-    return value(name).toOptional<double>();
+    return take<std::optional<double>>(name);
   }
-  std::vector<double> numbers(const char* name) { return value(name).toDoubleVector(); }
-  int64_t integer(const char* name) { return value(name).toInt(); }
-  std::vector<int64_t> integers(const char* name) { return value(name).toIntVector(); }
-  bool flag(const char* name) { return value(name).toBool(); }
-  std::string text(const char* name) { return value(name).toStringRef(); }
-  ScalarType dtype(const char* name) { return value(name).toScalarType(); }
+  std::vector<double> numbers(const char* name) { return take<std::vector<double>>(name); }
+  int64_t integer(const char* name) { return take<int64_t>(name); }
+  std::vector<int64_t> integers(const char* name) { return take<std::vector<int64_t>>(name); }
+  bool flag(const char* name) { return take<bool>(name); }
+  std::string text(const char* name) { return take<std::string>(name); }
+  ScalarType dtype(const char* name) { return take<ScalarType>(name); }
 
  private:
-  // Records have the order of their schema, mostly: the search begins behind the last one found.
-  const c10::IValue& value(const char* name) {
-    const auto& arguments = schema_->arguments();
-    for (size_t tried = 0; tried < arguments.size(); tried++, next_++) {
-      if (next_ >= arguments.size()) next_ = 0;
-      if (arguments[next_].name() == name)
-        return torch::jit::peek(*stack_, next_++, arguments.size());
-    }
-    TORCH_INTERNAL_ASSERT(false, schema_->name(), " has no argument ", name);
+  template <class T>
+  T take(const char* name) {
+    return call_->take_named<T>(name);
   }
 
-  const c10::FunctionSchema* schema_;  // both are there as long as the call
-  const torch::jit::Stack* stack_;
-  size_t next_ = 0;
+  CallArguments* call_;  // not used once the record is made
 };
 
 // What every step has.
@@ -68,6 +55,8 @@ struct MuonLists : StepLists {
 };
 
 struct MuonOptions : FromCall {
+  static constexpr const char* kOperator = "muon_step_";
+
   using FromCall::FromCall;
   double momentum = number("momentum");
   bool nesterov = flag("nesterov");
@@ -106,6 +95,8 @@ struct ShampooLists : StepLists {
 };
 
 struct ShampooOptions : FromCall {
+  static constexpr const char* kOperator = "shampoo_step_";
+
   using FromCall::FromCall;
   double beta1 = number("beta1"), beta2 = number("beta2");
   double graft_beta2 = number("graft_beta2");
@@ -131,9 +122,23 @@ struct BasisLists : StepLists {
   std::vector<Tensor> lefts = tensors("lefts"), rights = tensors("rights");
   std::vector<Tensor> left_bases = tensors("left_bases"), right_bases = tensors("right_bases");
   std::vector<int64_t> refresh = integers("refresh");
+  // Entries whose bases are known not to be zeros, by the second bit of theirs in `refresh`.
+  std::vector<bool> started = second_bits(refresh);
+
+ private:
+  static std::vector<bool> second_bits(std::vector<int64_t>& flags) {
+    std::vector<bool> bits;
+    for (int64_t& flag : flags) {
+      bits.push_back((flag & 2) != 0);
+      flag &= 1;
+    }
+    return bits;
+  }
 };
 
 struct SoapOptions : FromCall {
+  static constexpr const char* kOperator = "soap_step_";
+
   using FromCall::FromCall;
   double beta1 = number("beta1"), beta2 = number("beta2");
   double shampoo_beta = number("shampoo_beta");
@@ -148,6 +153,8 @@ struct SoapOptions : FromCall {
 };
 
 struct DevaOptions : FromCall {
+  static constexpr const char* kOperator = "deva_step_";
+
   using FromCall::FromCall;
   double beta1 = number("beta1"), beta2 = number("beta2");
   double shampoo_beta = number("shampoo_beta");
@@ -172,18 +179,16 @@ struct DevaOptions : FromCall {
   bool debias() const { return correct_bias && !reference; }
 };
 
-// A step of two records for the dispatcher:
+// A step of two records as torch calls it:
 //
-//   m.impl("soap_step_", step<BasisLists, SoapOptions, &soap_step_>());
+//   m.impl("soap_step_", &boxed_step<BasisLists, SoapOptions, &soap_step_>);
 template <class Lists, class Options, void (*kStep)(const Lists&, const Options&)>
-void call_step(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  kStep(Lists(op, *stack), Options(op, *stack));
-  torch::jit::drop(*stack, op.schema().arguments().size());
-}
-
-template <class Lists, class Options, void (*kStep)(const Lists&, const Options&)>
-torch::CppFunction step() {
-  return torch::CppFunction::makeFromBoxedFunction<&call_step<Lists, Options, kStep>>();
+void boxed_step(Value* stack, uint64_t, uint64_t) {
+  CallArguments call(schema_of(Options::kOperator), stack);
+  const Lists lists(call);
+  const Options options(call);
+  call.check_all_taken();
+  kStep(lists, options);
 }
 
 }  // namespace spectral_kernels

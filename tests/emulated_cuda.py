@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spectral_kernels import _cuda, _dispatch, _extension, _native
+from spectral_kernels import _cuda, _dispatch, _native
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CUDA = ROOT / "csrc" / "cuda"
+
+# As in setup.py: other headers of torch do not compile then.
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # Of kernels and of the linker, such as sanitizers.
 FLAGS = tuple(os.environ.get("SPECTRAL_KERNELS_EMULATION_FLAGS", "").split())
@@ -47,11 +51,11 @@ def compile_kernel(source: Path, to: Path) -> None:
 
 def compile_binding(source: Path, to: Path) -> None:
     """One file that includes torch, without its warnings."""
-    includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    paths = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    includes = [flag for path in paths for flag in ("-isystem", path)]
     run(
-        [compiler(), "-std=c++20", "-O1", "-g0", "-fPIC", *includes, "-c", str(source)]
-        + ["-DSPECTRAL_KERNELS_EMULATION", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+        [compiler(), "-std=c++20", "-O1", "-g0", "-fPIC", STABLE, *includes, "-c", str(source)]
+        + ["-DSPECTRAL_KERNELS_EMULATION"]
         + ["-o", str(to)]
     )
 
@@ -93,7 +97,16 @@ def library() -> ctypes.CDLL:
     bindings = [*CUDA.glob("*/*.cpp"), EMULATION / "bind.cpp"]
     bindings += [
         ROOT / "csrc" / name
-        for name in ("check_deva.cpp", "check_lists.cpp", "counters.cpp", "root_rows.cpp")
+        for name in (
+            "boxing.cpp",
+            "check_deva.cpp",
+            "check_lists.cpp",
+            "counters.cpp",
+            "errors.cpp",
+            "ops.cpp",
+            "root_rows.cpp",
+            "tensor.cpp",
+        )
     ]
     sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
     included = {path: {*shared, *including(path)} for path in sources}
@@ -120,10 +133,9 @@ def library() -> ctypes.CDLL:
             run(
                 [compiler(), "-shared", *FLAGS, "-o", str(Path(folder) / "emulation.so")]
                 + [str(path) for path in objects.values()]
-                + ["-L", str(torch_libraries), "-lc10", "-ltorch_cpu", "-ltorch"]
+                + ["-L", str(torch_libraries), "-ltorch_cpu"]
             )
             os.replace(Path(folder) / "emulation.so", built)
-    assert _extension.MODULE is not None, _extension.REASON  # has the schemas
     torch.ops.load_library(built)
     return ctypes.CDLL(str(built))
 

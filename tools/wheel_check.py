@@ -27,11 +27,10 @@ PLATFORMS = {
     "2_28": {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11"},
     "2_34": {"GLIBC": "2.34", "GLIBCXX": "3.4.29", "CXXABI": "1.3.13"},
 }
-# Torch's come with it; the others are on every Linux that it runs on.
-LIBRARIES = re.compile(
-    r"lib(torch(_cpu|_python|_cuda)?|c10(_cuda)?|gomp|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so"
-    r"|ld-linux"
-)
+# Torch's has its stable interface; the others are on every Linux that torch runs on.
+LIBRARIES = re.compile(r"lib(torch_cpu|gomp|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so|ld-linux")
+# A name of a class or function of torch's C++, which the next torch may not have.
+CXX_OF_TORCH = re.compile(r"_Z\w*?(?:2at|3c10|5torch|6caffe2)\d")
 _VERSION = re.compile(r"\((?:0x\w+ )?(GLIBC|GLIBCXX|CXXABI)_([\d.]+)\)")
 _NEEDED = re.compile(r"^\s+NEEDED\s+(\S+)", re.MULTILINE)
 
@@ -104,9 +103,14 @@ def compiled_part(library: Path, platform: str | None) -> tuple[list[Finding], b
     found = [Finding("libraries", f"{len(needed)}; foreign: {foreign or 'none'}", bool(foreign))]
     found += versions(symbols, platform)
     undefined = [line for line in symbols.splitlines() if "*UND*" in line]
-    torch = [line for line in undefined if re.search(r"\b_Z\w*(?:at|c10|torch)\d", line)]
-    found.append(Finding("C++ symbols of torch", str(len(torch))))
+    torch = [name for name in map(_last_word, undefined) if CXX_OF_TORCH.match(name)]
+    text = f"{len(torch)}: {', '.join(torch[:3])}" if torch else "none"
+    found.append(Finding("C++ symbols of torch", text, bool(torch)))
     return found, ".nv_fatbin" in sections
+
+
+def _last_word(line: str) -> str:
+    return line.split()[-1]
 
 
 def versions(symbols: str, platform: str | None) -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 // The fused DeVA step: rotation into the factors' eigenbases, momentum, Newton–Schulz, variance
 // adaptation, rotation back. reference/deva.py is the specification.
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +10,7 @@
 #include "../check.h"
 #include "../check_deva.h"
 #include "../counters.h"
+#include "../registration.h"
 #include "../step_calls.h"
 #include "eigenbasis/eigenbasis_step.h"
 #include "list_step.h"
@@ -326,7 +326,7 @@ std::vector<Tensor> squares_as_matrices(TensorList states, Variance variance) {
   std::vector<Tensor> list = states.vec();
   for (Tensor& state : list)
     if (variance == Variance::kNone)
-      state = state.new_empty({0});
+      state = empty({0}, state);
     else if (variance == Variance::kLowMemory)
       state = state.unsqueeze(-2);
   return list;
@@ -400,8 +400,8 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("deva_step_", step<BasisLists, DevaOptions, &deva_step_>());
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("deva_step_", &boxed_step<BasisLists, DevaOptions, &deva_step_>);
 }
 
 }  // namespace spectral_kernels::cpu

@@ -1,8 +1,6 @@
 // L <- beta L + w G Gᵀ and R <- beta R + w GᵀG from one read of G, and left @ G @ right.
 #include "kron_factor.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,6 +8,7 @@
 
 #include "../check_factors.h"
 #include "../counters.h"
+#include "../registration.h"
 #include "list_step.h"
 #include "parallel.h"
 #include "views.h"
@@ -255,9 +254,9 @@ Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& r
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("kron_factors_update_", &kron_factors_update_);
-  m.impl("kron_precondition", &kron_precondition);
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("kron_factors_update_", &boxed<&kron_factors_update_>);
+  m.impl("kron_precondition", &boxed<&kron_precondition>);
 }
 
 }  // namespace spectral_kernels::cpu

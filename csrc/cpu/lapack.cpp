@@ -1,14 +1,5 @@
 #include "lapack.h"
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/linalg_eigh.h>
-#include <ATen/ops/linalg_svd.h>
-#include <ATen/ops/matmul.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -16,9 +7,11 @@
 #include <mutex>
 #include <string>
 
+#include "../boxing.h"
 #include "../counters.h"
 #include "lapack_checks.h"
 #include "parallel.h"
+#include "views.h"
 
 // MKL's own switch, where torch was built with MKL and lets its symbols out.
 #if defined(__linux__)
@@ -34,6 +27,7 @@ namespace {
 
 std::atomic<int64_t> to_corrupt{0};
 std::atomic<bool> hidden{false};
+std::atomic<bool> has_mkl{true};
 
 bool has_switch() { return MKL_Set_Num_Threads_Local != nullptr && !hidden.load(); }
 
@@ -44,7 +38,7 @@ bool has_switch() { return MKL_Set_Num_Threads_Local != nullptr && !hidden.load(
 class OneMklThread {
  public:
   OneMklThread() {
-    at::get_num_threads();
+    torch_threads();
     if (has_switch()) before_ = MKL_Set_Num_Threads_Local(1);
   }
   ~OneMklThread() {
@@ -65,41 +59,54 @@ void on_this_thread_alone(const F& f) {
   static std::mutex one_caller;
   std::unique_lock<std::mutex> lock(one_caller, std::defer_lock);
   if (!forked_from_threads()) lock.lock();
-  const int threads = at::get_num_threads();
-  at::set_num_threads(1);
+  const int threads = torch_threads();
+  set_torch_threads(1);
   f();
-  at::set_num_threads(threads);
+  set_torch_threads(threads);
 }
 
-at::Tensor view(const double* data, int64_t rows, int64_t cols) {
-  return at::from_blob(const_cast<double*>(data), {rows, cols}, at::kDouble);
+Tensor tensor_of(const double* data, int64_t rows, int64_t cols) {
+  return from_blob(const_cast<double*>(data), {rows, cols}, kDouble);
 }
 
-// LAPACK reports a failure by an exception of torch's.
+Matrix matrix_of(double* data, int64_t rows, int64_t cols) {
+  return {data, rows, cols, cols, 1, DType::kF64};
+}
+
+// One result of torch's, densely row by row.
+std::vector<double> dense(const Tensor& t) {
+  const int64_t rows = t.dim() == 1 ? 1 : t.size(0), cols = t.size(-1);
+  std::vector<double> elements(size_t(rows * cols));
+  const Matrix from{t.data_ptr(), rows,       cols, t.dim() == 1 ? 0 : t.stride(0),
+                    t.stride(-1), DType::kF64};
+  copy_scaled(from, 0, matrix_of(elements.data(), rows, cols));
+  return elements;
+}
+
+// LAPACK reports a failure by an exception of torch's. Autocast leaves fp64 alone.
 template <class F>
 bool converged(const F& f) {
-  const c10::InferenceMode no_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   try {
     return f();
-  } catch (const c10::Error&) {
+  } catch (const TorchError&) {
     return false;
   }
 }
 
-// What a test asks for: the first and the last column change places, which no test of orthogonality
-// sees.
-void corrupt(const at::Tensor& columns) {
+// What a test asks for: the columns change places, which no test of orthogonality sees.
+void corrupt(std::vector<double>& elements, int64_t columns) {
   int64_t left = to_corrupt.load();
   while (left > 0 && !to_corrupt.compare_exchange_weak(left, left - 1)) {
   }
-  if (left > 0) columns.copy_(columns.flip(1));
+  if (left <= 0) return;
+  for (size_t begin = 0; begin < elements.size(); begin += size_t(columns))
+    std::reverse(elements.begin() + int64_t(begin), elements.begin() + int64_t(begin) + columns);
 }
 
 // Calls f(i) for i in [0, jobs), one matrix a thread, in an active region of two threads at least.
 template <class F>
 void in_region(int64_t jobs, const F& f) {
-  const int threads = std::max(2, at::get_num_threads());
+  const int threads = std::max(2, torch_threads());
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < jobs; i++) {
     const OneMklThread one;
@@ -110,7 +117,7 @@ void in_region(int64_t jobs, const F& f) {
 }  // namespace
 
 const char* mkl_thread_limit() {
-  if (!at::hasMKL()) return "none";
+  if (!has_mkl.load()) return "none";
   return has_switch() ? "switch" : "calling thread";
 }
 
@@ -121,7 +128,7 @@ void lapack_jobs(const char* routine, int64_t jobs, const std::function<bool(int
   const auto all_here = [&] {
     for (int64_t i = 0; i < jobs; i++) first(i);
   };
-  const bool unprotected = at::hasMKL() && !has_switch();  // no worker can be held to one thread
+  const bool unprotected = has_mkl.load() && !has_switch();  // no worker can be held to one thread
   if (forked_from_threads() || unprotected) {
     on_this_thread_alone(all_here);
   } else {
@@ -139,26 +146,39 @@ void lapack_jobs(const char* routine, int64_t jobs, const std::function<bool(int
 
 bool eigh(int64_t n, const double* a, double* values, double* vectors) {
   return converged([&] {
-    const auto [w, v] = at::linalg_eigh(view(a, n, n));
-    corrupt(v);
-    at::from_blob(values, {n}, at::kDouble).copy_(w);
-    view(vectors, n, n).copy_(v.mT());  // as LAPACK has it: nothing is transposed
+    const auto [w, v] =
+        called_for<Tensor, Tensor>("aten::linalg_eigh", "", tensor_of(a, n, n), std::string("L"));
+    std::vector<double> columns = dense(v);
+    corrupt(columns, n);
+    const std::vector<double> ascending = dense(w);
+    std::copy(ascending.begin(), ascending.end(), values);
+    copy_scaled(matrix_of(columns.data(), n, n), 0, matrix_of(vectors, n, n).transposed());
     return is_eigendecomposition(n, a, values, vectors);
   });
 }
 
 bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* out) {
   return converged([&] {
-    const auto [u, s, vh] = at::linalg_svd(view(a, m, n), /*full_matrices=*/false);
-    corrupt(u);
-    const at::Tensor kept = s.gt(s.max().mul(threshold)).to(at::kDouble);
-    view(out, m, n).copy_(u.mul(kept).matmul(vh));
-    const at::Tensor left = u.contiguous(), right = vh.contiguous(), values = s.contiguous();
-    const Svd svd{m, n, left.const_data_ptr<double>(), values.const_data_ptr<double>(),
-                  right.const_data_ptr<double>()};
-    return is_svd(a, svd) && is_polar(out, svd, kept.const_data_ptr<double>());
+    const int64_t s = std::min(m, n);
+    const auto [left_vectors, singular, right_vectors] = called_for<Tensor, Tensor, Tensor>(
+        "aten::linalg_svd", "", tensor_of(a, m, n), /*full_matrices=*/false, None{});
+    std::vector<double> left = dense(left_vectors), right = dense(right_vectors);
+    const std::vector<double> values = dense(singular);
+    corrupt(left, s);
+    const double most = *std::max_element(values.begin(), values.end());
+    std::vector<double> kept, scaled(left);
+    for (double value : values) kept.push_back(value > most * threshold ? 1 : 0);
+    for (size_t i = 0; i < scaled.size(); i++) scaled[i] *= kept[i % size_t(s)];
+    const Tensor product = called<Tensor>("aten::matmul", "", tensor_of(scaled.data(), m, s),
+                                          tensor_of(right.data(), s, n));
+    const std::vector<double> polar = dense(product);
+    std::copy(polar.begin(), polar.end(), out);
+    const Svd svd{m, n, left.data(), values.data(), right.data()};
+    return is_svd(a, svd) && is_polar(out, svd, kept.data());
   });
 }
+
+void set_has_mkl(bool has) { has_mkl.store(has); }
 
 void corrupt_lapack(int64_t results) { to_corrupt.store(results); }
 
@@ -168,7 +188,7 @@ std::vector<int> mkl_threads_of_workers() {
   std::vector<int> found;
   std::mutex mutex;
   std::condition_variable all_here;
-  const int64_t workers = std::max(2, at::get_num_threads());
+  const int64_t workers = std::max(2, torch_threads());
   lapack_jobs("none", workers, [&](int64_t) {
     const double a[] = {2, 1, 1, 2};
     double values[2], vectors[4];

@@ -28,6 +28,11 @@ bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* 
 // "none" where torch has no MKL.
 const char* mkl_thread_limit();
 
+// Whether torch was built with MKL.
+void set_has_mkl(bool has);
+// torch.set_num_threads, by Python: see module.cpp.
+void set_torch_threads(int threads);
+
 // For tests. The next `results` results are made wrong.
 void corrupt_lapack(int64_t results);
 // As if MKL hid its switch.

@@ -11,16 +11,15 @@ namespace {
 template <class F>
 void with_count(const Tensor& t, int64_t index, const F& f) {
   const int64_t at = t.numel() == 1 ? 0 : index;
-  const Tensor flat = t.view({-1});
   switch (t.scalar_type()) {
     case kFloat:
-      f(flat.data_ptr<float>()[at]);
+      f(t.data_ptr<float>()[at]);
       break;
     case kDouble:
-      f(flat.data_ptr<double>()[at]);
+      f(t.data_ptr<double>()[at]);
       break;
     case kLong:
-      f(flat.data_ptr<int64_t>()[at]);
+      f(t.data_ptr<int64_t>()[at]);
       break;
     default:
       CHECK_TYPE(false, "step counts must be float32, float64 or int64, got ", t.scalar_type());

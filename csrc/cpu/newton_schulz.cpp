@@ -6,8 +6,6 @@
 // norm and no division.
 #include "newton_schulz.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,6 +14,7 @@
 
 #include "../check.h"
 #include "../counters.h"
+#include "../registration.h"
 #include "../step_calls.h"
 #include "lapack.h"
 #include "list_step.h"
@@ -358,13 +357,12 @@ void orthogonalize(const NewtonSchulz& ns, const Matrix& given, const Matrix& ou
   ns.iterate(input, pack.shift, last, workspace, threads);
 }
 
-Tensor newton_schulz(const Tensor& x, ArrayRef<double> rows, c10::string_view method,
-                     IntArrayRef restarts, ScalarType compute_dtype, double eps,
-                     c10::string_view norm, double norm_factor) {
+Tensor newton_schulz(const Tensor& x, const std::vector<double>& rows, const std::string& method,
+                     const std::vector<int64_t>& restarts, ScalarType compute_dtype, double eps,
+                     const std::string& norm, double norm_factor) {
   count_call("newton_schulz", "cpu");
   check_matrix(x, "x");
-  const NewtonSchulz ns(rows, std::string(method), restarts, compute_dtype, eps, std::string(norm),
-                        norm_factor);
+  const NewtonSchulz ns(rows, method, restarts, compute_dtype, eps, norm, norm_factor);
   Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
@@ -549,10 +547,10 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("newton_schulz", &newton_schulz);
-  m.impl("polar", &polar);
-  m.impl("muon_step_", step<MuonLists, MuonOptions, &muon_step_>());
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("newton_schulz", &boxed<&newton_schulz>);
+  m.impl("polar", &boxed<&polar>);
+  m.impl("muon_step_", &boxed_step<MuonLists, MuonOptions, &muon_step_>);
 }
 
 }  // namespace spectral_kernels::cpu

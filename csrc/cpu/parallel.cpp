@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-#include <ATen/Parallel.h>
+#include <omp.h>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -10,11 +10,13 @@
 #include <atomic>
 #include <memory>
 #include <numeric>
+#include <utility>
 
+#include "../tensor.h"
 #include "workspace.h"
 
 #ifndef _OPENMP
-#error "compile with -fopenmp: without it at::parallel_for is serial and does not say so"
+#error "compile with -fopenmp: without it nested sections are not seen"
 #endif
 
 namespace spectral_kernels::cpu {
@@ -23,6 +25,7 @@ namespace {
 
 std::atomic<bool> used_threads{false};
 std::atomic<bool> forked{false};
+thread_local bool inside = false;  // a job of ours, where torch's threads are not OpenMP's
 
 #if defined(__unix__) || defined(__APPLE__)
 const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = used_threads.load(); });
@@ -35,7 +38,7 @@ bool forked_from_threads() { return forked.load(std::memory_order_relaxed); }
 void mark_threads_used() { used_threads.store(true, std::memory_order_relaxed); }
 
 int available_threads() {
-  return forked_from_threads() || at::in_parallel_region() ? 1 : at::get_num_threads();
+  return forked_from_threads() || inside || omp_in_parallel() ? 1 : torch_threads();
 }
 
 namespace {
@@ -54,8 +57,12 @@ void numbered_jobs(int64_t jobs, int threads, const F& job) {
   }
   mark_threads_used();
   std::atomic<int64_t> next{0};
-  constexpr int64_t kOneWorkerEach = 1;
-  at::parallel_for(0, workers, kOneWorkerEach, [&](int64_t worker, int64_t) {
+  struct Inside {
+    const bool before = std::exchange(inside, true);
+    ~Inside() { inside = before; }
+  };
+  torch_parallel(workers, [&](int64_t worker) {
+    const Inside here;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) job(i, worker);
   });
 }

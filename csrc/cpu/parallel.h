@@ -1,5 +1,5 @@
 // Jobs over the threads that torch gives us. Torch-free interface; parallel.cpp stands on
-// at::parallel_for, so torch.set_num_threads is obeyed and nested calls run serially.
+// torch_parallel, so torch.set_num_threads is obeyed and nested calls run serially.
 #pragma once
 
 #include <cstddef>

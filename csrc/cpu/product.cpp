@@ -348,8 +348,10 @@ namespace {
 
 void convert(double value, double& to) { to = value; }
 void convert(double value, float& to) { to = float(value); }
-void convert(double value, c10::BFloat16& to) { to = c10::BFloat16(float(value)); }
-void convert(double value, c10::Half& to) { to = c10::Half(float(value)); }
+template <class T>  // of 16 bits
+void convert(double value, T& to) {
+  to = T(float(value));
+}
 
 void* address(const Matrix& m, int64_t i, int64_t j) {
   return static_cast<char*>(m.data) +

@@ -1,11 +1,11 @@
 // gram: X Xᵀ, one triangle computed, the other mirrored.
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
 #include "../check.h"
 #include "../counters.h"
+#include "../registration.h"
 #include "parallel.h"
 #include "views.h"
 
@@ -57,6 +57,6 @@ Tensor gram(const Tensor& x) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("gram", &gram); }
+SPECTRAL_KERNELS_CPU_OPERATORS(m) { m.impl("gram", &boxed<&gram>); }
 
 }  // namespace spectral_kernels::cpu

@@ -1,8 +1,8 @@
 // The C++ type of a storage dtype.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include "tiles.h"
 
@@ -17,9 +17,9 @@ void with_type(DType dtype, const F& f) {
     case DType::kF64:
       return f(double{});
     case DType::kBF16:
-      return f(c10::BFloat16{});
+      return f(torch::headeronly::BFloat16{});
     case DType::kF16:
-      return f(c10::Half{});
+      return f(torch::headeronly::Half{});
   }
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 built_with_torch: str
+least_torch: str
 compiler: str
 cuda_architectures: str
 

@@ -1,8 +1,8 @@
 """The compiled part, if there is one.
 
-`MODULE` is `spectral_kernels._C` or None, `REASON` says why it is None. A compiled part that was
-built against another torch than the running one raises at import: its kernels would be missing
-without a word otherwise.
+`MODULE` is `spectral_kernels._C` or None, `REASON` says why it is None. It asks torch by its stable
+interface alone, so one build serves every torch from the version on that it was built for; under an
+older one it raises at import: its kernels would be missing without a word otherwise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _REBUILD = (
 )
 
 
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("+")[0].split(".")[:2])
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -40,13 +40,14 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         raise ImportError(
             f"the compiled part of spectral_kernels does not load with torch {torch.__version__}: "
-            f"it was built against another torch or C++ library; {_REBUILD} ({error})"
+            f"it was built for another Python or C++ library, or for a later torch; {_REBUILD} "
+            f"({error})"
         ) from error
-    built: str = module.built_with_torch
-    if _minor(built) != _minor(torch.__version__):
+    least: str = module.least_torch
+    if _minor(torch.__version__) < _minor(least):
         raise ImportError(
-            f"spectral_kernels was built with torch {built} but torch {torch.__version__} is "
-            f"running; {_REBUILD}"
+            f"spectral_kernels was built for torch {least} and later, but torch "
+            f"{torch.__version__} is running; {_REBUILD}"
         )
     return module, ""
 

@@ -1,4 +1,7 @@
-"""Shapes and dtypes of every operator's results, for torch.compile and meta tensors."""
+"""What torch is told of every operator besides its kernels.
+
+Shapes and dtypes of results, for torch.compile and meta tensors; and that there is no derivative.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from . import _extension
 from ._backend import check_device
+from ._native import any_requires_grad
 from ._operators import TABLE
 
 
@@ -47,6 +51,29 @@ FAKES: dict[str, Callable[..., Any]] = {
     for name, operator in TABLE.items()
 }
 
+
+def _without_derivative(name: str) -> Callable[..., Any]:
+    """The operator's kernel under the key Autograd.
+
+    A result that does not require grad would cut the graph without a word. _native.py goes past it
+    where nothing requires grad.
+    """
+    operator = getattr(torch.ops.spectral_kernels, name).default
+
+    def kernel(keys: Any, *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and any_requires_grad((*args, *options.values())):
+            raise RuntimeError(
+                f"spectral_kernels::{name} has no derivative, and an argument requires grad: "
+                "detach it, or call under torch.no_grad()"
+            )
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **options)
+
+    return kernel
+
+
 if _extension.MODULE is not None:
+    # Unregistered when it is dropped.
+    _LIBRARY = torch.library.Library("spectral_kernels", "IMPL")
     for _name, _fake in FAKES.items():
         torch.library.register_fake(f"spectral_kernels::{_name}", _fake)
+        _LIBRARY.impl(_name, _without_derivative(_name), "Autograd", with_keyset=True)

@@ -1,8 +1,5 @@
-// The operators of csrc/cuda on CPU tensors, run by the emulation:
-// torch.ops.spectral_kernels_emulated has the schemas of torch.ops.spectral_kernels.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
+// What tests set in the emulation, and ask it. The operators of csrc/cuda run by it on CPU tensors:
+// torch.ops.spectral_kernels_emulated, with the schemas of csrc/ops.cpp.
 #include <utility>
 
 #include "../../csrc/cuda/base/device.h"
@@ -81,15 +78,4 @@ extern "C" long count_launches() { return std::exchange(emulation::launches, 0);
 
 extern "C" int64_t set_slice_elements(int64_t elements) {
   return spectral_kernels::cuda::switches().slice_elements.exchange(elements);
-}
-
-TORCH_LIBRARY(spectral_kernels_emulated, m) {
-  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames())
-    if (op.getNamespace() == "spectral_kernels")
-      m.def(c10::Dispatcher::singleton()
-                .findSchemaOrThrow(op.name.c_str(), op.overload_name.c_str())
-                .schema()
-                .cloneWithName(std::string("spectral_kernels_emulated::") +
-                                   op.name.substr(op.name.find("::") + 2),
-                               ""));
 }

@@ -2,8 +2,6 @@
 // reference/eigenbasis.py is the specification.
 #include "basis.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,6 +9,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../cholesky.h"
 #include "../householder.h"
 #include "../lapack.h"
@@ -379,9 +378,9 @@ std::tuple<Tensor, Tensor> refresh_eigenbasis_op(const Tensor& q, const Tensor& 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("eigenbasis", &eigenbasis_op);
-  m.impl("refresh_eigenbasis", &refresh_eigenbasis_op);
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("eigenbasis", &boxed<&eigenbasis_op>);
+  m.impl("refresh_eigenbasis", &boxed<&refresh_eigenbasis_op>);
 }
 
 }  // namespace spectral_kernels::cpu

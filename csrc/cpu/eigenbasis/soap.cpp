@@ -1,10 +1,10 @@
 // The fused SOAP step. reference/eigenbasis.py is the specification.
-#include <torch/library.h>
 
 #include <cmath>
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../../step_calls.h"
 #include "../list_step.h"
 #include "../parallel.h"
@@ -129,8 +129,8 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("soap_step_", step<BasisLists, SoapOptions, &soap_step_>());
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("soap_step_", &boxed_step<BasisLists, SoapOptions, &soap_step_>);
 }
 
 }  // namespace spectral_kernels::cpu

@@ -2,8 +2,6 @@
 // eigendecomposition in fp64 as the fallback. reference/inverse_root.py is the specification.
 #include "root.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,6 +9,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../../root_results.h"
 #include "../../root_rows.h"
 #include "../lapack.h"
@@ -553,7 +552,7 @@ double root_work(int64_t n, int p) {
 namespace {
 
 RootTuple inverse_root_op(const Tensor& a, int64_t p, double ridge, double relative_ridge,
-                          c10::string_view method) {
+                          const std::string& method) {
   count_call("inverse_root", "cpu");
   check_full_precision(a, "a");
   check_square(a, "a");
@@ -585,6 +584,6 @@ RootTuple inverse_root_op(const Tensor& a, int64_t p, double ridge, double relat
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("inverse_root", &inverse_root_op); }
+SPECTRAL_KERNELS_CPU_OPERATORS(m) { m.impl("inverse_root", &boxed<&inverse_root_op>); }
 
 }  // namespace spectral_kernels::cpu

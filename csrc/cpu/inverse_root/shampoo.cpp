@@ -1,5 +1,4 @@
 // The fused Shampoo and KL-Shampoo step. reference/inverse_root.py is the specification.
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +8,7 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../../step_calls.h"
 #include "../kron_factor.h"
 #include "../list_step.h"
@@ -475,8 +475,8 @@ void shampoo_step_(const ShampooLists& lists, const ShampooOptions& options) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) {
-  m.impl("shampoo_step_", step<ShampooLists, ShampooOptions, &shampoo_step_>());
+SPECTRAL_KERNELS_CPU_OPERATORS(m) {
+  m.impl("shampoo_step_", &boxed_step<ShampooLists, ShampooOptions, &shampoo_step_>);
 }
 
 }  // namespace spectral_kernels::cpu

@@ -1,21 +1,71 @@
 #include "tensors.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 
 #include "device.h"
+#include "torch_ops.h"
 
 namespace spectral_kernels::cuda {
 
+DeviceGuard::DeviceGuard(Device device) {
+  if (!device.is_cpu())
+    check_torch(aoti_torch_create_device_guard(device.index, &guard_), "a device guard");
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
+}
+
+// Where torch has a CUDA part it is loaded already, and gives its streams away. It is not linked: a
+// torch without one can load this library too.
 void* stream_of(const Tensor& t) {
-  const c10::Device device = t.device();
+  const Device device = t.device();
   if (device.is_cpu()) return nullptr;  // the emulation
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  using Current = AOTITorchError(int32_t device, void** stream);
+  static Current* const current = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<Current*>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  CHECK_RUNTIME(current != nullptr, "this torch has no CUDA streams");
+  void* stream = nullptr;
+  check_torch(current(device.index, &stream), "the current stream");
+  return stream;
 }
 
 void check_launch(int error, const char* op) {
-  TORCH_CHECK(error == 0, op, ": a CUDA kernel could not be launched: ", error_text(error));
+  CHECK_RUNTIME(error == 0, op, ": a CUDA kernel could not be launched: ", error_text(error));
+}
+
+Tensor on_cpu(const Tensor& x) {
+  const std::vector<int64_t> strides = x.strides().vec();
+  AtenTensorHandle made = nullptr;
+  check_torch(aoti_torch_empty_strided(x.dim(), x.sizes().data(), strides.data(),
+                                       number_of_type(x.scalar_type()),
+                                       aoti_torch_device_type_cpu(), -1, &made),
+              "empty");
+  const Tensor copy(made);
+  return copy.copy_(x);
+}
+
+void fill(const Tensor& x, double value) {
+  check_torch(aoti_torch_aten_fill__Scalar(x.handle(), value), "fill_");
+}
+
+Tensor difference(const Tensor& a, const Tensor& b, double factor) {
+  AtenTensorHandle made = nullptr;
+  check_torch(aoti_torch_aten_subtract_Tensor(a.handle(), b.handle(), factor, &made), "subtract");
+  return Tensor(made);
+}
+
+double number_of(const Tensor& x) {
+  const Tensor wide = on_cpu(converted(x, kDouble));
+  return *wide.const_data_ptr<double>();
 }
 
 Type type_of(ScalarType type) {
@@ -42,7 +92,7 @@ Tensor matrix_of(const Tensor& t, int64_t index) {
   while (matrix.dim() > 2) {
     int64_t each = 1;
     for (int64_t d = 1; d + 2 < matrix.dim(); d++) each *= matrix.size(d);
-    matrix = matrix.select(0, index / each);
+    matrix = select(matrix, 0, index / each);
     index %= each;
   }
   return matrix;
@@ -113,7 +163,7 @@ void number(std::vector<Entry>& entries) {
     entries[i].first = entries[i - 1].first + entries[i - 1].count;
 }
 
-int device_number(const Tensor& t) { return std::max(0, int(t.device().index())); }
+int device_number(const Tensor& t) { return std::max(0, int(t.device().index)); }
 
 int64_t shared_memory_of(const Tensor& t) { return shared_memory_limit(device_number(t)); }
 
@@ -139,7 +189,7 @@ void raise_nonfinite(const std::vector<Entry>& entries, TensorList params,
     check_launch(launch_largest(entries, of, reinterpret_cast<uint32_t*>(largest.data_ptr()),
                                 stream_of(largest)),
                  op);
-    const Tensor found = largest.cpu();
+    const Tensor found = on_cpu(largest);
     const int32_t* bits = found.const_data_ptr<int32_t>();
     for (size_t i = 0; i < params.size(); i++)
       for (int64_t j = 0; params[i].numel() > 0 && j < leading(params[i]); j++)
@@ -159,7 +209,7 @@ void raise_nonfinite(TensorList list, const char* name, const char* op) {
         launch_largest(entries, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()),
                        stream_of(largest)),
         op);
-    const Tensor found = largest.cpu();
+    const Tensor found = on_cpu(largest);
     for (int64_t j = 0; j < leading(list[i]); j++)
       CHECK_VALUE(uint32_t(found.const_data_ptr<int32_t>()[j]) < kInfinityBits, name, "[", i,
                   "] has a non-finite element (matrix ", j, ")");

@@ -7,7 +7,21 @@
 #include "../../tensor.h"
 #include "list_step.h"
 
+struct DeviceGuardOpaque;  // torch's
+
 namespace spectral_kernels::cuda {
+
+// The device of the calling thread while this lives; the emulation has none to change.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(Device device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  DeviceGuardOpaque* guard_ = nullptr;
+};
 
 void* stream_of(const Tensor& t);
 void check_launch(int error, const char* op);

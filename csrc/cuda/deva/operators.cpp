@@ -6,7 +6,7 @@
 #include "../../check_deva.h"
 #include "../../check_lists.h"
 #include "../../counters.h"
-#include "../base/registration.h"
+#include "../../registration.h"
 #include "../base/tensors.h"
 #include "../eigenbasis/eigenbasis_step.h"
 #include "../newton_schulz/orthogonalize.h"
@@ -92,7 +92,7 @@ void deva_step_(const BasisLists& lists, const DevaOptions& options) {
 }  // namespace
 
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
-  m.impl("deva_step_", step<BasisLists, DevaOptions, &deva_step_>());
+  m.impl("deva_step_", &boxed_step<BasisLists, DevaOptions, &deva_step_>);
 }
 
 }  // namespace spectral_kernels::cuda

@@ -1,14 +1,12 @@
 #include "eigenbasis_step.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty_like.h>
-
 #include <utility>
 
 #include "../../check.h"
 #include "../../check_lists.h"
 #include "../base/switches.h"
 #include "../base/tensors.h"
+#include "../base/torch_ops.h"
 #include "refresh.h"
 
 namespace spectral_kernels::cuda {
@@ -17,7 +15,7 @@ namespace {
 
 Tensor present(const Tensor& t) { return t.numel() == 0 ? Tensor() : t; }
 
-Tensor transposed(const Tensor& t) { return t.defined() ? t.mT() : t; }
+Tensor transposed(const Tensor& t) { return t.defined() ? transposed_matrix(t) : t; }
 
 int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
 
@@ -108,15 +106,13 @@ EigenbasisStep::EigenbasisStep(const BasisLists& lists, const EigenbasisOptions&
 
 // Bases of zeros, which no basis is, mark a matrix that has not been seen yet.
 void EigenbasisStep::find_first() {
-  const auto known = [](const Tensor& t) { return t.numel() == 0 || seen_nonzero(t); };
-  std::vector<size_t> unknown, entries;
+  std::vector<size_t> unknown;
   std::vector<Entry> bases;
   int64_t matrices = 0;
   for (size_t i = 0; i < items_.size(); i++) {
     const EigenbasisItem& item = items_[i];
-    if (known(lists_.left_bases[item.entry]) && known(lists_.right_bases[item.entry])) continue;
+    if (lists_.started[item.entry] || !item.has_sides()) continue;
     unknown.push_back(i);
-    entries.push_back(item.entry);
     for (const Tensor& basis : {item.left_basis, item.right_basis})
       if (basis.defined()) {
         append(bases, basis, {}, basis, 1, false);
@@ -129,10 +125,9 @@ void EigenbasisStep::find_first() {
   check_launch(
       launch_largest(bases, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()), stream_),
       op_);
-  const Tensor found = largest.cpu();
+  const Tensor found = on_cpu(largest);
   const int32_t* bits = found.const_data_ptr<int32_t>();
   std::vector<EigenbasisItem> all;
-  std::vector<bool> waiting(lists_.params.size());
   size_t next = 0;
   for (size_t i = 0; i < items_.size(); i++) {
     EigenbasisItem& item = items_[i];
@@ -147,7 +142,6 @@ void EigenbasisStep::find_first() {
     if (!any) {
       all.push_back(std::move(item));
     } else {
-      waiting[item.entry] = true;
       std::vector<EigenbasisItem> singles =
           count == 1 ? std::vector<EigenbasisItem>{item} : single_matrices(item);
       for (int64_t k = 0; k < count; k++) {
@@ -161,9 +155,6 @@ void EigenbasisStep::find_first() {
     bits += count;
   }
   items_ = std::move(all);
-  for (const size_t e : entries)
-    for (const Tensor& basis : {lists_.left_bases[e], lists_.right_bases[e]})
-      if (!waiting[e] && basis.numel() > 0) remember_nonzero(basis);
 }
 
 // Matrices of an entry that are not updated have the last of its numbers, so that one counter holds
@@ -192,7 +183,8 @@ void EigenbasisStep::number() {
         matrices += item.count;
         const bool whole = item.count == steps.numel();
         if (steps.numel() > 1)
-          add(whole ? steps : steps.view(-1)[item.index], item.number, item.count);
+          add(whole ? steps : select(reshaped(steps, {-1}), 0, item.index), item.number,
+              item.count);
       }
       if (steps.numel() == 1) add(steps, begin, matrices - begin);
     }
@@ -237,7 +229,7 @@ void EigenbasisStep::begin() {
   if (!lists_.lr.is_cpu())
     schedule.device_lr = lists_.lr.const_data_ptr();
   else
-    schedule.lr = lists_.lr.item<double>();
+    schedule.lr = number_of(lists_.lr);
   check_launch(launch_numbers(counters_, schedule, numbers(), largest(), stream_), op_);
   if (bounded) check_launch(launch_largest(entries, Of::kMomentum, largest(), stream_), op_);
   look_at_idle_squares();
@@ -270,7 +262,7 @@ void EigenbasisStep::initialise() {
   check_launch(
       launch_largest(grads, Of::kSource, reinterpret_cast<uint32_t*>(largest.data_ptr()), stream_),
       op_);
-  const Tensor found = largest.cpu();
+  const Tensor found = on_cpu(largest);
   std::vector<Accumulate> factors;
   const double beta = options_.shampoo_beta;
   for (size_t i = 0; i < firsts.size(); i++) {
@@ -287,8 +279,9 @@ void EigenbasisStep::initialise() {
   }
   accumulate(factors, op_);
   const auto basis_of = [&](const Tensor& factor) {
-    return factor.defined() ? eigen_of(factor, op_).vectors.to(kFloat).view(factor.sizes())
-                            : Tensor();
+    return factor.defined()
+               ? viewed(converted(eigen_of(factor, op_).vectors, kFloat), factor.sizes())
+               : Tensor();
   };
   for (EigenbasisItem* item : firsts) {
     item->new_left_basis = basis_of(item->new_left);
@@ -433,7 +426,7 @@ void EigenbasisStep::refresh() {
   for (size_t i = begin_; i < end_; i++)
     if (items_[i].refresh) chosen.push_back(&items_[i]);
   if (chosen.empty()) return;
-  const Tensor found = largest_.cpu();
+  const Tensor found = on_cpu(largest_);
   const uint32_t* bits = reinterpret_cast<const uint32_t*>(found.const_data_ptr<int32_t>());
   const auto is_kept = [&](int64_t i) {
     return nonfinite_ == NonFinite::kSkip ? bits[i] >= kInfinityBits : bits[i] == kRefused;
@@ -441,14 +434,14 @@ void EigenbasisStep::refresh() {
   const size_t from = copies_.size();
   std::vector<TwoSided> back, forth;
   for (EigenbasisItem* item : chosen) {
-    const Tensor plain = at::empty_like(item->new_moment);
+    const Tensor plain = empty_with_strides(item->new_moment);
     back.push_back({item->new_moment, item->left_basis, transposed(item->right_basis), plain});
     for (const bool rows : {true, false}) {
       const Tensor& old = rows ? item->left_basis : item->right_basis;
       const Tensor& factor = rows ? item->new_left : item->new_right;
       Tensor& now = rows ? item->new_left_basis : item->new_right_basis;
       if (!old.defined()) continue;
-      now = old.clone();
+      now = cloned(old);
       for (int64_t i = 0; i < item->count; i++) {
         if (is_kept(item->number + i)) continue;
         const Refreshed refreshed =
@@ -456,7 +449,7 @@ void EigenbasisStep::refresh() {
         matrix_of(now, i).copy_(refreshed.basis);
         if (!options_.permute_squares) continue;
         const Tensor squares = matrix_of(item->new_squares, i);
-        squares.copy_(squares.index_select(rows ? 0 : 1, refreshed.order));
+        squares.copy_(index_select(squares, rows ? 0 : 1, refreshed.order));
       }
     }
     forth.push_back(

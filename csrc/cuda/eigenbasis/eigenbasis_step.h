@@ -2,13 +2,12 @@
 // in slices, so that workspaces stay small; no bit depends on where a list is cut.
 #pragma once
 
-#include <c10/core/DeviceGuard.h>
-
 #include <string>
 #include <vector>
 
 #include "../../step_calls.h"
 #include "../../tensor.h"
+#include "../base/tensors.h"
 #include "../kron_factor/products.h"
 #include "moments.h"
 
@@ -78,7 +77,7 @@ class EigenbasisStep {
   template <class F>
   void run(const F& pass) {
     if (items_.empty()) return;
-    const c10::DeviceGuard guard(lists_.params[0].device());
+    const DeviceGuard guard(lists_.params[0].device());
     begin();
     while (next_slice()) {
       rotate();

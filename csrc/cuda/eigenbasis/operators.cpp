@@ -1,5 +1,4 @@
 // eigenbasis, refresh_eigenbasis and soap_step_ on CUDA tensors.
-#include <c10/core/DeviceGuard.h>
 
 #include <string>
 #include <tuple>
@@ -7,8 +6,9 @@
 #include "../../check.h"
 #include "../../check_lists.h"
 #include "../../counters.h"
-#include "../base/registration.h"
+#include "../../registration.h"
 #include "../base/tensors.h"
+#include "../base/torch_ops.h"
 #include "eigenbasis_step.h"
 #include "refresh.h"
 
@@ -27,10 +27,11 @@ std::tuple<Tensor, Tensor> eigenbasis(const Tensor& a) {
   constexpr const char* kOp = "eigenbasis";
   count_call(kOp, "cuda");
   check_served(a, "a", kOp);
-  const c10::DeviceGuard guard(a.device());
+  const DeviceGuard guard(a.device());
   if (a.numel() == 0) return {empty(values_shape(a), a), empty_as(a)};
   const Eigen found = eigen_of(a, kOp);
-  return {found.values.to(kFloat).view(values_shape(a)), found.vectors.to(kFloat).view(a.sizes())};
+  return {viewed(converted(found.values, kFloat), values_shape(a)),
+          viewed(converted(found.vectors, kFloat), a.sizes())};
 }
 
 std::tuple<Tensor, Tensor> refresh_eigenbasis(const Tensor& q, const Tensor& a, bool sort) {
@@ -39,12 +40,12 @@ std::tuple<Tensor, Tensor> refresh_eigenbasis(const Tensor& q, const Tensor& a, 
   check_served(q, "q", kOp);
   check_served(a, "a", kOp);
   check_same_shape(q, "q", a, "a");
-  const c10::DeviceGuard guard(a.device());
+  const DeviceGuard guard(a.device());
   const Tensor values = empty(values_shape(a), a);
   const Tensor basis = empty_as(q);
   for (int64_t i = 0; a.numel() > 0 && i < leading(a); i++) {
     const Refreshed found = refreshed_basis(matrix_of(q, i), matrix_of(a, i), sort, kOp);
-    values.view({-1, a.size(-1)})[i].copy_(found.values);
+    select(viewed(values, {-1, a.size(-1)}), 0, i).copy_(found.values);
     matrix_of(basis, i).copy_(found.basis);
   }
   return {values, basis};
@@ -71,10 +72,10 @@ void soap_step_(const BasisLists& lists, const SoapOptions& options) {
 }  // namespace
 
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
-  m.impl("eigenbasis", &eigenbasis);
-  m.impl("refresh_eigenbasis", &refresh_eigenbasis);
+  m.impl("eigenbasis", &boxed<&eigenbasis>);
+  m.impl("refresh_eigenbasis", &boxed<&refresh_eigenbasis>);
 
-  m.impl("soap_step_", step<BasisLists, SoapOptions, &soap_step_>());
+  m.impl("soap_step_", &boxed_step<BasisLists, SoapOptions, &soap_step_>);
 }
 
 }  // namespace spectral_kernels::cuda

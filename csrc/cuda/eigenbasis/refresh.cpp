@@ -1,24 +1,13 @@
 #include "refresh.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/eye.h>
-#include <ATen/ops/full_like.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
-#include <ATen/ops/linalg_eigh.h>
-#include <ATen/ops/linalg_qr.h>
-#include <ATen/ops/linalg_solve_triangular.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/util/intrusive_ptr.h>
-
 #include <cmath>
 #include <limits>
-#include <mutex>
-#include <unordered_map>
+#include <string>
+#include <tuple>
 
 #include "../base/list_step.h"
 #include "../base/tensors.h"
+#include "../base/torch_ops.h"
 #include "../kron_factor/products.h"
 #include "jacobi.h"
 
@@ -47,19 +36,25 @@ Eigen jacobi(const Tensor& a, const char* op) {
 
 Eigen dense(const Tensor& a) {
   const int64_t n = a.size(-1), count = leading(a);
-  const Tensor wide = a.reshape({count, n, n}).to(kDouble);
-  const Eigen found{at::full_like(wide.select(-1, 0), kNaN), at::full_like(wide, kNaN)};
+  const Tensor wide = converted(reshaped(a, {count, n, n}), kDouble);
+  const Eigen found{filled({count, n}, wide, kNaN), filled({count, n, n}, wide, kNaN)};
   for (int64_t i = 0; i < count; i++) {
-    const Tensor one = wide[i];
-    if (!one.isfinite().all().item<bool>()) continue;
+    const Tensor one = select(wide, 0, i);
+    if (!all_finite(one)) continue;
     try {
-      const auto [values, vectors] = at::linalg_eigh(one * 0.5 + one.mT() * 0.5);
-      const auto [sorted, order] = values.sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-      const Tensor columns = vectors.index_select(1, order);
-      const Tensor largest = columns.gather(0, columns.abs().argmax(0, /*keepdim=*/true));
-      found.values[i].copy_(sorted);
-      found.vectors[i].copy_(columns * largest.sign());
-    } catch (const c10::LinAlgError&) {  // has not converged
+      const auto [values, vectors] = called_for<Tensor, Tensor>(
+          "aten::linalg_eigh", "", one * 0.5 + transposed_matrix(one) * 0.5, std::string("L"));
+      const auto [falling, order] = sorted(values);
+      const Tensor columns = index_select(vectors, 1, order);
+      const Tensor place = called<Tensor>("aten::argmax", "", absolute(columns),
+                                          std::optional(int64_t(0)), /*keepdim=*/true);
+      const Tensor largest = called<Tensor>("aten::gather", "", columns, int64_t(0), place, false);
+      select(found.values, 0, i).copy_(falling);
+      select(found.vectors, 0, i).copy_(columns * unary("aten::sign", largest));
+    } catch (const TorchError& error) {  // has not converged, or so for all that this torch says
+      const std::string words = error.what();
+      if (words.find(": ") != std::string::npos && words.find("linalg.eigh") == std::string::npos)
+        throw;
     }
   }
   return found;
@@ -78,63 +73,57 @@ Tensor gram_of_columns(const Tensor& p, const char* op) {
 }
 
 Tensor lengths_of(const Tensor& columns) {
-  return columns.to(kDouble).square().sum(IntArrayRef{0}).sqrt();
+  return unary("aten::sqrt", column_totals(unary("aten::square", converted(columns, kDouble))));
 }
 
 bool is_orthonormal(const Tensor& p, const char* op) {
   constexpr double kLimit = 5e-6;
-  const Tensor off = gram_of_columns(p, op) - at::eye(p.size(0), p.options());
-  return (off.abs().max() <= kLimit).item<bool>();
+  const Tensor off = gram_of_columns(p, op) - identity(p.size(0), p);
+  return number_of(maximum_of(absolute(off))) <= kLimit;
+}
+
+// The upper factor, and a number that is not 0 where there is none.
+std::tuple<Tensor, Tensor> cholesky(const Tensor& a) {
+  return called_for<Tensor, Tensor>("aten::linalg_cholesky_ex", "", a, /*upper=*/true,
+                                    /*check_errors=*/false);
 }
 
 // P's orthonormal factor by adaptive CholeskyQR; q is kept if nothing works.
 Tensor orthonormal(const Tensor& start, const Tensor& q, const char* op) {
   constexpr double kFirstOrder = 0.03, kLast = 2e-3;
   constexpr int kPasses = 6;
-  const Tensor eye = at::eye(q.size(0), q.options());
+  const Tensor eye = identity(q.size(0), q);
   const double shift = 8 * kUnitRoundoff * std::sqrt(double(q.size(0)));
   Tensor p = start;
   for (int pass = 0; pass < kPasses; pass++) {
-    p = p / lengths_of(p).to(kFloat);
+    p = p / converted(lengths_of(p), kFloat);
     const Tensor c = gram_of_columns(p, op);
-    const double error = std::sqrt((c - eye).to(kDouble).square().sum().item<double>());
+    const double error =
+        std::sqrt(number_of(total(unary("aten::square", converted(c - eye, kDouble)))));
     if (error < kFirstOrder) {
-      p = times(p, eye - c.triu(1), op);
+      p = times(p, eye - upper_triangle(c, 1), op);
       if (error < kLast) break;
       continue;
     }
     double s = error < 0.5 ? 0 : shift;
-    auto [r, info] = at::linalg_cholesky_ex(c + eye * s, /*upper=*/true);
-    bool failed = info.item<int>() != 0;
+    auto [r, info] = cholesky(c + eye * s);
+    bool failed = number_of(info) != 0;
     while (failed && s < 1) {
       s = std::max(8 * s, shift);
-      std::tie(r, info) = at::linalg_cholesky_ex(c + eye * s, /*upper=*/true);
-      failed = info.item<int>() != 0;
+      std::tie(r, info) = cholesky(c + eye * s);
+      failed = number_of(info) != 0;
     }
     if (failed) break;
-    p = times(p, at::linalg_solve_triangular(r, eye, /*upper=*/true), op);
+    const Tensor inverse = called<Tensor>("aten::linalg_solve_triangular", "", r, eye,
+                                          /*upper=*/true, /*left=*/true, /*unitriangular=*/false);
+    p = times(p, inverse, op);
   }
   if (is_orthonormal(p, op)) return p;
-  const auto [basis, r] = at::linalg_qr(start);
-  const Tensor signs = at::where(r.diagonal() < 0, -1.0, 1.0).to(kFloat);
+  const auto [basis, r] =
+      called_for<Tensor, Tensor>("aten::linalg_qr", "", start, std::string("reduced"));
+  const Tensor signs = where(is_negative(diagonal(r)), number_like(r, -1), number_like(r, 1));
   p = basis * signs;
-  return is_orthonormal(p, op) ? p : q.clone();
-}
-
-// Weak references keep a TensorImpl's address from being used again.
-using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
-// The tensors of this process that were seen not to be zero: as many as live, and up to as many
-// again that do not, of which only the shell is kept, without memory on a device.
-struct Seen {
-  std::mutex mutex;
-  std::unordered_map<const c10::TensorImpl*, Weak> tensors;
-  size_t swept = 64;  // expired references are dropped when there are so many
-};
-
-Seen& seen() {
-  static Seen* const all = new Seen;  // outlives every tensor
-  return *all;
+  return is_orthonormal(p, op) ? p : cloned(q);
 }
 
 }  // namespace
@@ -147,47 +136,30 @@ Eigen eigen_of(const Tensor& a, const char* op) {
 
 Refreshed refreshed_basis(const Tensor& q, const Tensor& a, bool sort, const char* op) {
   const int64_t n = a.size(0);
-  const Tensor zeros = at::zeros({n}, a.options());
-  const Tensor unchanged = at::arange(n, a.options().dtype(kLong));
-  const double largest = a.abs().max().item<double>();
-  if (!(std::isfinite(largest) && q.isfinite().all().item<bool>()))
-    return {zeros + kNaN, at::full_like(q, kNaN), unchanged};
-  if (largest == 0) return {zeros, q.clone(), unchanged};
+  const Tensor none = zeros({n}, a, a.scalar_type());
+  const Tensor unchanged = std::get<1>(sorted(none));
+  const double largest = number_of(maximum_of(absolute(a)));
+  if (!(std::isfinite(largest) && all_finite(q)))
+    return {filled({n}, a, kNaN), filled(q.sizes(), q, kNaN), unchanged};
+  if (largest == 0) return {none, cloned(q), unchanged};
   const int exponent = std::ilogb(largest);
   const auto scaled = [](const Tensor& x, int power) {
     return x * std::ldexp(1.0, power / 2) * std::ldexp(1.0, power - power / 2);
   };
   const Tensor unit = scaled(a, -exponent);
-  Tensor p = times((unit + unit.mT()) * 0.5, q, op);
+  Tensor p = times((unit + transposed_matrix(unit)) * 0.5, q, op);
   const Tensor lengths = lengths_of(p);
-  const Tensor null = lengths <= lengths.max() * (kUnitRoundoff * std::sqrt(double(n)));
-  const Tensor quotients = (q.to(kDouble) * p).sum(IntArrayRef{0});
-  const Tensor values = at::where(null, 0.0, quotients).to(kFloat);
-  p = at::where(null, q, p);
-  const Tensor order = values.argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-  const Tensor basis = orthonormal(p.index_select(1, order), q.index_select(1, order), op);
+  const Tensor null = lengths <= maximum_of(lengths) * (kUnitRoundoff * std::sqrt(double(n)));
+  const Tensor quotients = column_totals(converted(q, kDouble) * p);
+  const Tensor values = converted(where(null, number_like(quotients, 0), quotients), kFloat);
+  p = where(null, q, p);
+  const Tensor order = std::get<1>(sorted(values));
+  const Tensor basis = orthonormal(index_select(p, 1, order), index_select(q, 1, order), op);
   const Tensor restored = scaled(values, exponent);
-  if (sort) return {restored.index_select(0, order), basis, order};
+  if (sort) return {index_select(restored, 0, order), basis, order};
   const Tensor unsorted = empty_as(basis);
-  unsorted.index_copy_(1, order, basis);
+  called<Tensor>("aten::index_copy_", "", unsorted, int64_t(1), order, basis);
   return {restored, unsorted, order};
-}
-
-bool seen_nonzero(const Tensor& t) {
-  Seen& all = seen();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto found = all.tensors.find(t.unsafeGetTensorImpl());
-  return found != all.tensors.end() && !found->second.expired();
-}
-
-void remember_nonzero(const Tensor& t) {
-  Seen& all = seen();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.tensors.insert_or_assign(t.unsafeGetTensorImpl(), Weak(t.getIntrusivePtr()));
-  if (all.tensors.size() < all.swept) return;
-  for (auto it = all.tensors.begin(); it != all.tensors.end();)
-    it = it->second.expired() ? all.tensors.erase(it) : std::next(it);
-  all.swept = 2 * all.tensors.size() + 64;
 }
 
 }  // namespace spectral_kernels::cuda

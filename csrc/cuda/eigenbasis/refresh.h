@@ -25,8 +25,4 @@ struct Refreshed {
 };
 Refreshed refreshed_basis(const Tensor& q, const Tensor& a, bool sort, const char* op);
 
-// Tensors that were seen not to be zero. Looking costs a wait, so it is done once a tensor.
-bool seen_nonzero(const Tensor& t);
-void remember_nonzero(const Tensor& t);
-
 }  // namespace spectral_kernels::cuda

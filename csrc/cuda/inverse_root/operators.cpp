@@ -1,6 +1,4 @@
 // inverse_root on CUDA tensors.
-#include <ATen/TensorOperators.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <array>
@@ -10,11 +8,11 @@
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../../root_results.h"
 #include "../../root_rows.h"
 #include "../../tensor.h"
 #include "../base/list_step.h"
-#include "../base/registration.h"
 #include "../base/slices.h"
 #include "../base/tensors.h"
 #include "../eigenbasis/jacobi.h"
@@ -45,7 +43,7 @@ const RootSchedules& schedules_of(int64_t p) {
 }
 
 RootTuple inverse_root(const Tensor& a, int64_t p, double ridge, double relative_ridge,
-                       c10::string_view method) {
+                       const std::string& method) {
   constexpr const char* kOp = "inverse_root";
   count_call(kOp, "cuda");
   check_square_onchip(a, kOp);
@@ -55,7 +53,7 @@ RootTuple inverse_root(const Tensor& a, int64_t p, double ridge, double relative
               "relative_ridge must be at least 0, got ", relative_ridge);
   const std::string how(method);
   check_one_of(how, "method", {"auto", "iteration", "eigen"});
-  const c10::DeviceGuard guard(a.device());
+  const DeviceGuard guard(a.device());
   const RootTensors out(a);
   if (a.numel() == 0) return out;
   const int side = int(a.size(-1));
@@ -101,6 +99,6 @@ RootTuple inverse_root(const Tensor& a, int64_t p, double ridge, double relative
 
 }  // namespace
 
-SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("inverse_root", &inverse_root); }
+SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("inverse_root", &boxed<&inverse_root>); }
 
 }  // namespace spectral_kernels::cuda

@@ -1,11 +1,4 @@
 // kron_factors_update_ and kron_precondition on CUDA tensors.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/amax.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <limits>
@@ -13,9 +6,10 @@
 
 #include "../../check_factors.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../base/list_step.h"
-#include "../base/registration.h"
 #include "../base/tensors.h"
+#include "../base/torch_ops.h"
 #include "overflow.h"
 #include "products.h"
 
@@ -30,7 +24,7 @@ void kron_factors_update_(const Tensor& left, const Tensor& right, const Tensor&
   check_factors_update(left, right, grad, skipped, left_root, right_root);
   for (const Tensor& t : {left, right, grad, left_root, right_root}) check_not_double(t, kOp);
   if (grad.numel() == 0) return;
-  const c10::DeviceGuard guard(grad.device());
+  const DeviceGuard guard(grad.device());
   const int64_t count = leading(grad);
 
   std::vector<TwoSided> weighted;
@@ -59,8 +53,10 @@ void kron_factors_update_(const Tensor& left, const Tensor& right, const Tensor&
                kOp);
   // Both factors of a matrix are updated, or none.
   const int64_t sides = int64_t(factors.size());
-  const Tensor largest = accumulation.largest.view({sides, count});
-  largest.copy_(at::maximum(largest, overflow.view({sides, count}).amax({0}, true)));
+  const Tensor largest = viewed(accumulation.largest, {sides, count});
+  const Tensor over = called<Tensor>("aten::amax", "", viewed(overflow, {sides, count}),
+                                     std::vector<int64_t>{0}, true);
+  largest.copy_(called<Tensor>("aten::maximum", "", largest, over));
   Counter counter;
   counter.count = count;
   check_launch(launch_count({counter}, NonFinite::kSkip, accumulation.largest_bits(),
@@ -76,7 +72,7 @@ Tensor extended(const Tensor& t, int64_t rows, int64_t columns) {
   sizes[sizes.size() - 2] = rows;
   sizes[sizes.size() - 1] = columns;
   const Tensor out = zeros(sizes, t, t.scalar_type());
-  out.narrow(-2, 0, t.size(-2)).narrow(-1, 0, t.size(-1)).copy_(t);
+  narrow(narrow(out, -2, 0, t.size(-2)), -1, 0, t.size(-1)).copy_(t);
   return out;
 }
 
@@ -85,10 +81,11 @@ Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& r
   count_call(kOp, "cuda");
   const auto sizes = check_precondition(grad, left, right);
   for (const Tensor& t : {grad, left, right}) check_not_double(t, kOp);
-  const c10::DeviceGuard guard(grad.device());
+  const DeviceGuard guard(grad.device());
   if (left.numel() == 0 && right.numel() == 0) {
-    const Tensor nan = at::scalar_tensor(std::numeric_limits<double>::quiet_NaN(), grad.options());
-    return at::where(grad.isfinite().all(-1, true).all(-2, true), grad, nan);
+    Tensor finite = unary("aten::isfinite", grad);
+    for (const int64_t d : {-1, -2}) finite = called<Tensor>("aten::all", "dim", finite, d, true);
+    return where(finite, grad, number_like(grad, std::numeric_limits<double>::quiet_NaN()));
   }
   const Tensor out = empty(sizes, grad);
   if (out.numel() == 0) return out;
@@ -101,14 +98,14 @@ Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& r
   const int64_t rows = std::max(m, p), columns = std::max(n, q);
   const Tensor x = extended(grad, rows, columns), found = zeros(x.sizes(), x, x.scalar_type());
   two_sided({{x, extended(left, rows, rows), extended(right, columns, columns), found}}, kOp);
-  return out.copy_(found.narrow(-2, 0, p).narrow(-1, 0, q));
+  return out.copy_(narrow(narrow(found, -2, 0, p), -1, 0, q));
 }
 
 }  // namespace
 
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
-  m.impl("kron_factors_update_", &kron_factors_update_);
-  m.impl("kron_precondition", &kron_precondition);
+  m.impl("kron_factors_update_", &boxed<&kron_factors_update_>);
+  m.impl("kron_precondition", &boxed<&kron_precondition>);
 }
 
 }  // namespace spectral_kernels::cuda

@@ -1,6 +1,4 @@
 // newton_schulz and muon_step_ on CUDA tensors.
-#include <ATen/TensorOperators.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <optional>
 #include <string>
@@ -9,21 +7,22 @@
 #include "../../check.h"
 #include "../../check_lists.h"
 #include "../../counters.h"
-#include "../base/registration.h"
+#include "../../registration.h"
 #include "../base/tensors.h"
+#include "../base/torch_ops.h"
 #include "plan.h"
 
 namespace spectral_kernels::cuda {
 namespace {
 
-Tensor newton_schulz(const Tensor& x, ArrayRef<double> rows, c10::string_view method,
-                     IntArrayRef restarts, ScalarType compute_dtype, double eps,
-                     c10::string_view norm, double norm_factor) {
+Tensor newton_schulz(const Tensor& x, const std::vector<double>& rows, const std::string& method,
+                     const std::vector<int64_t>& restarts, ScalarType compute_dtype, double eps,
+                     const std::string& norm, double norm_factor) {
   constexpr const char* kOp = "newton_schulz";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
   const Plan plan(rows, method, compute_dtype, eps, norm, norm_factor, kOp);
-  const c10::DeviceGuard guard(x.device());
+  const DeviceGuard guard(x.device());
   Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   check_not_double(x, kOp);
@@ -52,7 +51,7 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
                   options.norm_factor, kOp);
   check_restart_ends(options.restarts, options.restart_ends, lists.params.size());
   if (lists.params.empty()) return;
-  const c10::DeviceGuard guard(lists.params[0].device());
+  const DeviceGuard guard(lists.params[0].device());
   Lists served(plan, lists.params[0]);
   std::vector<Counter> counters;
   int64_t matrices = 0;
@@ -83,7 +82,7 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
     update.lr = lists.lr.scalar_type() == kFloat ? *lists.lr.const_data_ptr<float>()
                                                  : float(*lists.lr.const_data_ptr<double>());
   } else {
-    rate = lists.lr.to(kFloat);
+    rate = converted(lists.lr, kFloat);
     update.device_lr = rate.const_data_ptr<float>();
   }
   Prologue prologue;
@@ -115,8 +114,8 @@ void muon_step_(const MuonLists& lists, const MuonOptions& options) {
 }  // namespace
 
 SPECTRAL_KERNELS_CUDA_OPERATORS(m) {
-  m.impl("newton_schulz", &newton_schulz);
-  m.impl("muon_step_", step<MuonLists, MuonOptions, &muon_step_>());
+  m.impl("newton_schulz", &boxed<&newton_schulz>);
+  m.impl("muon_step_", &boxed_step<MuonLists, MuonOptions, &muon_step_>);
 }
 
 }  // namespace spectral_kernels::cuda

@@ -33,13 +33,13 @@ bool Route::operator<(const Route& other) const {
   return std::tie(square_planes, cuts) < std::tie(other.square_planes, other.cuts);
 }
 
-Plan::Plan(ArrayRef<double> flat_rows, c10::string_view method_, ScalarType compute_dtype,
-           double eps_, c10::string_view norm, double norm_factor_, const char* op_)
+Plan::Plan(ArrayRef<double> flat_rows, const std::string& method_, ScalarType compute_dtype,
+           double eps_, const std::string& norm, double norm_factor_, const char* op_)
     : method(method_), norm_factor(norm_factor_), eps(eps_), op(op_) {
   CHECK_VALUE(!flat_rows.empty() && flat_rows.size() % 3 == 0,
               "rows must hold a, b, c for every step, got ", flat_rows.size(), " numbers");
   check_one_of(method, "method", {"auto", "standard", "gram"});
-  check_one_of(std::string(norm), "norm", {"frobenius", "schatten8"});
+  check_one_of(norm, "norm", {"frobenius", "schatten8"});
   CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and at least 0, got ", eps);
   CHECK_VALUE(norm_factor > 0 && std::isfinite(norm_factor),
               "norm_factor must be positive and finite, got ", norm_factor);

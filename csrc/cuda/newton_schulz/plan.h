@@ -28,8 +28,8 @@ struct Plan {
   double norm_factor = 1, eps = 0;
   const char* op;
 
-  Plan(ArrayRef<double> flat_rows, c10::string_view method_, ScalarType compute_dtype, double eps_,
-       c10::string_view norm, double norm_factor_, const char* op_);
+  Plan(ArrayRef<double> flat_rows, const std::string& method_, ScalarType compute_dtype,
+       double eps_, const std::string& norm, double norm_factor_, const char* op_);
 
   // Steps before which X is formed anew. In full precision the Gram form keeps the accuracy of the
   // standard one only with restarts.

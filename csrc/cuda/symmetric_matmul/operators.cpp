@@ -1,10 +1,9 @@
 // gram on CUDA tensors.
-#include <c10/core/DeviceGuard.h>
 
 #include "../../check.h"
 #include "../../counters.h"
+#include "../../registration.h"
 #include "../base/device.h"
-#include "../base/registration.h"
 #include "../base/tensors.h"
 #include "product.h"
 
@@ -25,11 +24,11 @@ Tensor gram(const Tensor& x) {
   count_call(kOp, "cuda");
   check_matrix(x, "x");
   check_not_double(x, kOp);
-  const c10::DeviceGuard guard(x.device());
+  const DeviceGuard guard(x.device());
   auto sizes = x.sizes().vec();
   sizes.back() = x.size(-2);
   const Tensor out = empty(sizes, x);
-  if (x.numel() == 0) return out.zero_();
+  if (x.numel() == 0) return zeros(sizes, x, x.scalar_type());
   ProductPlan plan;
   plan.f16 = x.scalar_type() != kBFloat16;
   plan.planes = plan.square_planes = x.scalar_type() == kFloat ? 2 : 1;
@@ -74,6 +73,6 @@ Tensor gram(const Tensor& x) {
 
 }  // namespace
 
-SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("gram", &gram); }
+SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("gram", &boxed<&gram>); }
 
 }  // namespace spectral_kernels::cuda

@@ -1,15 +1,13 @@
 // scaled_sign: the signs of a matrix, times a number.
-#include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <cmath>
 #include <limits>
 
 #include "../check.h"
 #include "../counters.h"
+#include "../registration.h"
 #include "parallel.h"
 #include "views.h"
+#include "with_type.h"
 
 namespace spectral_kernels::cpu {
 namespace {
@@ -28,12 +26,12 @@ void scaled_sign_of(const Matrix& x, const Matrix& out, double scale) {
     }
 }
 
-at::Tensor scaled_sign(const at::Tensor& x, double scale) {
+Tensor scaled_sign(const Tensor& x, double scale) {
   count_call("scaled_sign", "cpu");
   check_matrix(x, "x");
-  TORCH_CHECK_VALUE(scale >= 0 && std::isfinite(scale), "scale must be at least 0 and finite, not ",
-                    scale);
-  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  CHECK_VALUE(scale >= 0 && std::isfinite(scale), "scale must be at least 0 and finite, not ",
+              scale);
+  Tensor out = empty(x.sizes(), x);
   if (out.numel() == 0) return out;
   const MatrixBatch xs(x), outs(out);
   const double work = double(x.size(-2)) * double(x.size(-1));
@@ -42,14 +40,14 @@ at::Tensor scaled_sign(const at::Tensor& x, double scale) {
       fill(outs[i], std::numeric_limits<double>::quiet_NaN());
       return;
     }
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "scaled_sign",
-                                    [&] { scaled_sign_of<scalar_t>(xs[i], outs[i], scale); });
+    with_type(xs[i].dtype,
+              [&](auto zero) { scaled_sign_of<decltype(zero)>(xs[i], outs[i], scale); });
   });
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(spectral_kernels, CPU, m) { m.impl("scaled_sign", &scaled_sign); }
+SPECTRAL_KERNELS_CPU_OPERATORS(m) { m.impl("scaled_sign", &boxed<&scaled_sign>); }
 
 }  // namespace spectral_kernels::cpu

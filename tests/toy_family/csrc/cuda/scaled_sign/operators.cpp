@@ -1,13 +1,9 @@
 // scaled_sign on CUDA tensors.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
-
 #include <cmath>
 
 #include "../../check.h"
 #include "../../counters.h"
-#include "../base/registration.h"
+#include "../../registration.h"
 #include "../base/tensors.h"
 
 namespace spectral_kernels::cuda {
@@ -17,21 +13,20 @@ int launch_scaled_sign(const std::vector<Entry>& entries, const uint32_t* larges
 
 namespace {
 
-at::Tensor scaled_sign(const at::Tensor& x, double scale) {
+Tensor scaled_sign(const Tensor& x, double scale) {
   constexpr const char* kOp = "scaled_sign";
   count_call(kOp, "cuda");
   check_matrix(x, "x");
   check_not_double(x, kOp);
-  TORCH_CHECK_VALUE(scale >= 0 && std::isfinite(scale), "scale must be at least 0 and finite, not ",
-                    scale);
-  const c10::DeviceGuard guard(x.device());
-  const at::Tensor out =
-      at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  CHECK_VALUE(scale >= 0 && std::isfinite(scale), "scale must be at least 0 and finite, not ",
+              scale);
+  const DeviceGuard guard(x.device());
+  const Tensor out = empty(x.sizes(), x);
   if (x.numel() == 0) return out;
   std::vector<Entry> entries;
   append(entries, x, {}, out, float(scale), false);
   number(entries);
-  const at::Tensor largest = at::zeros({leading(x)}, x.options().dtype(at::kInt));
+  const Tensor largest = zeros({leading(x)}, x, kInt);
   uint32_t* const bits = reinterpret_cast<uint32_t*>(largest.data_ptr());
   check_launch(launch_largest(entries, Of::kSource, bits, stream_of(x)), kOp);
   check_launch(launch_scaled_sign(entries, bits, stream_of(x)), kOp);
@@ -40,6 +35,6 @@ at::Tensor scaled_sign(const at::Tensor& x, double scale) {
 
 }  // namespace
 
-SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("scaled_sign", &scaled_sign); }
+SPECTRAL_KERNELS_CUDA_OPERATORS(m) { m.impl("scaled_sign", &boxed<&scaled_sign>); }
 
 }  // namespace spectral_kernels::cuda
