@@ -177,6 +177,15 @@ def cuda_options(home: Path) -> dict:
     }
 
 
+def pybind11_headers() -> list[str]:
+    """Those of pybind11 itself, before torch's: 2.11's copy is closed to the stable interface."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        return []
+    return [pybind11.get_include()]
+
+
 def extensions() -> list:
     """The compiled part, or nothing where it cannot be compiled."""
     if sys.platform == "win32" or not compiler_found():
@@ -188,10 +197,19 @@ def extensions() -> list:
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
     headers = [str(p.relative_to(ROOT)) for s in ("*.h", "*.inl") for p in (ROOT / "csrc").rglob(s)]
-    # torch's own -std is the right one for its headers. Contraction to fused multiply-adds is what
-    # the micro-kernels are written for, and Python's -fwrapv keeps loops from being vectorized. No
-    # -march, no -ffast-math: instruction sets are chosen at run time.
-    flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
+    # Torch adds a -std of its own only where there is none, and 2.11 an older one. Contraction to
+    # fused multiply-adds is what the micro-kernels are written for, and Python's -fwrapv keeps
+    # loops from being vectorized. No -march, no -ffast-math: instruction sets are chosen at run
+    # time.
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-ffp-contract=fast",
+        "-fno-wrapv",
+    ]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
     home = cuda_wanted()
     cuda = cuda_options(home) if home else {"description": "not built"}
@@ -208,6 +226,7 @@ def extensions() -> list:
         "spectral_kernels._C",
         sources,
         depends=headers,
+        include_dirs=pybind11_headers(),
         # Also keeps out those headers of torch that are not stable.
         define_macros=[("TORCH_TARGET_VERSION", hex(target)), *cuda.get("defines", [])],
         extra_compile_args={"cxx": flags, "nvcc": cuda.get("nvcc", [])},

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import torch
 from spectral_kernels import _cuda, _dispatch, _native
 from torch.utils import cpp_extension
@@ -51,7 +52,7 @@ def compile_kernel(source: Path, to: Path) -> None:
 
 def compile_binding(source: Path, to: Path) -> None:
     """One file that includes torch, without its warnings."""
-    paths = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    paths = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = [flag for path in paths for flag in ("-isystem", path)]
     run(
         [compiler(), "-std=c++20", "-O1", "-g0", "-fPIC", STABLE, *includes, "-c", str(source)]

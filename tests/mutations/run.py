@@ -109,7 +109,7 @@ def rebuild(mutation: dict[str, str], copy: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
     module = next((ROOT / "python" / "spectral_kernels").glob("_C*.so"))
     command = ["c++", "-shared", "-fopenmp", *objects, f"-L{libraries}"]
-    command += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    command += ["-ltorch_cpu"]
     subprocess.run(
         [*command, "-o", str(copy / "site" / "spectral_kernels" / module.name)], check=True
     )
