@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import weakref
 
@@ -215,3 +216,39 @@ class TestCounters:
 
 def _listed(x):
     return [x] if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("op", ["shampoo_step_", "soap_step_", "deva_step_"])
+def test_lists_with_factors_are_looked_up_and_checked(op):
+    module = importlib.import_module("spectral_kernels.triton_kernels").operator(op).__module__
+    known = importlib.import_module(module)._KNOWN
+    known.cache_clear()
+    case = later_step(op, ((6, 9), (4, 5)), taken=1, refresh=[0, 0])
+    case.run("triton")
+    (stacks,) = [entry.found for entry in known._known.values()]
+    next_step(case, seed=3).run("triton")
+    ((again,),) = [[entry.found] for entry in known._known.values()]
+    assert again is stacks and len(known._known) == 1
+    assert_like_new(next_step(case.with_(refresh=[0, 1]), seed=7), known)
+    assert_like_new(next_step(case.with_(nonfinite="propagate", weight_decay=0.3), seed=7), known)
+    case.run("triton")
+    before = case.clone()
+    wrong = case.with_(lefts=[case["lefts"][0], torch.zeros(5, 5)])
+    with pytest.raises(ValueError, match=r"lefts\[1\]"):
+        wrong.run("triton")
+    wrong = case.with_(rights=[case["rights"][0], case["grads"][1].new_zeros(5, 5)[:, :4]])
+    with pytest.raises(ValueError, match=r"rights\[1\]"):
+        wrong.run("triton")
+    with pytest.raises(ValueError, match="refresh has 1"):
+        case.with_(refresh=[0]).run("triton")
+    beside = torch.empty(2, 6, 9)
+    beside.copy_(case["params"][0])
+    overlapping = case.with_(
+        params=[beside[0], case["params"][1]],
+        grads=[beside.view(-1)[27:81].view(6, 9), case["grads"][1]],
+    )
+    kept = beside.clone()
+    with pytest.raises(ValueError, match="overlap in memory"):
+        overlapping.run("triton")
+    assert same_bits(beside, kept) and same_bits(case.written(), before.written())
+    known.cache_clear()

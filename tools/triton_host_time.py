@@ -2,10 +2,11 @@
 
     python tools/triton_host_time.py [--lists gpt2-small,lora]
 
-Tensors are on the meta device, launches and uploads are counted in place of being done, and
-configurations are those of sm_90. What is left is what Python does before the kernels of a step, in
-CPU time of its thread. What it takes to give a card a kernel or a table is not in it. The steps
-with factors cannot be timed like this: they call torch, which takes much longer on that device.
+Tensors are on the CPU, in memory that nothing touches, so that it need not be there; workspaces are
+on the meta device. Launches and uploads are counted in place of being done, and configurations are
+those of sm_90. What is left is what Python does before the kernels of a step, in CPU time of its
+thread. What it takes to give a card a kernel or a table is not in it. The steps with factors cannot
+be timed like this: they call torch, which would compute.
 """
 
 from __future__ import annotations
@@ -65,19 +66,18 @@ def stubbed() -> Iterator[Stubs]:
     files = sorted(x.stem for x in Path(package.__file__).parent.glob("*.py"))
     modules = [importlib.import_module(f"{package.__name__}.{x}") for x in files if x != "__init__"]
     kept = [(m, n, getattr(m, n)) for m in modules for n in names.keys() & vars(m).keys()]
-    pointer, autocast, interpreting = Tensor.data_ptr, torch.autocast, _dispatch._interpreting
+    layout = importlib.import_module(f"{package.__name__}._layout").Layout
+    kept.append((layout, "empty", layout.empty))
+    names["empty"] = lambda self, space, dtype: torch.empty(0, dtype=dtype, device="meta")
+    interpreting = _dispatch._interpreting
     for module, name, _ in kept:
         setattr(module, name, names[name])
-    # 4 GiB apart at least, more than any of these tensors has; 0 without elements, as anywhere.
-    Tensor.data_ptr = lambda x: x.numel() and (id(x) & 0xFFFFFFFF) << 28  # type: ignore[method-assign,assignment]
-    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[misc,assignment]
     _dispatch._interpreting = lambda: True
     try:
         yield stubs
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-        Tensor.data_ptr, torch.autocast = pointer, autocast  # type: ignore[method-assign,misc]
         _dispatch._interpreting = interpreting
 
 
@@ -85,13 +85,22 @@ def lists_of(shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
     """Lists, counters and learning rate of a Muon step, as its operator takes them."""
 
     def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
 
-    nothing = torch.empty(0, dtype=torch.float32, device="meta")
-    counts = [torch.empty((), dtype=torch.float32, device="meta") for _ in shapes]
-    skipped = torch.empty((), dtype=torch.int64, device="meta")
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+    counts = [torch.empty((), dtype=torch.float32, device="cpu") for _ in shapes]
+    skipped = torch.empty((), dtype=torch.int64, device="cpu")
     lr = torch.tensor(0.02, dtype=torch.float64, device="cpu")
     return [tensors(), tensors(), tensors(), [nothing] * len(shapes), counts, skipped, lr]
+
+
+def moved(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """As many lists of tensors of these shapes, at addresses 16 bytes apart."""
+    room = [torch.empty(x.numel() + 4 * count, dtype=x.dtype, device="cpu") for x in tensors]
+    return [
+        [big[4 * i : 4 * i + x.numel()].view(x.shape) for big, x in zip(room, tensors, strict=True)]
+        for i in range(count)
+    ]
 
 
 def step_of(args: Sequence[Any], grads: Sequence[Tensor]) -> Callable[[], None]:
@@ -128,8 +137,8 @@ def measured(name: str, *, rounds: int) -> str:
         before = stubs.launches
         step()
         launches = stubs.launches - before
-        fresh = [[torch.empty_like(x) for x in args[1]] for _ in range(rounds + _WARM)]
-        new = median_ms((step_of(args, grads) for grads in fresh), rounds)
+        steps = [step_of(args, grads) for grads in moved(args[1], rounds + _WARM)]
+        new = median_ms(iter(steps), rounds)
     return f"{name:11} {launches:4} launches {same:7.2f} ms, with new gradients {new:7.2f} ms"
 
 

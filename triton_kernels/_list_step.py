@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from spectral_kernels._options import BasisLists
 from torch import Tensor
 
 from ._config import STACK_ELEMENTS
@@ -54,6 +55,18 @@ class Piece(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         """The same of one of the entry's tensors, a view."""
         return x if self.whole else x[self.begin : self.end]
+
+
+def flags_of(refresh: Sequence[int] | None) -> tuple[bool, ...]:
+    """Which entries are refreshed; of what is no list none, which a check refuses."""
+    return tuple(map(bool, refresh)) if isinstance(refresh, Sequence) else ()
+
+
+def basis_stacks(lists: BasisLists, refresh: Sequence[int]) -> list[Stack]:
+    """The stacks of a step in eigenbases."""
+    moments = lists.exp_avgs, lists.exp_avg_sqs
+    keys = lists.grads, lists.lefts, lists.rights, flags_of(refresh)
+    return stacks_of(lists.params, lists.step_counts, *keys, moments=moments)
 
 
 class Stack:

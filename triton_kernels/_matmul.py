@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -246,8 +247,7 @@ def _wide_kernel(
         tl.store(out + here + block, narrowed(value, out.dtype.element_ty))
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A workspace as a factor.
 
     Attributes:
@@ -257,7 +257,7 @@ class Operand:
     """
 
     values: Tensor
-    space: tl.constexpr = field(default=WIDE)
+    space: tl.constexpr = WIDE
     transposed: bool = False
 
 

@@ -18,7 +18,18 @@ from ._checks import TRITON
 from ._config import PASS_WARPS
 from ._device import block_of, blocks_of, launch
 from ._energies import energies
-from ._list_step import Stack, column, finite, moved, outside_range, rate_of, sign, stacks_of
+from ._known import KnownLists
+from ._list_step import (
+    Stack,
+    basis_stacks,
+    column,
+    finite,
+    flags_of,
+    moved,
+    outside_range,
+    rate_of,
+    sign,
+)
 from .eigenbasis import (
     Bases,
     accumulated,
@@ -62,6 +73,12 @@ def _adapt_kernel(
     tl.store(update + at, result, mask=inside)
 
 
+_KNOWN: KnownLists[BasisLists, DevaOptions, list[Stack]] = KnownLists(
+    lambda lists, options: check_deva(lists, options, TRITON),
+    lambda lists, options: basis_stacks(lists, options.refresh),
+)
+
+
 @operator
 @takes(BasisLists, DevaOptions)
 def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
@@ -69,7 +86,8 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
-    check_deva(lists, options, TRITON)
+    flags = flags_of(options.refresh)
+    stacks, _ = _KNOWN.of(lists, options, (flags, options.variance))
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
@@ -77,7 +95,6 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     bounded = not options.reference and options.eps_mode == "relative"
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-    flags = [bool(flag) for flag in options.refresh]
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
@@ -132,8 +149,7 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    moments = exp_avgs, exp_avg_sqs
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
+    for stack in stacks:
         step_of(stack)
 
 

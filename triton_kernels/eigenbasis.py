@@ -17,7 +17,17 @@ from ._batch import flattened, from_both_sides, gram, product, scaled_by
 from ._checks import TRITON
 from ._device import read
 from ._energies import dots, energies
-from ._list_step import Stack, column, finite, length, moved, rate_of, stacks_of
+from ._known import KnownLists
+from ._list_step import (
+    Stack,
+    basis_stacks,
+    column,
+    finite,
+    flags_of,
+    length,
+    moved,
+    rate_of,
+)
 from .kron_factor import updated
 
 _U = 2.0**-24
@@ -327,6 +337,12 @@ def refreshed(
     return chosen_of(where, new, bases), moment, squares
 
 
+_KNOWN: KnownLists[BasisLists, SoapOptions, list[Stack]] = KnownLists(
+    lambda lists, options: check_soap(lists, options, TRITON),
+    lambda lists, options: basis_stacks(lists, options.refresh),
+)
+
+
 @operator
 @takes(BasisLists, SoapOptions)
 def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
@@ -334,13 +350,13 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
 
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
-    check_soap(lists, options, TRITON)
+    flags = flags_of(options.refresh)
+    stacks, _ = _KNOWN.of(lists, options, flags)
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
     step_counts, skipped, lr = lists[8:]
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-    flags = [bool(flag) for flag in options.refresh]
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
@@ -389,8 +405,7 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
             stack.put_(tensors, before, after, ~kept)
         stack.count_(step_counts, skipped, stepped, kept)
 
-    moments = exp_avgs, exp_avg_sqs
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
+    for stack in stacks:
         step_of(stack)
 
 

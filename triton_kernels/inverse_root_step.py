@@ -13,7 +13,18 @@ from torch import Tensor
 
 from ._batch import from_both_sides
 from ._checks import TRITON
-from ._list_step import Stack, column, finite, length, moved, outside_range, rate_of, stacks_of
+from ._known import KnownLists
+from ._list_step import (
+    Stack,
+    column,
+    finite,
+    flags_of,
+    length,
+    moved,
+    outside_range,
+    rate_of,
+    stacks_of,
+)
 from .inverse_root import NON_FINITE, STAGNATED, roots_of
 from .kron_factor import updated
 
@@ -27,6 +38,17 @@ class _Factors(NamedTuple):
     right_root: Tensor | None
 
 
+def _found(lists: ShampooLists, options: ShampooOptions) -> list[Stack]:
+    moments = lists.momentum_buffers, lists.graft_squares
+    keys = lists.grads, lists.lefts, lists.rights, flags_of(options.refresh)
+    return stacks_of(lists.params, lists.step_counts, *keys, moments=moments)
+
+
+_KNOWN: KnownLists[ShampooLists, ShampooOptions, list[Stack]] = KnownLists(
+    lambda lists, options: check_shampoo(lists, options, TRITON), _found
+)
+
+
 @operator
 @takes(ShampooLists, ShampooOptions)
 def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
@@ -35,13 +57,14 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     Roots are taken by iteration, whatever `root_method` says, and there is no second attempt: a
     root that is not accepted keeps the old one and is counted.
     """
-    check_shampoo(lists, options, TRITON)
+    flags = flags_of(options.refresh)
+    key = flags, options.squares, options.graft == "adagrad"
+    stacks, _ = _KNOWN.of(lists, options, key)
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
     graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
     bounded = options.relative_ridge > 0.0 or options.kl
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_roots, right_roots)
-    flags = [bool(flag) for flag in options.refresh]
 
     # In a function, so that what one stack needed is gone before the next.
     def step_of(stack: Stack) -> None:
@@ -76,8 +99,7 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
         stack.put_(root_failures, failures, failures + failed, ~kept)
         stack.count_(step_counts, skipped, ~kept, kept)
 
-    moments = momentum_buffers, graft_squares
-    for stack in stacks_of(params, step_counts, grads, lefts, rights, flags, moments=moments):
+    for stack in stacks:
         step_of(stack)
 
 
