@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._config import PASS_WARPS
 from ._device import (
     DOUBTFUL,
     DTYPES,
@@ -364,6 +365,7 @@ def by_neurons(
                 TILE=size,
                 NEURONS=averages is not None,
                 SPHERE=sphere,
+                num_warps=PASS_WARPS,
             )
     if averages is not None and not out.propagate:
         average(1)
