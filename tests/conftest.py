@@ -142,6 +142,14 @@ def make_few(request: pytest.FixtureRequest) -> Factory:
 
 
 @pytest.fixture
+def poisoned_tensors() -> Iterator[None]:
+    """What torch allocates is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def backend_emulated(native: None) -> Iterator[None]:
     """The CUDA C++ kernels, run on the CPU. Built by the first test that asks for it."""
     import emulated_cuda

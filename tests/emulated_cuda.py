@@ -201,7 +201,7 @@ def barriers() -> dict[str, str]:
     for path in sorted([*CUDA.glob("*/*.cu"), *CUDA.glob("*/*.h")]):
         lines = [line.strip() for line in path.read_text().splitlines()]
         for number, line in enumerate(lines, 1):
-            if line == "__syncthreads();" or line.startswith("BARRIER("):
+            if line == "__syncthreads();" or line.startswith(("BARRIER(", "CLUSTER_BARRIER(")):
                 following = " ".join(lines[number : number + 2])
                 name = str(path.relative_to(CUDA))
                 found[f"{name}:{number}"] = f"{name}: {following}"

@@ -194,7 +194,7 @@ PARTS = {
     ),
     grams: (
         "symmetric_matmul/product",
-        "symmetric_matmul/tile",
+        "symmetric_matmul/epilogue",
         "symmetric_matmul/tile_mma",
         "newton_schulz/schatten_norm",
     ),
@@ -270,7 +270,12 @@ def test_every_barrier_is_missed():
             if site.startswith("symmetric_matmul/product_wgmma"):
                 return any(noticed(site, by_wgmma, order=order, **HOPPER) for order in (0, 1))
             together = ({"residents": 7}, {"residents": 4, "order": 3})
-            if site.startswith(("symmetric_matmul/queue", "symmetric_matmul/tile")) and any(
+            queued = (
+                "symmetric_matmul/queue",
+                "symmetric_matmul/tile",
+                "symmetric_matmul/epilogue",
+            )
+            if site.startswith(queued) and any(
                 noticed(site, few, **arrangement) for arrangement in together
             ):
                 return True

@@ -103,6 +103,8 @@ def test_more_matrices_than_one_launch_takes():
     assert same_bits(queued(run, residents=3), launched(run))
 
 
+# Poisoned: who does not wait must not find what a run before it has left.
+@pytest.mark.usefixtures("poisoned_tensors")
 @pytest.mark.parametrize(
     ("rows", "multiprocessors", "one_launch"), [(129, 132, True), (300, 1, False)]
 )

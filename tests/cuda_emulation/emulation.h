@@ -46,6 +46,10 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
+inline double2 make_double2(double x, double y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -159,6 +163,10 @@ inline void check_shared(const void* p, size_t bytes, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(at) % alignment != 0) die("a shared address is misaligned");
 }
 
+inline void check_word(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) die("a word of global memory is misaligned");
+}
+
 inline void load(uint32_t r[4], const void* row, bool transposed) {
   auto& words = exchange();
   const unsigned l = lane();
@@ -186,14 +194,15 @@ inline void leave_out(const char* what) {
   const char* colon = strrchr(what, ':');
   left_out_line = colon == nullptr ? 0 : atoi(colon + 1);
 }
+inline bool is_left_out(const char* file, int line) {
+  if (line != left_out_line) return false;
+  const std::string place = std::string(file) + ":" + std::to_string(line);
+  const size_t size = left_out.size();
+  return place.size() >= size && place.compare(place.size() - size, size, left_out) == 0;
+}
 // A barrier waits for `count` threads, whether or not others have ended.
 inline void barrier(int which, int count, const char* file, int line) {
-  if (line == left_out_line) {
-    const std::string place = std::string(file) + ":" + std::to_string(line);
-    const size_t size = left_out.size();
-    if (place.size() >= size && place.compare(place.size() - size, size, left_out) == 0) return;
-  }
-  wait(block->barriers[which], count, [] {});
+  if (!is_left_out(file, line)) wait(block->barriers[which], count, [] {});
 }
 
 inline void set_order(int value) {
@@ -220,7 +229,7 @@ inline int multiprocessors = 132;  // that a cost model is told
 
 // Barriers know where they stand, so that a test can leave out one of them.
 #define __syncthreads() emulation::barrier(0, emulation::threads, __FILE__, __LINE__)
-#define BARRIER(threads) emulation::barrier(1, threads, __FILE__, __LINE__)
+#define BARRIER(group, threads) emulation::barrier(1 + (group), threads, __FILE__, __LINE__)
 inline void __threadfence() {}
 inline void __syncwarp() { emulation::wait_for_warp(); }
 template <class T>
@@ -307,6 +316,17 @@ template <class T>
 T fresh(const T* p) {
   return *p;
 }
+inline uint4 load_words(const void* p) {
+  emulation::check_word(p);
+  uint4 v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store_words(void* p, uint4 v) {
+  emulation::check_word(p);
+  memcpy(p, &v, sizeof(v));
+}
+inline void prefetch_line(const void*) {}
 inline int own_thread() { return int(emulation::current->index); }
 inline void wait_for(const uint32_t* p, uint32_t least) {
   if (emulation::left_out == "wait_for") return;

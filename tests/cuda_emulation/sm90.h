@@ -1,15 +1,18 @@
-// What only sm_90a has, for the emulation: mbarriers, TMA and its tensor maps, wgmma, registers
-// that warpgroups hand to one another.
+// What only sm_90a has, for the emulation: clusters of two blocks, mbarriers, TMA and its tensor
+// maps, wgmma, registers that warpgroups hand to one another.
 //
 // Copies and products are asynchronous: they happen as early as they may, as late as they may (a
 // copy when nobody can go on without it, a product at its wait) or in between at random, see
 // `delivery`. Until then the place of a copy, and the sums of a product, are NaN. Descriptors and
 // tensor maps are read bit by bit, swizzled addresses are computed as the hardware does.
 //
+// Stores by TMA read shared memory as early or as late as they may, too.
+//
 // What it finds beyond what the rest does: wrong descriptors, maps, coordinates and swizzles;
-// stages that are refilled while they are read, or read before they are full; wrong parities,
-// arrivals and byte counts; sums that are touched while products are in flight; registers that do
-// not suffice.
+// results that TMA may not see yet, or that are overwritten before it has; what goes to a block of
+// a cluster that has not begun or has ended; stages that are refilled while they are read, or read
+// before they are full; wrong parities, arrivals and byte counts; sums that are touched while
+// products are in flight; registers that do not suffice.
 #pragma once
 
 #include <deque>
@@ -19,6 +22,10 @@
 #include "threads.h"
 
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
+#define __cluster_dims__(...)
+#define CLUSTER_BARRIER() emulation::cluster_barrier(__FILE__, __LINE__)
+#define LAUNCH_CLUSTERS(kernel, grid, block, bytes, stream, ...) \
+  (emulation::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); }, 2), 0)
 
 struct alignas(64) CUtensorMap {
   const char* base = nullptr;
@@ -28,6 +35,11 @@ struct alignas(64) CUtensorMap {
 
 #pragma GCC visibility push(hidden)
 namespace emulation {
+
+inline void cluster_barrier(const char* file, int line) {
+  if (is_left_out(file, line)) return;
+  wait(block->cluster[0]->cluster_barrier, threads * int(block->cluster.size()), [] {});
+}
 
 enum class Delivery { kLate, kEarly, kRandom };
 inline Delivery delivery = Delivery::kLate;
@@ -62,13 +74,23 @@ inline void settle(Mbarrier& barrier) {
   ++progress;
 }
 
-// A box on its way to shared memory.
+// A box on its way to shared memory, at the same place in one block or in all of a cluster.
 struct BoxCopy {
   CUtensorMap map;
-  char* to;
-  Mbarrier* barrier;
+  size_t to, barrier;  // bytes from where shared memory begins
+  std::vector<Block*> blocks;
   int at[3];
 };
+
+// A box on its way from shared memory.
+struct BoxStore {
+  CUtensorMap map;
+  size_t from;
+  int at[3];
+};
+
+// What a thread has stored, a group a commit; the last group is open.
+using Stores = std::deque<std::vector<BoxStore>>;
 
 struct WgmmaOp {
   uint64_t a, b;
@@ -79,12 +101,12 @@ struct WgmmaOp {
 // Products of a warp, a group a commit; the last group is open.
 struct WarpProducts {
   std::deque<std::vector<WgmmaOp>> groups{{}};
-  float* sums[32] = {};  // where the lanes keep theirs
-  float values[32][64];  // what they will be
+  float* sums[32] = {};   // where the lanes keep theirs
+  float values[32][128];  // what they will be
   bool flying = false, fenced = false;
 };
 
-// D (16 rows of a warp x 128) += A B, of one k-slice of 16.
+// D (16 rows of a warp x 256) += A B, of one k-slice of 16.
 inline float operand(uint64_t descriptor, int line, int k, bool columns, bool f16) {
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
@@ -98,7 +120,7 @@ inline float operand(uint64_t descriptor, int line, int k, bool columns, bool f1
 }
 
 inline void execute_one(WarpProducts& own, const WgmmaOp& op) {
-  constexpr int kK = 16, kColumns = 128;
+  constexpr int kK = 16, kColumns = 256;
   const int row0 = int(current->index % 128 / 32) * 16;
   static float a[16][kK], b[kColumns][kK];
   for (int k = 0; k < kK; k++) {
@@ -106,7 +128,7 @@ inline void execute_one(WarpProducts& own, const WgmmaOp& op) {
     for (int j = 0; j < kColumns; j++) b[j][k] = operand(op.b, j, k, op.columns_b, op.f16);
   }
   for (int lane = 0; lane < 32; lane++)
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < 128; i++) {
       const float* x = a[lane / 4 + i / 2 % 2 * 8];
       const float* y = b[i / 4 * 8 + lane % 4 * 2 + i % 2];
       double sum = double(own.values[lane][i]);
@@ -125,31 +147,12 @@ inline void execute(WarpProducts& own, size_t left) {
 struct Sm90 : Extra {
   std::deque<BoxCopy> copies;
   std::map<unsigned, WarpProducts> products;
-  std::set<const void*> made, ready;  // mbarriers: initialised, and behind a fence
+  std::map<unsigned, Stores> stores;  // of a thread
+  std::set<unsigned> unseen;          // warps whose results TMA does not see
+  std::set<size_t> made, ready;       // mbarriers: initialised, and behind a fence
   int free_registers = 0;             // of all threads
 
-  void deliver(size_t number) {
-    const BoxCopy copy = copies[number];
-    copies.erase(copies.begin() + int64_t(number));
-    const CUtensorMap& map = copy.map;
-    for (int line = 0; line < map.box[1]; line++)
-      for (int i = 0; i < map.box[0]; i++) {
-        const int64_t at[3] = {copy.at[0] + int64_t(i), copy.at[1] + int64_t(line), copy.at[2]};
-        bool inside = true;
-        int64_t offset = 0;
-        for (int d = 0; d < 3; d++) {
-          inside = inside && at[d] >= 0 && at[d] < map.sizes[d];
-          offset += at[d] * map.strides[d];
-        }
-        uint16_t value = 0;
-        if (inside) memcpy(&value, map.base + offset, 2);
-        const uint32_t to = shared_address(copy.to) + uint32_t(line * map.box[0] + i) * 2;
-        memcpy(shared_place(swizzled(to), 2), &value, 2);
-      }
-    copy.barrier->bytes -= map.box[0] * map.box[1] * 2;
-    ++progress;
-    settle(*copy.barrier);
-  }
+  void deliver(size_t number);
   bool move_on() override {
     if (copies.empty()) return false;
     deliver(delivery == Delivery::kRandom ? generator() % copies.size() : 0);
@@ -157,19 +160,129 @@ struct Sm90 : Extra {
   }
   void check_end() override {
     if (!copies.empty()) die("a copy by TMA was never waited for");
+    for (const auto& [thread, groups] : stores)
+      if (groups.size() > 1 || !groups[0].empty()) die("a store by TMA was never waited for");
     for (const auto& [warp, own] : products)
       if (own.flying) die("wgmma was never waited for");
   }
 };
-inline Sm90& sm90() {
-  if (block->extra == nullptr) block->extra = std::make_unique<Sm90>();
-  return static_cast<Sm90&>(*block->extra);
+inline Sm90& sm90(Block* of) {
+  if (of->extra == nullptr) of->extra = std::make_unique<Sm90>();
+  return static_cast<Sm90&>(*of->extra);
+}
+inline Sm90& sm90() { return sm90(block); }
+
+inline size_t offset_of(const void* p) {
+  return size_t(static_cast<const char*>(p) - block->shared_memory->data());
 }
 
+// The mbarrier that has this place in a block.
+inline Mbarrier& mbarrier(Block* of, size_t offset) {
+  if (of->alive == 0) die("an mbarrier of a block that has ended");
+  if (sm90(of).made.count(offset) == 0) die("an mbarrier was not initialised");
+  return *reinterpret_cast<Mbarrier*>(of->shared_memory->data() + offset);
+}
 inline Mbarrier& mbarrier(uint64_t* barrier) {
   check_shared(barrier, 8, 8);
-  if (sm90().made.count(barrier) == 0) die("an mbarrier was not initialised");
-  return *reinterpret_cast<Mbarrier*>(barrier);
+  return mbarrier(block, offset_of(barrier));
+}
+inline void arrive(Mbarrier& own) {
+  if (own.pending == 0) die("more arrivals at an mbarrier than it counts");
+  own.pending--;
+  ++progress;
+  settle(own);
+}
+
+// Calls go(place in shared memory, place in the tensor, or null outside of it) for every element.
+template <class Go>
+void for_each_element(const CUtensorMap& map, const int* from, uint32_t address, char* shared,
+                      Go go) {
+  for (int line = 0; line < map.box[1]; line++)
+    for (int i = 0; i < map.box[0]; i++) {
+      const int64_t at[3] = {from[0] + int64_t(i), from[1] + int64_t(line), from[2]};
+      bool inside = true;
+      int64_t offset = 0;
+      for (int d = 0; d < 3; d++) {
+        inside = inside && at[d] >= 0 && at[d] < map.sizes[d];
+        offset += at[d] * map.strides[d];
+      }
+      const uint32_t place = swizzled(address + uint32_t(line * map.box[0] + i) * 2);
+      go(shared + (place - kSharedWindow), inside ? map.base + offset : nullptr);
+    }
+}
+
+inline void Sm90::deliver(size_t number) {
+  const BoxCopy copy = copies[number];
+  copies.erase(copies.begin() + int64_t(number));
+  const CUtensorMap& map = copy.map;
+  for (Block* to : copy.blocks) {
+    Mbarrier& own = mbarrier(to, copy.barrier);
+    for_each_element(map, copy.at, uint32_t(copy.to) + kSharedWindow, to->shared_memory->data(),
+                     [](char* place, const char* from) {
+                       uint16_t value = 0;
+                       if (from != nullptr) memcpy(&value, from, 2);
+                       memcpy(place, &value, 2);
+                     });
+    own.bytes -= map.box[0] * map.box[1] * 2;
+    ++progress;
+    settle(own);
+  }
+}
+
+// All complete groups of stores but so many.
+inline void execute(Stores& groups, size_t left) {
+  for (; groups.size() > left + 1; groups.pop_front())
+    for (const BoxStore& store : groups.front())
+      for_each_element(store.map, store.at, uint32_t(store.from) + kSharedWindow,
+                       block->shared_memory->data(), [](const char* place, const char* to) {
+                         if (to != nullptr) memcpy(const_cast<char*>(to), place, 2);
+                       });
+}
+inline Stores& own_stores() {
+  Stores& own = sm90().stores[current->index];
+  if (own.empty()) own.push_back({});
+  return own;
+}
+
+inline void check_box(const CUtensorMap& map, const void* shared) {
+  check_shared(shared, size_t(map.box[0] * map.box[1]) * 2, 1);
+  if (shared_address(shared) % 128 != 0) die("TMA with a misaligned place");
+  if (reinterpret_cast<uintptr_t>(&map) % 64 != 0) die("a tensor map is misaligned");
+}
+
+inline void load_box(void* to, const void* map, uint64_t* barrier, int x, int y, int z,
+                     const std::vector<Block*>& blocks) {
+  const auto& source = *static_cast<const CUtensorMap*>(map);
+  check_box(source, to);
+  const size_t offset = offset_of(to), bytes = size_t(source.box[0] * source.box[1]) * 2;
+  for (Block* other : blocks) {
+    mbarrier(other, offset_of(barrier));
+    if (sm90(other).ready.count(offset_of(barrier)) == 0) die("TMA may not see the mbarrier yet");
+    memset(other->shared_memory->data() + offset, 0xFF, bytes);
+  }
+  Sm90& own = sm90();
+  own.copies.push_back({source, offset, offset_of(barrier), blocks, {x, y, z}});
+  if (at_once()) own.deliver(own.copies.size() - 1);
+}
+
+// Four 8 x 8 matrices from the registers of a warp to the rows that its lanes name.
+inline void store(void* row, const uint32_t (&r)[4], bool transposed) {
+  check_shared(row, 16, 16);
+  Words& words = exchange();
+  memcpy(words[lane()], &row, sizeof(row));
+  memcpy(words[lane()] + 4, r, sizeof(r));
+  wait_for_warp([&] {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++)
+        for (int e = 0; e < 2; e++) {
+          const int of_row = l / 4, of_column = l % 4 * 2 + e;
+          const int line = transposed ? of_column : of_row;
+          uint16_t* to;
+          memcpy(&to, words[i * 8 + line], sizeof(to));
+          to[transposed ? of_row : of_column] = uint16_t(words[l][4 + i] >> 16 * e);
+        }
+    sm90().unseen.insert(current->index / 32);
+  });
 }
 
 inline WarpProducts& own_products() { return sm90().products[current->index / 32]; }
@@ -214,19 +327,18 @@ inline uint32_t shared_address(const void* p) { return emulation::shared_address
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   emulation::check_shared(barrier, 8, 8);
-  emulation::sm90().made.insert(barrier);
+  emulation::sm90().made.insert(emulation::offset_of(barrier));
   auto& made = *reinterpret_cast<emulation::Mbarrier*>(barrier);
   made.pending = made.count = uint16_t(arrivals);
   made.phase = 0;
   made.bytes = 0;
 }
 inline void mbarrier_init_fence() { emulation::sm90().ready = emulation::sm90().made; }
-inline void mbarrier_arrive(uint64_t* barrier) {
-  emulation::Mbarrier& own = emulation::mbarrier(barrier);
-  if (own.pending == 0) emulation::die("more arrivals at an mbarrier than it counts");
-  own.pending--;
-  ++emulation::progress;
-  emulation::settle(own);
+inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive(emulation::mbarrier(barrier)); }
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  emulation::check_shared(barrier, 8, 8);
+  emulation::arrive(emulation::mbarrier(emulation::block->cluster.at(size_t(rank)),
+                                        emulation::offset_of(barrier)));
 }
 inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   emulation::mbarrier(barrier).bytes += bytes;
@@ -238,18 +350,46 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     if (!emulation::at_once() || !emulation::sm90().move_on()) emulation::yield();
 }
 
-inline void tma_load(void* to, const void* map, uint64_t* barrier, int x, int y, int z) {
-  const auto& source = *static_cast<const CUtensorMap*>(map);
-  const size_t bytes = size_t(source.box[0] * source.box[1]) * 2;
-  emulation::check_shared(to, bytes, 1);
-  if (emulation::shared_address(to) % 128 != 0) emulation::die("TMA to a misaligned place");
+inline int cluster_rank() {
+  const auto& cluster = emulation::block->cluster;
+  return int(std::find(cluster.begin(), cluster.end(), emulation::block) - cluster.begin());
+}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
+inline void prefetch_map(const void* map) {
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0) emulation::die("a tensor map is misaligned");
-  emulation::Mbarrier& own = emulation::mbarrier(barrier);
-  emulation::Sm90& block = emulation::sm90();
-  if (block.ready.count(barrier) == 0) emulation::die("TMA may not see the mbarrier yet");
-  memset(to, 0xFF, bytes);
-  block.copies.push_back({source, static_cast<char*>(to), &own, {x, y, z}});
-  if (emulation::at_once()) block.deliver(block.copies.size() - 1);
+}
+
+inline void tma_load(void* to, const void* map, uint64_t* barrier, int x, int y, int z) {
+  emulation::load_box(to, map, barrier, x, y, z, {emulation::block});
+}
+inline void tma_load_both(void* to, const void* map, uint64_t* barrier, int x, int y, int z) {
+  emulation::load_box(to, map, barrier, x, y, z, emulation::block->cluster);
+}
+inline void tma_store(const void* map, const void* from, int x, int y, int z) {
+  const auto& target = *static_cast<const CUtensorMap*>(map);
+  emulation::check_box(target, from);
+  const unsigned first = emulation::current->index / 128 * 4;
+  for (unsigned warp = first; warp < first + 4; warp++)
+    if (emulation::sm90().unseen.count(warp) != 0)
+      emulation::die("TMA does not see a result without a fence");
+  emulation::own_stores().back().push_back({target, emulation::offset_of(from), {x, y, z}});
+}
+inline void tma_store_commit() {
+  emulation::Stores& own = emulation::own_stores();
+  own.push_back({});
+  if (emulation::at_once()) emulation::execute(own, 0);
+}
+template <int kLeft>
+void tma_store_wait() {
+  emulation::execute(emulation::own_stores(), kLeft);
+}
+inline void fence_for_tma() {
+  emulation::wait_for_warp([] { emulation::sm90().unseen.erase(emulation::current->index / 32); });
+}
+inline void store_matrix(void* row, const uint32_t (&r)[4]) { emulation::store(row, r, false); }
+inline void store_matrix_transposed(void* row, const uint32_t (&r)[4]) {
+  emulation::store(row, r, true);
 }
 
 template <int kCount>
@@ -276,6 +416,8 @@ template <bool kF16, int kColumnsA, int kColumnsB>
 void wgmma(float* sums, uint64_t a, uint64_t b) {
   emulation::issue(sums, {a, b, kF16, kColumnsA != 0, kColumnsB != 0});
 }
+template <int kCount>
+void fence_sums(float*) {}
 inline void wgmma_commit() {
   emulation::wait_for_warp([] {
     emulation::WarpProducts& own = emulation::own_products();

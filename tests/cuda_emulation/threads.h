@@ -99,12 +99,15 @@ struct Extra {
 struct Block {
   dim3 index;
   int alive = 0;
-  Barrier barriers[2];  // of __syncthreads, and the one that is counted
+  Barrier barriers[4];  // of __syncthreads, and of counted groups
   std::vector<Barrier> warp_barriers;
   std::vector<Exchange> exchanges;
   std::vector<Fiber> fibers;
   std::unique_ptr<Guarded> shared_memory;
   std::unique_ptr<Extra> extra;
+  // Blocks that are at work together, this one among them; the first has the barrier of all.
+  std::vector<Block*> cluster;
+  Barrier cluster_barrier;
 };
 
 inline Place scheduler;
@@ -240,6 +243,7 @@ inline void start_threads() {
 inline void start_block(const dim3& index, size_t bytes) {
   const int warp_count = (threads + 31) / 32;
   block->index = index;
+  block->cluster_barrier = Barrier{};
   block->alive = threads;
   for (Barrier& barrier : block->barriers) barrier = Barrier{};
   block->extra.reset();
@@ -289,12 +293,19 @@ inline bool move_on(const std::vector<Block*>& working) {
 inline void check_end(Block* ended) {
   block = ended;
   if (block->extra != nullptr) block->extra->check_end();
+  if (block->cluster_barrier.arrived != 0) die("some threads have ended at a barrier of a cluster");
   for (const Barrier& barrier : block->barriers)
     if (barrier.arrived != 0) die("some threads have ended at a barrier");
 }
 
+inline bool all_ended(const Block* first) {
+  return std::all_of(first->cluster.begin(), first->cluster.end(),
+                     [](const Block* b) { return b->alive == 0; });
+}
+
+// Blocks that follow one another in x are clusters of `cluster`, which are residents together.
 template <class F>
-void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
+void launch(dim3 grid, dim3 block_, size_t bytes, F kernel, unsigned cluster = 1) {
   launches++;
   grid_size = grid;
   block_size = block_;
@@ -303,31 +314,44 @@ void launch(dim3 grid, dim3 block_, size_t bytes, F kernel) {
   failure.clear();
   std::function<void()> run = kernel;
   body = &run;
+  if (grid.x % cluster != 0) die("a grid that is not of whole clusters");
   std::vector<dim3> waiting;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) waiting.push_back(dim3(x, y, z));
+      for (unsigned x = 0; x < grid.x; x += cluster) waiting.push_back(dim3(x, y, z));
   arrange(waiting);
-  while (int(blocks.size()) < residents) blocks.push_back(std::make_unique<Block>());
-  std::vector<Block*> free, working;
-  for (int i = 0; i < residents; i++) free.push_back(blocks[size_t(i)].get());
+  while (blocks.size() < size_t(residents) * cluster) blocks.push_back(std::make_unique<Block>());
+  std::vector<Block*> free, working;  // the first ones of clusters
+  for (size_t i = 0; i < size_t(residents); i++) {
+    std::vector<Block*> together;
+    for (unsigned k = 0; k < cluster; k++) together.push_back(blocks[i * cluster + k].get());
+    for (Block* one : together) one->cluster = together;
+    free.push_back(together[0]);
+  }
   for (auto next = waiting.begin(); next != waiting.end() || !working.empty();) {
     for (; next != waiting.end() && !free.empty(); ++next) {
-      working.push_back(block = free.back());
+      working.push_back(free.back());
       free.pop_back();
-      start_block(*next, (bytes + 127) / 128 * 128);
+      for (unsigned k = 0; k < cluster; k++) {
+        block = working.back()->cluster[k];
+        start_block(dim3(next->x + k, next->y, next->z), (bytes + 127) / 128 * 128);
+      }
     }
     const long before = progress;
-    arrange(working);
-    for (Block* at_work : working) {
+    std::vector<Block*> running;
+    for (const Block* first : working)
+      running.insert(running.end(), first->cluster.begin(), first->cluster.end());
+    arrange(running);
+    for (Block* at_work : running) {
       block = at_work;
       run_block();
     }
-    if (before == progress && !move_on(working))
+    if (before == progress && !move_on(running))
       die("deadlock: not all threads reach a barrier, or a wait never ends");
     const auto done = std::stable_partition(working.begin(), working.end(),
-                                            [](const Block* b) { return b->alive > 0; });
-    std::for_each(done, working.end(), check_end);
+                                            [](const Block* b) { return !all_ended(b); });
+    for (auto ended = done; ended != working.end(); ++ended)
+      std::for_each((*ended)->cluster.begin(), (*ended)->cluster.end(), check_end);
     free.insert(free.end(), done, working.end());
     working.erase(done, working.end());
   }

@@ -30,7 +30,7 @@ class Workspace {
 
 }  // namespace
 
-// R = X X' (its lower triangle), W = 2 R R - 1.5 R + 3 I, Y = W X + 0.5 X of `count` matrices of
+// R = X X', W = 2 R R - 1.5 R + 3 I, Y = W X + 0.5 X of `count` matrices of
 // rows x columns, with rows of `line` numbers in X and Y and of `square` in R and W. Returns 0, the
 // error of a launch, or -1 for a failure of the emulation, which stands in `failure`
 // then, of kFailureBytes.
@@ -57,16 +57,16 @@ extern "C" int wgmma_chain(int rows, int64_t columns, int64_t count, int f16, in
   buffers.parts = parts.data();
   buffers.arrived = arrived.data();
   buffers.largest = largest.data();
-  const Format whole{1, f16 != 0}, lower{1, f16 != 0, true};
+  const Format format{1, f16 != 0};
   Product first;
   first.shape = Shape::kGram;
-  first.format = whole;
+  first.format = format;
   first.a = first.b = x.data();
   first.d = gram.data();
-  first.d_format = lower;
+  first.d_format = format;
   Product second;
-  second.format = second.c_format = lower;
-  second.d_format = whole;
+  second.format = second.c_format = format;
+  second.d_format = format;
   second.a = second.b = second.c = gram.data();
   second.d = product.data();
   second.alpha = 2;
@@ -74,7 +74,7 @@ extern "C" int wgmma_chain(int rows, int64_t columns, int64_t count, int f16, in
   second.gamma = 3;
   Product third;
   third.shape = Shape::kWide;
-  third.format = third.c_format = third.d_format = whole;
+  third.format = third.c_format = third.d_format = format;
   third.a = product.data();
   third.b = third.c = x.data();
   third.d = result.data();

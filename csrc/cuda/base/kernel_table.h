@@ -13,11 +13,11 @@ namespace spectral_kernels::cuda {
 constexpr int kTableEntries = 48;
 
 // What one launch covers. Blocks first_block[i] .. first_block[i+1]-1 belong to entry i.
-template <class E>
+template <class E, int kMost = kTableEntries>
 struct TableOf {
   int count = 0;
-  int64_t first_block[kTableEntries + 1] = {};
-  E entries[kTableEntries];
+  int64_t first_block[kMost + 1] = {};
+  E entries[kMost];
 };
 using Table = TableOf<Entry>;
 
@@ -31,8 +31,8 @@ struct PlaceOf {
 using Place = PlaceOf<Entry>;
 
 // `parts(entry)` blocks work on each matrix.
-template <class E, class Parts>
-DEVICE PlaceOf<E> place(const TableOf<E>& table, const int64_t* first_block, int64_t block,
+template <class E, int kMost, class Parts>
+DEVICE PlaceOf<E> place(const TableOf<E, kMost>& table, const int64_t* first_block, int64_t block,
                         Parts parts) {
   int low = 0, high = table.count - 1;
   while (low < high) {
@@ -47,21 +47,21 @@ DEVICE PlaceOf<E> place(const TableOf<E>& table, const int64_t* first_block, int
   return {&entry, own / each, own % each};
 }
 
-template <class E, class Parts>
-DEVICE PlaceOf<E> place(const TableOf<E>& table, int64_t block, Parts parts) {
+template <class E, int kMost, class Parts>
+DEVICE PlaceOf<E> place(const TableOf<E, kMost>& table, int64_t block, Parts parts) {
   return place(table, table.first_block, block, parts);
 }
 
 // Launches `go(table, blocks)` until all entries are covered.
-template <class E, class Parts, class Go>
+template <int kMost = kTableEntries, class E, class Parts, class Go>
 int for_each_table(const std::vector<E>& entries, Parts parts, Go go) {
   constexpr int64_t kMostBlocks = 0x7fffffff;
   for (size_t begin = 0; begin < entries.size();) {
-    TableOf<E> table;
+    TableOf<E, kMost> table;
     static_assert(sizeof(table) < 32000, "kernels take at most 32764 bytes");
     int64_t blocks = 0;
     size_t i = begin;
-    for (; i < entries.size() && table.count < kTableEntries; i++) {
+    for (; i < entries.size() && table.count < kMost; i++) {
       const int64_t own = entries[i].count * parts(entries[i]);
       if (blocks + own > kMostBlocks) break;
       table.first_block[table.count] = blocks;

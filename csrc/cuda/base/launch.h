@@ -46,6 +46,26 @@ int allow_shared(size_t bytes) {
   return int(error);
 }
 inline int launched() { return int(cudaGetLastError()); }
+// Blocks in the clusters that the kernel is compiled for. It may begin while the launch before it
+// ends, and waits for that by itself.
+template <auto kKernel, class... Arguments>
+int launch_clusters(dim3 grid, dim3 block, size_t bytes, void* stream,
+                    const Arguments&... arguments) {
+  (void)Listed<kKernel>::done;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = bytes;
+  config.stream = cudaStream_t(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return int(cudaLaunchKernelEx(&config, kKernel, arguments...));
+}
+#define LAUNCH_CLUSTERS(kernel, grid, block, bytes, stream, ...) \
+  launch_clusters<kernel>(grid, block, bytes, stream, __VA_ARGS__)
 // How many blocks the current device holds at a time, of always the same size.
 template <auto kKernel>
 int fitting_blocks(int threads, size_t bytes, int& blocks) {

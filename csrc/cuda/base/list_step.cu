@@ -4,6 +4,7 @@
 #include "launch.h"
 #include "list_step.h"
 #include "reduce.h"
+#include "words.h"
 
 namespace spectral_kernels::cuda {
 namespace {
@@ -120,33 +121,15 @@ DEVICE Spot spot_of(const Place& at) {
           at.part % across * tile.columns + 8 * (transposed ? warp : lane)};
 }
 
-// Eight elements in a row from `at` on, as far as there are `count`; in words of 16 bytes where
-// they lie so.
-DEVICE bool in_words(const Matrices& m, int64_t at, int64_t count) {
-  const int bytes = m.type == Type::kF32 ? 4 : m.type == Type::kF64 ? 8 : 2;
+// Eight elements of a row from `at` on, as far as there are `count`.
+DEVICE bool whole_words(const Matrices& m, int64_t at, int64_t count) {
   return m.column == 1 && count >= 8 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-         at * bytes % 16 == 0;
+         at * bytes_of(m.type) % 16 == 0;
 }
 
 DEVICE void read_eight(const Matrices& m, int64_t at, int64_t count, float (&x)[8]) {
-  const bool words = in_words(m, at, count);
-  if (words && m.type == Type::kF32) {
-    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at);
-    const float4 a = from[0], b = from[1];
-    const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = all[i];
-    return;
-  }
-  if (words && m.type != Type::kF64) {
-    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(m.data) + at);
-    const uint32_t all[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float2 f = m.type == Type::kF16 ? unpack_f16(all[i]) : unpack_bf16(all[i]);
-      x[2 * i] = f.x;
-      x[2 * i + 1] = f.y;
-    }
+  if (whole_words(m, at, count)) {
+    with_type(m.type, [&](auto type) { load_eight<decltype(type)::value>(m.data, at, x); });
     return;
   }
 #pragma unroll
@@ -155,10 +138,8 @@ DEVICE void read_eight(const Matrices& m, int64_t at, int64_t count, float (&x)[
 }
 
 DEVICE void write_eight(const Matrices& m, int64_t at, int64_t count, const float (&x)[8]) {
-  if (m.type == Type::kF32 && in_words(m, at, count)) {
-    float4* to = reinterpret_cast<float4*>(static_cast<float*>(m.data) + at);
-    to[0] = make_float4(x[0], x[1], x[2], x[3]);
-    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+  if (whole_words(m, at, count)) {
+    with_type(m.type, [&](auto type) { store_eight<decltype(type)::value>(m.data, at, x); });
     return;
   }
 #pragma unroll

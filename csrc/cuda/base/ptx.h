@@ -12,8 +12,9 @@
 #define DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(128) unsigned char shared_[]; \
   T* name = reinterpret_cast<T*>(shared_)
-// Of the first `threads` of a block, which is all of them unless some load only.
-#define BARRIER(threads) asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory")
+// Of so many threads of a block, as its group number 0 or 1: all of them unless some load only.
+#define BARRIER(group, threads) \
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + (group)), "n"(threads) : "memory")
 
 namespace spectral_kernels::cuda {
 
@@ -88,6 +89,21 @@ template <class T>
 DEVICE T fresh(const T* p) {
   return __ldcg(p);
 }
+// 16 aligned bytes of global memory, by one instruction.
+DEVICE uint4 load_words(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+DEVICE void store_words(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+// Asks for a line of 128 bytes to be brought to L2.
+DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Returns when *p is at least that. What the thread that raised it had written before its fence is
 // there then for this thread, and after a barrier for its block.
 DEVICE void wait_for(const uint32_t* p, uint32_t least) {

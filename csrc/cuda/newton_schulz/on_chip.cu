@@ -3,9 +3,9 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../base/delivery.h"
 #include "../base/kernel_table.h"
 #include "../base/launch.h"
+#include "../symmetric_matmul/epilogue.h"
 #include "../symmetric_matmul/on_chip_matrix.h"
 #include "on_chip.h"
 
@@ -326,9 +326,20 @@ __global__ void __launch_bounds__(kNB * 32, 1)
 // X <- Q X, or the update
 
 constexpr int kTileColumns = 64, kStripTiles = 8;
+template <int kPlanes>
+constexpr int kApplyStages = kPlanes == 2 ? 2 : 3;
+constexpr int kWarpResult = 16 * kTileColumns * 4;  // bytes of a warp's rows of a result
 
 HOST_DEVICE int64_t strips_of(const Entry& e) {
   return (e.packed.line + kTileColumns * kStripTiles - 1) / (kTileColumns * kStripTiles);
+}
+
+// A warp's sums to its own place in shared memory, which it then reads by itself.
+template <class Square>
+DEVICE void stage_result(Sums<1, 8>& sum, const Square& panel, int lane) {
+  __syncwarp();  // what was there has been read
+  stage<Square::kColumns>(sum, panel.shared, lane / 4, lane % 4 * 2);
+  __syncwarp();
 }
 
 struct Apply {
@@ -338,12 +349,17 @@ struct Apply {
   Update update;
 };
 
+// Blocks at a time that registers are to suffice for.
+constexpr int kApplyBlocks(int tiles) {
+  return tiles <= 2 ? 16 / tiles : tiles == 4 ? 3 : tiles == 6 ? 2 : 1;
+}
+
 template <int kNB, int kPlanes, bool kF16>
-__global__ void __launch_bounds__(kNB * 32, 1)
+__global__ void __launch_bounds__(kNB * 32, kApplyBlocks(kNB))
     apply_kernel(const __grid_constant__ Table table, const Apply apply, uint32_t* largest,
                  const uint16_t* q, const float* alpha, uint16_t* packed) {
   constexpr int kRows = 16 * kNB, kLine = kTileColumns * 2, kPlaneBytes = kRows * kLine,
-                kStage = kPlanes * kPlaneBytes;
+                kStage = kPlanes * kPlaneBytes, kStages = kApplyStages<kPlanes>;
   DYNAMIC_SHARED(char, shared);
   const Place at = place(table, blockIdx.x, [](const Entry& e) { return strips_of(e); });
   const Entry& e = *at.entry;
@@ -366,7 +382,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
   };
   const auto fetch = [&](int tile) {
     if (tile < tiles) {
-      char* stage = shared + tile % 2 * kStage;
+      char* stage = shared + tile % kStages * kStage;
       for (int i = tid; i < kPlanes * kRows * 8; i += kNB * 32) {
         const int plane = i / (kRows * 8), row = i / 8 % kRows, piece = i % 8;
         copy_piece<kF16>(piece_at(stage + plane * kPlaneBytes, row, piece), x, plane, row,
@@ -376,8 +392,7 @@ __global__ void __launch_bounds__(kNB * 32, 1)
     copy_async_commit();
   };
 
-  fetch(0);
-  fetch(1);
+  for (int i = 0; i < kStages - 1; i++) fetch(i);
   uint32_t own[kNB][2][4];  // the warp's 16 rows of Q
 #pragma unroll
   for (int k = 0; k < kNB; k++)
@@ -391,15 +406,26 @@ __global__ void __launch_bounds__(kNB * 32, 1)
       own[k][half][3] = v.w;
     }
   const float factor = alpha[matrix], beside = apply.apart * factor;
-  const Update& update = apply.update;
-  const Move move = move_of(update, e);
+  Delivery how{e.target, at.matrix, e.rows, e.columns};
+  how.usable = usable;
+  how.look = look;
+  how.moves = apply.last && apply.update.in_place;
+  if (how.moves) how.move = move_of(apply.update, e);
+  Panel<16, kTileColumns, 32> panel{shared + kStages * kStage + warp * kWarpResult, warp * 16, 0,
+                                    lane};
   uint32_t lost = 0;
 
+#pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
-    copy_async_wait<1>();
+    copy_async_wait<kStages - 2>();
     __syncthreads();
-    char* stage = shared + tile % 2 * kStage;
-    float acc[8][4] = {};
+    fetch(tile + kStages - 1);
+    panel.column = begin + tile * kTileColumns;
+    if (how.moves)
+      prefetch_panel<16, kTileColumns, 32>(e.target, at.matrix, panel.row, panel.column, e.rows,
+                                           e.columns, lane);
+    char* stage = shared + tile % kStages * kStage;
+    Sums<1, 8> acc = {};
 #pragma unroll
     for (int k = 0; k < kNB; k++)
 #pragma unroll
@@ -412,59 +438,33 @@ __global__ void __launch_bounds__(kNB * 32, 1)
                                  piece_at(stage + plane * kPlaneBytes, row, j * 2 + lane / 16));
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          float* d = acc[2 * j + h];
+          float* d = acc[0][2 * j + h];
           Half<kF16>::mma(d, own[k][1], b[0] + 2 * h);
           if (kPlanes == 2) Half<kF16>::mma(d, own[k][0], b[kPlanes - 1] + 2 * h);
           Half<kF16>::mma(d, own[k][0], b[0] + 2 * h);
         }
       }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-      for (int low = 0; low < 2; low++) {
-        const int row = warp * 16 + lane / 4 + 8 * low, column = j * 8 + lane % 4 * 2;
-        if (row >= e.rows) continue;
-        float v[2] = {acc[j][2 * low] * factor, acc[j][2 * low + 1] * factor};
-        if (apply.apart != 0) {
-          const char* old = piece_at(stage, row, j) + lane % 4 * 4;
-          float2 f = Half<kF16>::unpack(*reinterpret_cast<const uint32_t*>(old));
-          if (kPlanes == 2) {
-            const float2 g =
-                Half<kF16>::unpack(*reinterpret_cast<const uint32_t*>(old + kPlaneBytes));
-            f.x += g.x;
-            f.y += g.y;
-          }
-          v[0] = fmaf(beside, f.x, v[0]);
-          v[1] = fmaf(beside, f.y, v[1]);
+    if (apply.apart != 0)
+      add_c(acc, {factor, beside}, [&](int, int j, int h) {
+        const char* old = piece_at(stage, warp * 16 + lane / 4 + 8 * h, j) + lane % 4 * 4;
+        float2 f = Half<kF16>::unpack(*reinterpret_cast<const uint32_t*>(old));
+        if (kPlanes == 2) {
+          const float2 g =
+              Half<kF16>::unpack(*reinterpret_cast<const uint32_t*>(old + kPlaneBytes));
+          f.x += g.x;
+          f.y += g.y;
         }
-        const int64_t place_in_row = begin + tile * kTileColumns + column;
-        if (!apply.last) {
-          const float u0 = v[0] * apply.after, u1 = v[1] * apply.after;
-          const uint32_t high = Half<kF16>::pack(u0, u1);
-          uint16_t* to = packed + e.packed.plane + at.matrix * size * kPlanes +
-                         row * e.packed.line + place_in_row;
-          *reinterpret_cast<uint32_t*>(to) = high;
-          if (kPlanes == 2) {
-            const float2 kept = Half<kF16>::unpack(high);
-            *reinterpret_cast<uint32_t*>(to + size) = Half<kF16>::pack(u0 - kept.x, u1 - kept.y);
-          }
-          continue;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if (place_in_row + i >= e.columns) continue;
-          const int64_t to = at.matrix * e.target.batch + row * e.target.row +
-                             (place_in_row + i) * e.target.column;
-          float value = usable ? v[i] : float_of(0x7fc00000u);
-          if (update.in_place) value = move(read(e.target, to), value);
-          if (look)
-            lost = larger(lost, lost_bits(e.target.type, value));
-          else
-            write(e.target, to, value);
-        }
-      }
-    __syncthreads();
-    fetch(tile + 2);
+        return f;
+      });
+    else
+      scale(acc, factor);
+    if (!apply.last) scale(acc, apply.after);
+    stage_result(acc, panel, lane);
+    if (apply.last)
+      lost = larger(lost, store_in_target<true>(how, panel));
+    else
+      store_in_workspace<kPlanes, kF16>(panel, packed + e.packed.plane + at.matrix * size * kPlanes,
+                                        e.packed.line, size, e.rows);
   }
   copy_async_wait<0>();
   if (lost != 0) atomicMax(largest + matrix, lost);
@@ -498,7 +498,8 @@ int launch_segments(const std::vector<Entry>& entries, const std::vector<Segment
   constexpr auto apply = apply_kernel<kNB, kPlanes, kF16>;
   constexpr int kGramBytes = kStages * kPlanes * 16 * kNB * kLineBytes;
   constexpr int kStepsBytes = 3 * Chip::kMatrix + kNB * int(sizeof(double));
-  constexpr int kApplyBytes = 2 * kPlanes * 16 * kNB * kTileColumns * 2;
+  constexpr int kApplyBytes =
+      kApplyStages<kPlanes> * kPlanes * 16 * kNB * kTileColumns * 2 + kNB * kWarpResult;
   int error = allow_shared<gram>(kGramBytes);
   if (error == 0) error = allow_shared<steps>(kStepsBytes);
   if (error == 0) error = allow_shared<apply>(kApplyBytes);

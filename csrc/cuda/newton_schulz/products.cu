@@ -32,10 +32,7 @@ class Iteration {
     gram.alpha = r_scale * (factor != nullptr ? 1.f : before * before);
     gram.factor = factor;
     gram.power = 2;
-    // R is read by products of square matrices only, and by wgmma from one triangle.
-    gram.d_format.lower = plan_.wgmma != 0;
     products.push_back(gram);
-    Format r_format = gram.d_format;
 
     for (int t = 0; t < segment.steps; t++) {
       const OnChipStep& s = segment.step[t];
@@ -45,7 +42,7 @@ class Iteration {
       const float w_scale = alone && ends ? s.q_scale : s.w_scale;
       Product product = squares(r, r, w);
       product.c = r;
-      product.format = product.c_format = r_format;
+      product.c_format = format_;
       product.alpha = s.c * w_scale / (r_scale * r_scale);
       product.beta = s.b * w_scale / r_scale;
       product.gamma = segment.apart ? 0.f : s.a * w_scale;
@@ -70,14 +67,12 @@ class Iteration {
       }
       if (!ends) {
         product = squares(r, w, half);
-        product.format = r_format;
         product.alpha = s.t_scale / (r_scale * w_scale);
         products.push_back(product);
         product = squares(half, w, r);
         product.alpha = s.r_scale / (s.t_scale * w_scale);
         products.push_back(product);
         r_scale = s.r_scale;
-        r_format = format_;
       }
       if (alone) std::swap(q, w);
     }

@@ -55,10 +55,8 @@ int launch_schatten_norm(const ProductPlan& plan, const ProductWorkspaces& works
   gram.alpha = scale;
   gram.factor = norms.factor;
   gram.power = 2;
-  gram.d_format.lower = plan.wgmma != 0;
   Product square;
-  square.format = gram.d_format;
-  square.d_format = format;
+  square.format = square.d_format = format;
   square.a = square.b = gram.d;
   square.d = workspaces.squares + plan.tiling.squares;
   square.alpha = 1 / scale;

@@ -99,8 +99,8 @@ int launch_product(const ProductPlan& plan, const Product& product, const Produc
 // Makes those results X Xᵀ NaN throughout whose X is not finite, which their diagonals show.
 int launch_spread_nonfinite(const std::vector<Entry>& entries, void* stream);
 
-// The same by wgmma and TMA: one plane, tiles of 128, sm_90 only, no more blocks at a time than
-// `multiprocessors`. Has run on no card yet.
+// The same by wgmma and TMA: one plane, tiles of 256 by two blocks, sm_90 only, no more blocks at a
+// time than `multiprocessors`. Has run on no card yet.
 int launch_product_wgmma(const std::vector<Entry>& entries, const Product& product,
                          const ProductBuffers& buffers, int multiprocessors, void* stream);
 
