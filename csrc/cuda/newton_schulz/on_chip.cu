@@ -324,7 +324,6 @@ __global__ void __launch_bounds__(kNB * 32, 1)
 }
 
 // X <- Q X, or the update
-
 constexpr int kTileColumns = 64, kStripTiles = 8;
 template <int kPlanes>
 constexpr int kApplyStages = kPlanes == 2 ? 2 : 3;
