@@ -72,11 +72,11 @@ Value give<std::optional<int64_t>>(const std::optional<int64_t>& held);
 template <>
 Value give<std::optional<std::vector<int64_t>>>(const std::optional<std::vector<int64_t>>& held);
 
-// Throws TorchError with torch's own words, as far as this torch tells them.
 // Torch's numbers of types.
 ScalarType type_of_number(int32_t number);
 int32_t number_of_type(ScalarType type);
 
+// Both throw TorchError with torch's own words, as far as this torch tells them.
 void check_torch(int32_t error, const char* what);
 void call_by_name(const char* name, const char* overload, Value* stack);
 
