@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import spectral_kernels as sk
@@ -247,6 +249,23 @@ def test_refresh_is_a_round_of_orthogonal_iteration(n, condition, dtype, start):
     # Columns of a basis are determined up to some u times the condition of A Q.
     noise = 2.0 * unit_roundoff(dtype) * condition
     assert error(new, true_new) <= 2.0 * error(plain_new, true_new) + tiny + noise
+
+
+@pytest.mark.parametrize("dtype", FULL, ids=named)
+@pytest.mark.parametrize("n", [4, 10, 33, 130])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_basis_is_refreshed_where_few_elements_are_not_zero(n, rank, dtype):
+    """What is left of the other columns is rounding noise, and noise of noise, down to zero."""
+    a = torch.zeros(n, n, dtype=dtype)
+    places = torch.arange(rank) * (n // (rank + 1))
+    a[places, places] = 1.7 ** -torch.arange(rank).to(dtype)
+    q = orthogonal(n, 5).to(dtype)
+    _, new = sk.refresh_eigenbasis(q, a)
+    assert_orthogonal(new)
+    image = a.double() @ q.double()
+    order = (q.double() * image).sum(0).argsort(descending=True)
+    triangle = (new.double().mT @ image)[order][:, order]
+    assert triangle.tril(-1).norm() <= 16.0 * unit_roundoff(dtype) * math.sqrt(n) * a.norm()
 
 
 @pytest.mark.parametrize("dtype", FULL, ids=named)

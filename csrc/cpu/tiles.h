@@ -101,7 +101,8 @@ struct Scale {
 // Householder reflections H = H_1 ... H_n = I - V T Vᵀ for which Hᵀ X is upper triangular, of one
 // panel X (m x n, n <= P and m). V, unit lower trapezoidal, takes the place of X; T (P x P, upper,
 // zeros below) and the signs of the diagonal of Hᵀ X, 1 for 0, are in fp64. A sum of squares of X
-// must not overflow.
+// must not overflow. Where that of a column, as far as it is left, is below 2^-102 (F64: 2^-969),
+// it counts as zero.
 struct Reflections {
   Panels x;
   double *t, *signs;

@@ -45,6 +45,8 @@ static void reflect_panel(const Reflections& p) {
   T* const x = static_cast<T*>(p.x.data);
   const int64_t m = p.x.rows;
   const int n = int(p.x.cols);
+  // The least normal number over the unit roundoff.
+  constexpr double kSmallest = sizeof(T) == 4 ? 0x1p-102 : 0x1p-969;
   // Column k keeps the elements of x below the diagonal until the end: v = factor x, v_k = 1.
   double dots[P], factor[P] = {}, product[P];
   alignas(64) T change[P] = {};
@@ -52,8 +54,10 @@ static void reflect_panel(const Reflections& p) {
   for (int k = 0; k < n; k++) {
     T* const row = x + k * P;
     const double alpha = double(row[k]), length = __builtin_sqrt(dots[k]);
-    // A column of zeros is reflected by I. What squares underflow to in it is rounding noise.
-    const bool zero = !(length > 0);
+    // A column of zeros is reflected by I, and so is one whose squares lose digits to underflow:
+    // with such a length H would not be orthogonal, and beside the other columns it is rounding
+    // noise.
+    const bool zero = !(dots[k] > kSmallest);
     const double r = zero ? 0 : alpha < 0 ? length : -length;
     const double tau = zero ? 0 : (r - alpha) / r;
     factor[k] = zero ? 0 : 1 / (alpha - r);
