@@ -406,11 +406,14 @@ DEVICE void prefetch_panel(const Matrices& m, int64_t matrix, int64_t row0, int6
   if ((in_row ? m.column : m.row) != 1) return;
   const int bytes = bytes_of(m.type), each = kLine / bytes;
   const int slow_side = in_row ? kRows : kColumns, fast_side = in_row ? kColumns : kRows;
-  const int line = tid % slow_side;
-  const char* from =
-      static_cast<const char*>(m.data) + (matrix * m.batch + (slow0 + line) * slow + fast0) * bytes;
-  for (int i = tid / slow_side * each; i < fast_side; i += kThreads / slow_side * each)
-    if (slow0 + line < slow_end && fast0 + i < fast_end) prefetch_line(from + i * bytes);
+  const int lines = slow_side * ((fast_side + each - 1) / each);
+  // A panel may have more lines than threads.
+  for (int n = tid; n < lines; n += kThreads) {
+    const int line = n % slow_side, i = n / slow_side * each;
+    if (slow0 + line >= slow_end || fast0 + i >= fast_end) continue;
+    prefetch_line(static_cast<const char*>(m.data) +
+                  (matrix * m.batch + (slow0 + line) * slow + fast0 + i) * bytes);
+  }
 }
 
 template <int kRows, int kColumns, int kThreads, bool kWide>
