@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <array>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <iterator>
 #include <mutex>
@@ -177,6 +179,19 @@ Tensor Tensor::as_strided(IntArrayRef sizes, IntArrayRef strides, int64_t offset
   return Tensor(view);
 }
 
+// The emulation of CUDA fills what it allocates with NaN where a test asks for that, so that a read
+// of something unwritten shows.
+#ifdef SPECTRAL_KERNELS_EMULATION
+static Tensor fresh(AtenTensorHandle made) {
+  const Tensor tensor(made);
+  if (std::getenv("SPECTRAL_KERNELS_POISON") != nullptr)
+    std::memset(tensor.data_ptr(), 0xff, size_t(tensor.numel()) * tensor.element_size());
+  return tensor;
+}
+#else
+static Tensor fresh(AtenTensorHandle made) { return Tensor(made); }
+#endif
+
 Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype) {
   const std::vector<int64_t> strides = contiguous_strides(sizes);
   const Device device = like.device();
@@ -184,7 +199,7 @@ Tensor empty(IntArrayRef sizes, const Tensor& like, ScalarType dtype) {
   check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                        number_of_type(dtype), device.type, device.index, &made),
               "empty");
-  return Tensor(made);
+  return fresh(made);
 }
 
 Tensor empty_with_strides(const Tensor& like) {
