@@ -184,7 +184,7 @@ Tensor Tensor::as_strided(IntArrayRef sizes, IntArrayRef strides, int64_t offset
 #ifdef SPECTRAL_KERNELS_EMULATION
 static Tensor fresh(AtenTensorHandle made) {
   const Tensor tensor(made);
-  if (std::getenv("SPECTRAL_KERNELS_POISON") != nullptr)
+  if (std::getenv("EMULATION_POISON") != nullptr)
     std::memset(tensor.data_ptr(), 0xff, size_t(tensor.numel()) * tensor.element_size());
   return tensor;
 }

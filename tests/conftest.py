@@ -144,7 +144,7 @@ def make_few(request: pytest.FixtureRequest) -> Factory:
 @pytest.fixture
 def poisoned_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What torch allocates is NaN, and what the emulated kernels ask it for."""
-    monkeypatch.setenv("SPECTRAL_KERNELS_POISON", "1")
+    monkeypatch.setenv("EMULATION_POISON", "1")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
