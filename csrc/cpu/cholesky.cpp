@@ -8,13 +8,6 @@
 namespace spectral_kernels::cpu {
 namespace {
 
-Product multiply(const Panels& a, const Panels& b) {
-  Product p;
-  p.a = a;
-  p.b = b;
-  return p;
-}
-
 // Of the widest panels.
 constexpr int64_t kWidest = 64;
 

@@ -11,14 +11,6 @@ namespace {
 // ||QᵀQ - I||_F was 9.5, 12, 16 and 21 u sqrt(n) for 64, 128, 256 and 512, LAPACK's is 10.
 constexpr int64_t kBlockColumns = 128;
 
-Product multiply(const Panels& a, const Panels& a_t, const Panels& b) {
-  Product p;
-  p.a = a;
-  p.a_t = a_t;
-  p.b = b;
-  return p;
-}
-
 // H = I - V T Vᵀ of every block of columns. V stands in the matrix that is factorized, T and Tᵀ in
 // the first rows of the block's columns. What is above V's and below T's diagonal is never read.
 class Reflector {
@@ -94,7 +86,7 @@ class Reflector {
     left.alpha = -1;
     left.out_t = left_t;
     run(left, threads_);
-    Product right = multiply(left_t, Panels{}, part(t_, r2, n2, c2, n2));
+    Product right = multiply(left_t, part(t_, r2, n2, c2, n2));
     right.b_shape = Triangle::kUpper;
     right.out = part(t_, r, n1, c2, n2);
     right.out_t = part(tt_, r2, n2, c, n1);
@@ -164,14 +156,7 @@ void orthonormal_factor(Panels& p, Panels& pt, Panels* free, int threads) {
   reflector.form(free[4], free[2]);
   std::swap(p, free[4]);
   std::swap(pt, free[2]);
-  Scale sign;
-  sign.x = sign.out = p;
-  sign.col = reflector.signs();
-  run(sign, threads);
-  sign.x = sign.out = pt;
-  sign.row = reflector.signs();
-  sign.col = nullptr;
-  run(sign, threads);
+  scale_columns(p, pt, reflector.signs(), threads);
 }
 
 }  // namespace spectral_kernels::cpu

@@ -120,10 +120,8 @@ NewtonSchulz::Input NewtonSchulz::take_input(Workspace& workspace, int64_t s, in
 namespace {
 
 // alpha S B, S symmetric.
-Product multiply(const Panels& s, const Panels& b, double alpha = 1) {
-  Product p;
-  p.a = p.a_t = s;
-  p.b = b;
+Product times(const Panels& s, const Panels& b, double alpha = 1) {
+  Product p = multiply(s, s, b);
   p.alpha = alpha;
   return p;
 }
@@ -183,10 +181,10 @@ class Iteration {
     // a X stays a term of its own: a diagonal a I would swamp Z where the singular values are
     // small (measured in fp32 at 512: up to three times the error). A cubic row needs no square
     // at all.
-    Product update = multiply(r16_, x_.x, row.b);
+    Product update = times(r16_, x_.x, row.b);
     if (row.c != 0) {
       form_polynomial(row.b, row.c, r16_, t == 0 && ns_.schatten8 ? half_ : Panels{}, z16_);
-      update = multiply(z16_, x_.x);
+      update = times(z16_, x_.x);
     }
     update.beta_panels = row.a;
     update.add_panels = x_.x;
@@ -223,17 +221,17 @@ class Iteration {
         symmetric(half_, z_, 1, row.a, r_);
       }
     }
-    if (!pairs_) return multiply(q_, x_.x, inverse);
+    if (!pairs_) return times(q_, x_.x, inverse);
     // On the null space Q is the product of the a, hundreds of times what it is on the rest, and X
     // is exactly 0 there where rows or columns repeat: one 16-bit Q would add the rounding of the
     // large part. Two of them hold 16 bits; what the low one adds may be rounded.
     const Panels high = r16_, low = z16_;
     combine(high, q_, 1, {}, 0, 0);
     combine(low, q_, 1, high, -1, 0);
-    Product rest = multiply(low, x_.x, inverse);
+    Product rest = times(low, x_.x, inverse);
     rest.out = next_.x;
     run(rest, threads_);
-    Product update = multiply(high, x_.x, inverse);
+    Product update = times(high, x_.x, inverse);
     update.beta_panels = 1;
     update.add_panels = next_.x;
     return update;
@@ -263,7 +261,7 @@ class Iteration {
 
   // out = alpha A B + beta A
   void symmetric(const Panels& a, const Panels& b, double alpha, double beta, const Panels& out) {
-    Product p = multiply(a, b, alpha);
+    Product p = times(a, b, alpha);
     p.symmetric = true;
     p.beta_panels = beta;
     p.add_panels = a;
@@ -287,7 +285,7 @@ class Iteration {
   double inverse_norm(const Panels& r, const Panels& operand, const Panels& r2) {
     double value;
     if (ns_.schatten8) {
-      Product p = multiply(operand, operand);
+      Product p = times(operand, operand);
       p.symmetric = true;
       p.out = r2;
       run(p, threads_);

@@ -132,6 +132,16 @@ Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind) 
           words * kernels().panel[int(kind)]};
 }
 
+Product multiply(const Panels& a, const Panels& b) { return multiply(a, {}, b); }
+
+Product multiply(const Panels& a, const Panels& a_t, const Panels& b) {
+  Product p;
+  p.a = a;
+  p.a_t = a_t;
+  p.b = b;
+  return p;
+}
+
 void run(const Product& p, int threads) {
   const Kernels& k = kernels();
   const int kind = int(p.a.kind);
@@ -183,6 +193,16 @@ void run(const Scale& p, int threads) {
   const int64_t blocks = ceil_div(p.x.cols, k.panel[int(p.x.kind)]);
   if (double(p.x.rows) * double(p.x.cols) < 2 * kPackGrain) threads = 1;
   parallel_jobs(blocks, threads, [&](int64_t j) { kernel(p, j, j + 1); });
+}
+
+void scale_columns(const Panels& x, const Panels& x_t, const double* by, int threads) {
+  Scale columns, rows;
+  columns.x = columns.out = x;
+  columns.col = by;
+  run(columns, threads);
+  rows.x = rows.out = x_t;
+  rows.row = by;
+  run(rows, threads);
 }
 
 int64_t row_blocks(int64_t m, Kind kind) { return ceil_div(m, kernels().panel[int(kind)]); }

@@ -16,10 +16,16 @@ size_t panel_bytes(int64_t rows, int64_t cols, Kind kind);
 // Panels in a workspace; the caller has counted panel_bytes() into its size.
 Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind);
 
+// AᵀB, and with Aᵀ where the caller has it.
+Product multiply(const Panels& a, const Panels& b);
+Product multiply(const Panels& a, const Panels& a_t, const Panels& b);
+
 void run(const Product& product, int threads);
 void run(const Pack& pack, int threads);
 void run(const Combine& combine, int threads);
 void run(const Scale& scale, int threads);
+// Every column j of X, F32 or F64, times by[j], and so every row of Xᵀ; both in place.
+void scale_columns(const Panels& x, const Panels& x_t, const double* by, int threads);
 // Block rows of an m-row matrix of a kind: the slots of the sums below.
 int64_t row_blocks(int64_t m, Kind kind);
 double run(const SquareAverage& work, int threads);  // returns the sum of all slots

@@ -22,13 +22,6 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-Product multiply(const Panels& a, const Panels& b) {
-  Product p;
-  p.a = a;
-  p.b = b;
-  return p;
-}
-
 class Refresher {
  public:
   static constexpr int kPanels = 7;
@@ -137,14 +130,7 @@ class Refresher {
         set_element(pt, j, i, old);
       }
     }
-    Scale scale;
-    scale.x = scale.out = p;
-    scale.col = inverse.data();
-    run(scale, threads_);
-    scale.x = scale.out = pt;
-    scale.row = inverse.data();
-    scale.col = nullptr;
-    run(scale, threads_);
+    scale_columns(p, pt, inverse.data(), threads_);
   }
 
   // P <- its orthonormal factor: by CholeskyQR where the columns, which are of length 1, are near

@@ -28,16 +28,6 @@ namespace {
 
 #include "pole_table.inl"  // kTable
 
-// alpha A B + gamma I + beta E with B and E as they are and Aᵀ given (and A, where it is at hand),
-// to any of the outputs.
-Product multiply(const Panels& a_t, const Panels& a, const Panels& b) {
-  Product p;
-  p.a = a_t;
-  p.a_t = a;
-  p.b = b;
-  return p;
-}
-
 // sums[g] = or += w (B + s I)^-1 of the scaled B, as W Wᵀ with W the inverse of a Cholesky factor.
 bool add_inverse(const PoleSum& call, int g, double s, double weight, bool first, int threads) {
   Combine shift;
