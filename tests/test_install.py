@@ -225,6 +225,23 @@ def test_no_wgmma_of_the_kernels_is_serialized(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_what_one_architecture_has_compiles_for_all(tmp_path):
+    """For those that a build makes where nobody says which."""
+    listed = re.search(r"^ARCHITECTURES = \((.*)\)", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    architectures = re.findall(r"\w+", listed[1])
+    assert {"80", "90a", "120"} <= set(architectures)
+    kernels = (ROOT / "csrc" / "cuda").glob("*/*.cu")
+    special = [path for path in kernels if "sm90" in path.read_text()]
+    assert [path.name for path in special] == ["product_wgmma.cu"]
+    for architecture in architectures:
+        for source in special:
+            command = [NVCC, "-std=c++17", "-O1", f"-arch=compute_{architecture}", "-ptx"]
+            command += [str(source), "-o", str(tmp_path / "kernel.ptx")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{architecture}: {done.stderr[-2000:]}"
+
+
 # What the machine has, and what setup.py makes of it.
 
 

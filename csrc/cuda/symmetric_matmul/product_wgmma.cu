@@ -362,8 +362,15 @@ DEVICE void multiply_unit(Ring& ring, const Unit& u, const Product& p,
   store_rows<kWide>(u, p, buffers, sum, row, sender);
 }
 
+// Processors before sm_90 know no clusters; what they compile is a trap.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define OF_TWO_BLOCKS
+#else
+#define OF_TWO_BLOCKS __cluster_dims__(2, 1, 1)
+#endif
+
 template <bool kF16, bool kWide>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+__global__ void OF_TWO_BLOCKS __launch_bounds__(kThreads, 1)
     product_wgmma_kernel(const __grid_constant__ Table16 table, const __grid_constant__ Maps maps,
                          const __grid_constant__ Product p, const ProductBuffers buffers,
                          int64_t items) {
