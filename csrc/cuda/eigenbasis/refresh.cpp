@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -34,6 +35,28 @@ Eigen jacobi(const Tensor& a, const char* op) {
   return found;
 }
 
+Eigen eigh(const Tensor& symmetric) {
+  auto [values, vectors] =
+      called_for<Tensor, Tensor>("aten::linalg_eigh", "", symmetric, std::string("L"));
+  return {values, vectors};
+}
+
+// Nothing where the solver does not converge. Torch's stable interface does not tell that from
+// other failures, before 2.13 not even in words: but memory that is lacking, a library or a device
+// that does not work are lacking to the identity of this size too, of which every solver is sure.
+std::optional<Eigen> decomposed(const Tensor& symmetric) {
+  try {
+    return eigh(symmetric);
+  } catch (const TorchError&) {
+  }
+  eigh(identity(symmetric.size(0), symmetric));
+  try {
+    return eigh(symmetric);  // memory may have been lacking for a moment
+  } catch (const TorchError&) {
+    return std::nullopt;
+  }
+}
+
 Eigen dense(const Tensor& a) {
   const int64_t n = a.size(-1), count = leading(a);
   const Tensor wide = converted(reshaped(a, {count, n, n}), kDouble);
@@ -41,21 +64,15 @@ Eigen dense(const Tensor& a) {
   for (int64_t i = 0; i < count; i++) {
     const Tensor one = select(wide, 0, i);
     if (!all_finite(one)) continue;
-    try {
-      const auto [values, vectors] = called_for<Tensor, Tensor>(
-          "aten::linalg_eigh", "", one * 0.5 + transposed_matrix(one) * 0.5, std::string("L"));
-      const auto [falling, order] = sorted(values);
-      const Tensor columns = index_select(vectors, 1, order);
-      const Tensor place = called<Tensor>("aten::argmax", "", absolute(columns),
-                                          std::optional(int64_t(0)), /*keepdim=*/true);
-      const Tensor largest = called<Tensor>("aten::gather", "", columns, int64_t(0), place, false);
-      select(found.values, 0, i).copy_(falling);
-      select(found.vectors, 0, i).copy_(columns * unary("aten::sign", largest));
-    } catch (const TorchError& error) {  // has not converged, or so for all that this torch says
-      const std::string words = error.what();
-      if (words.find(": ") != std::string::npos && words.find("linalg.eigh") == std::string::npos)
-        throw;
-    }
+    const std::optional<Eigen> one_found = decomposed(one * 0.5 + transposed_matrix(one) * 0.5);
+    if (!one_found) continue;
+    const auto [falling, order] = sorted(one_found->values);
+    const Tensor columns = index_select(one_found->vectors, 1, order);
+    const Tensor place = called<Tensor>("aten::argmax", "", absolute(columns),
+                                        std::optional(int64_t(0)), /*keepdim=*/true);
+    const Tensor largest = called<Tensor>("aten::gather", "", columns, int64_t(0), place, false);
+    select(found.values, 0, i).copy_(falling);
+    select(found.vectors, 0, i).copy_(columns * unary("aten::sign", largest));
   }
   return found;
 }
