@@ -31,6 +31,9 @@ STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # Of kernels and of the linker, such as sanitizers.
 FLAGS = tuple(os.environ.get("SPECTRAL_KERNELS_EMULATION_FLAGS", "").split())
+# Its calls have functions in cuda_emulation/races.cpp: its library has no part in this.
+RACES = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+LINKED = tuple(flag for flag in FLAGS if flag not in RACES)
 
 
 def compiler() -> str:
@@ -59,6 +62,11 @@ def compile_binding(source: Path, to: Path) -> None:
         + ["-DSPECTRAL_KERNELS_EMULATION"]
         + ["-o", str(to)]
     )
+
+
+def compile_plain(source: Path, to: Path) -> None:
+    """One file without torch and without kernels."""
+    run([compiler(), "-std=c++17", "-O2", "-g0", "-fPIC", "-c", str(source), "-o", str(to)])
 
 
 def run(command: Sequence[str]) -> None:
@@ -110,6 +118,8 @@ def library() -> ctypes.CDLL:
         )
     ]
     sources = dict.fromkeys(kernels(), compile_kernel) | dict.fromkeys(bindings, compile_binding)
+    sources[EMULATION / "races.cpp"] = compile_plain
+    others = [path for path in sources if path not in kernels()]
     included = {path: {*shared, *including(path)} for path in sources}
     all_files = {path for files in included.values() for path in files}
     built = ROOT / "build" / "emulation" / f"{fingerprint(all_files, FLAGS)}.so"
@@ -117,7 +127,7 @@ def library() -> ctypes.CDLL:
         built.parent.mkdir(parents=True, exist_ok=True)
         objects = {
             path: built.parent / f"{_label(path)}-{fingerprint(included[path], flags)}.o"
-            for paths, flags in ((kernels(), FLAGS), (bindings, ()))
+            for paths, flags in ((kernels(), FLAGS), (others, ()))
             for path in paths
         }
         with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
@@ -132,7 +142,7 @@ def library() -> ctypes.CDLL:
                 done.result()
             torch_libraries = Path(torch.__file__).parent / "lib"
             run(
-                [compiler(), "-shared", *FLAGS, "-o", str(Path(folder) / "emulation.so")]
+                [compiler(), "-shared", *LINKED, "-o", str(Path(folder) / "emulation.so")]
                 + [str(path) for path in objects.values()]
                 + ["-L", str(torch_libraries), "-ltorch_cpu"]
             )
@@ -194,18 +204,36 @@ def slices(elements: int) -> Iterator[None]:
         set_elements(before)
 
 
-def barriers() -> dict[str, str]:
-    """Every block-wide barrier in the kernels as "folder/file:line", with the file and what
-    follows."""
+@contextlib.contextmanager
+def races_watched() -> Iterator[None]:
+    """Launches fail where the order of two accesses is left to chance, with RACES among FLAGS."""
+    watch = library().watch_races
+    watch(1)
+    try:
+        yield
+    finally:
+        watch(0)
+
+
+def _lines(*beginnings: str) -> dict[str, str]:
+    """Where kernels have lines that begin so, as "folder/file:line", and what follows."""
     found = {}
     for path in sorted([*CUDA.glob("*/*.cu"), *CUDA.glob("*/*.h")]):
         lines = [line.strip() for line in path.read_text().splitlines()]
         for number, line in enumerate(lines, 1):
-            if line == "__syncthreads();" or line.startswith(("BARRIER(", "CLUSTER_BARRIER(")):
-                following = " ".join(lines[number : number + 2])
-                name = str(path.relative_to(CUDA))
-                found[f"{name}:{number}"] = f"{name}: {following}"
+            if line.startswith(beginnings):
+                found[f"{path.relative_to(CUDA)}:{number}"] = " ".join(lines[number : number + 2])
     return found
+
+
+def barriers() -> dict[str, str]:
+    """Every barrier in the kernels that more than a warp waits at."""
+    return _lines("__syncthreads();", "BARRIER(", "CLUSTER_BARRIER(")
+
+
+def fences() -> dict[str, str]:
+    """Every fence in the kernels."""
+    return _lines("__threadfence();")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import arrange, arranged, barriers, emulated
+from emulated_cuda import arrange, arranged, barriers, emulated, fences
 from spectral_kernels import _cuda
 from support.cases import later_step, new_step
 from support.inputs import MUON, gaussian, semidefinite, with_eigenvalues
@@ -25,32 +26,6 @@ def loaded():
     """The operators, and one thread: a forked process has no others."""
     torch.set_num_threads(1)
     emulated_cuda.library()
-
-
-# Barriers whose absence cannot be seen here, by what follows them.
-UNSEEN = {
-    "eigenbasis/jacobi.cu: } if (lane == 0) scratch[warp] = worst;": (
-        "rotations are whole here, and any order of them ends in the same vectors"
-    ),
-    "inverse_root/iteration.cu: "
-    "}; const auto multiply = [&](bool by_m) {  // Y <- B / nu Y, or X Y": (
-        "the first signs meet another barrier; the second lead to a number that is only compared "
-        "with its limit, some hundred times above"
-    ),
-    "inverse_root/iteration.cu: return float(sqrt(error / all)); };": "likewise",
-    "symmetric_matmul/queue.cu: if (threadIdx.x == 0) { __threadfence();": (
-        "other blocks run only while this one waits, and by then all of its threads have written"
-    ),
-    "symmetric_matmul/queue.cu: if (p.shape == Shape::kWide) "
-    "multiply_unit<kTile, kPlanes, kF16, true>(unit, p, buffers, shared);": (
-        "a unit begins with a barrier of its own"
-    ),
-    "symmetric_matmul/tile_mma.h: } if (p.d != nullptr) {": (
-        "both mirror images of these products are summed alike here, which tensor cores need not do"
-    ),
-    "symmetric_matmul/product_wgmma.cu: } "
-    "lost = larger(lost, store_in_target<kWide>(how, panel));": "likewise",
-}
 
 
 def build(source, to, *flags):
@@ -151,6 +126,12 @@ def products():
     return [iterated(long, rows), iterated(square, 2 * rows)]
 
 
+def two_planes():
+    """Products whose matrices are two halves each, in both forms."""
+    rows = [(2.0, -1.5, 0.5)]
+    return [iterated(gaussian(140, 200), rows), iterated(gaussian(130, 400).half(), 2 * rows)]
+
+
 # Products by wgmma, whose stretches of four steps fit into the ring: a warp may be a tile ahead.
 HOPPER = {"wgmma": True, "multiprocessors": 4, "delivery": "early"}
 
@@ -158,8 +139,9 @@ HOPPER = {"wgmma": True, "multiprocessors": 4, "delivery": "early"}
 def hopper_products():
     """What only sm_90a runs, under HOPPER."""
     gram = torch.ops.spectral_kernels_emulated.gram
-    x = gaussian(2, 300, 200).bfloat16()
-    return [iterated(gaussian(200, 300).bfloat16(), [(2.0, -1.5, 0.5)]), gram(x)]
+    # The rows of one result are whole words of 16 bytes.
+    xs = gaussian(300, 200).bfloat16(), gaussian(304, 72).bfloat16()
+    return [iterated(gaussian(200, 300).bfloat16(), [(2.0, -1.5, 0.5)]), *map(gram, xs)]
 
 
 def misaligned(x):
@@ -168,7 +150,7 @@ def misaligned(x):
     return room[1:].view(x.shape).copy_(x)
 
 
-def unaligned():
+def unaligned(misaligned=misaligned):
     """Inputs and state at addresses that are multiples of nothing but an element."""
     gram = torch.ops.spectral_kernels_emulated.gram
     xs = gaussian(60, 700), gaussian(20, 256).bfloat16(), gaussian(130, 129).half()
@@ -226,15 +208,23 @@ def test_no_order_changes_a_bit():
                     assert same_bits(part(), results), f"order {order}: {part.__name__}"
 
 
-def test_no_undefined_behaviour():
-    """Shifts, conversions, alignment and index arithmetic of every kernel."""
+# Kernels that tell of every access, and of what C++ does not define; whose multiplications and
+# additions are fused as the compiler likes, as nvcc does it.
+CHECKED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined", *emulated_cuda.RACES)
+HAS_FMA = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+if HAS_FMA:
+    CHECKED += ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations")
+
+
+def checked(statement):
+    """What a statement prints in a process of its own, whose emulation is built with CHECKED."""
     program = (
         "import torch, emulated_cuda, test_cuda_emulation as t\n"
         "torch.set_num_threads(1)\n"
-        "with emulated_cuda.emulated(): t.workload(), t.unaligned()"
+        f"with emulated_cuda.emulated(), emulated_cuda.races_watched(): {statement}"
     )
-    flags = "-O1 -fsanitize=undefined -fno-sanitize-recover=undefined"
     paths = os.pathsep.join([str(emulated_cuda.ROOT / "tests"), *filter(None, sys.path)])
+    flags = " ".join(CHECKED)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": paths, "SPECTRAL_KERNELS_EMULATION_FLAGS": flags},
@@ -242,26 +232,61 @@ def test_no_undefined_behaviour():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
-def test_addresses_are_multiples_of_nothing_but_an_element(monkeypatch):
-    found = unaligned()
-    monkeypatch.setattr(sys.modules[__name__], "misaligned", torch.clone)
-    assert same_bits(found, unaligned())
+def print_checked():
+    """All kernels, and a word of what they compute; one way or another, the same bits."""
+    results = workload()
+    assert same_bits(unaligned(), unaligned(torch.clone))
+    by_wgmma = []
+    for order in (0, 3):
+        with arranged(**{**HOPPER, "order": order}):
+            by_wgmma.append(hopper_products())
+    assert same_bits(*by_wgmma)
+    for kinds in (products, grams, two_planes):
+        with arranged(queue=False):
+            expected = kinds()
+        for order in (0, 3):
+            with arranged(order, residents=4, queue=True):
+                assert same_bits(kinds(), expected), kinds.__name__
+    print(digest(results))
 
 
-def noticed(barrier, expected, **arrangement):
+def digest(results):
+    total = hashlib.sha256()
+    for result in (one for part in results.values() for one in part):
+        total.update(result.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_no_undefined_behaviour_no_race_and_no_bits_left_to_the_compiler():
+    """Shifts, conversions, alignment and index arithmetic of every kernel; no access whose place
+    among those of other threads is left to chance, be they of other blocks; and no result that
+    depends on the way it was computed, however the compiler rounds."""
+    found = checked("t.print_checked()").strip()
+    assert len(found) == 64
+    if HAS_FMA:  # this one does round otherwise
+        with emulated():
+            assert found != digest(workload())
+
+
+def test_addresses_are_multiples_of_nothing_but_an_element():
+    assert same_bits(unaligned(), unaligned(torch.clone))
+
+
+def noticed(site, expected, **arrangement):
     """Whether some results differ, or the emulation fails, in a process of its own.
 
-    Parts that the barrier's file is about come first: most barriers are missed at once.
+    Parts that the site's file is about come first: most are missed at once.
     """
-    about = barrier.split(".")[0]
+    about = site.split(".")[0]
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            arrange(left_out=barrier, **arrangement)
+            arrange(left_out=site, **arrangement)
             parts = sorted(expected, key=lambda part: about not in PARTS.get(part, ()))
             status = 0 if all(same_bits(part(), expected[part]) for part in parts) else 1
         finally:
@@ -269,37 +294,35 @@ def noticed(barrier, expected, **arrangement):
     return os.waitpid(child, 0)[1] != 0
 
 
-def test_every_barrier_is_missed():
-    with emulated():
-        everything, few = workload(), {products: products()}
-        with arranged(**HOPPER):
-            by_wgmma = {hopper_products: hopper_products()}
-        assert not noticed("none", by_wgmma, **HOPPER)
-        assert not noticed("none", everything)
+def missed(site, workload, few, by_wgmma):
+    """Whether a barrier or a fence is, by what is computed without it or by a race."""
+    if site.startswith("symmetric_matmul/product_wgmma"):
+        return any(
+            noticed(site, by_wgmma, **{**HOPPER, "order": order, "delivery": delivery})
+            for delivery in ("early", "late")
+            for order in (0, 1, 3)
+        )
+    queued = "symmetric_matmul/queue", "symmetric_matmul/tile", "symmetric_matmul/epilogue"
+    if site.startswith(queued) and noticed(site, few, residents=4):
+        return True
+    return noticed(site, workload)
 
-        def missed(site):
-            if site.startswith("symmetric_matmul/product_wgmma"):
-                return any(
-                    noticed(site, by_wgmma, **{**HOPPER, "order": order, "delivery": delivery})
-                    for delivery in ("early", "late")
-                    for order in (0, 1, 3)
-                )
-            together = ({"residents": 7}, {"residents": 4, "order": 3})
-            queued = (
-                "symmetric_matmul/queue",
-                "symmetric_matmul/tile",
-                "symmetric_matmul/epilogue",
-            )
-            if site.startswith(queued) and any(
-                noticed(site, few, **arrangement) for arrangement in together
-            ):
-                return True
-            return any(noticed(site, everything, order=order) for order in (0, 1, 3))
 
-        sites = [site for site, following in barriers().items() if following not in UNSEEN]
-        assert len(sites) > 10
-        unnoticed = [site for site in sites if not missed(site)]
-    assert not unnoticed, ", ".join(unnoticed)
+def print_unmissed():
+    """Barriers and fences without which everything goes on as it was."""
+    expected, few = workload(), {products: products()}
+    with arranged(**HOPPER):
+        by_wgmma = {hopper_products: hopper_products()}
+    assert not noticed("none", by_wgmma, **HOPPER)
+    assert not noticed("none", few, residents=4)
+    assert not noticed("none", expected)
+    sites = [*barriers(), *fences()]
+    assert len(barriers()) > 50 and len(fences()) > 5
+    print(*(site for site in sites if not missed(site, expected, few, by_wgmma)))
+
+
+def test_every_barrier_and_every_fence_is_missed():
+    assert checked("t.print_unmissed()").split() == []
 
 
 def test_products_wait_for_what_they_read():

@@ -9,8 +9,9 @@
 // misaligned shared addresses; barriers that not all threads reach; a missing barrier, since one
 // warp runs as far as it can before the next one does; waits that never end. Blocks run one after
 // another, or several at a time (`residents`), of which each goes from barrier to barrier in turn.
-// Barriers wait for as many threads as they say. What only sm_90a has is in sm90.h.
-// What it cannot find: memory fences, bank conflicts, speed.
+// Barriers wait for as many threads as they say. What only sm_90a has is in sm90.h. Missing fences,
+// and whatever else leaves the order of two accesses to chance, are found where kernels are
+// compiled as races.cpp says. What it cannot find: bank conflicts, speed.
 //
 // A failure ends the launch with a std::runtime_error; an access outside shared memory is a
 // segmentation fault.
@@ -59,6 +60,7 @@ namespace emulation {
 
 template <class T>
 T shuffle(T value, unsigned source) {
+  const Inside inside;
   static_assert(sizeof(T) <= 32);
   auto& words = exchange();
   memcpy(words[lane()], &value, sizeof(T));
@@ -146,6 +148,7 @@ void multiply(Words& words) {
 
 template <float (*kValue)(uint32_t)>
 void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  const Inside inside;
   Words& words = exchange();
   uint32_t* own = words[lane()];
   memcpy(own, d, 16);
@@ -168,9 +171,11 @@ inline void check_word(const void* p) {
 }
 
 inline void load(uint32_t r[4], const void* row, bool transposed) {
+  const Inside inside;
   auto& words = exchange();
   const unsigned l = lane();
   check_shared(row, 16, 16);
+  touches(row, 16, false);
   memcpy(words[l], &row, sizeof(row));
   wait_for_warp();
   for (unsigned i = 0; i < 4; i++) {
@@ -202,7 +207,21 @@ inline bool is_left_out(const char* file, int line) {
 }
 // A barrier waits for `count` threads, whether or not others have ended.
 inline void barrier(int which, int count, const char* file, int line) {
-  if (!is_left_out(file, line)) wait(block->barriers[which], count, [] {});
+  const Inside inside;
+  if (!is_left_out(file, line)) meet(block->barriers[which], count);
+}
+inline void meet_in_warp() {
+  const Inside inside;
+  const int warp = int(current->index / 32);
+  meet(block->warp_barriers[size_t(warp)], std::min(32, threads - warp * 32));
+}
+inline void fence(const char* file, int line) {
+  const Inside inside;
+  if (watcher != nullptr && !is_left_out(file, line)) watcher->fence();
+}
+// Atomics put nothing in order but with fences.
+inline void atomic(const void* p) {
+  if (watcher != nullptr) watcher->atomic(p);
 }
 
 inline void set_order(int value) {
@@ -230,8 +249,8 @@ inline int multiprocessors = 132;  // that a cost model is told
 // Barriers know where they stand, so that a test can leave out one of them.
 #define __syncthreads() emulation::barrier(0, emulation::threads, __FILE__, __LINE__)
 #define BARRIER(group, threads) emulation::barrier(1 + (group), threads, __FILE__, __LINE__)
-inline void __threadfence() {}
-inline void __syncwarp() { emulation::wait_for_warp(); }
+#define __threadfence() emulation::fence(__FILE__, __LINE__)
+inline void __syncwarp() { emulation::meet_in_warp(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::shuffle(value, emulation::lane() ^ unsigned(mask));
@@ -242,6 +261,8 @@ T __shfl_sync(unsigned, T value, int source) {
 }
 template <class T>
 T atomicAdd(T* p, T value) {
+  const emulation::Inside inside;
+  emulation::atomic(p);
   const T old = *p;
   *p = old + value;
   ++emulation::progress;
@@ -249,6 +270,8 @@ T atomicAdd(T* p, T value) {
 }
 template <class T>
 T atomicMax(T* p, T value) {
+  const emulation::Inside inside;
+  emulation::atomic(p);
   const T old = *p;
   *p = std::max(old, value);
   return old;
@@ -270,6 +293,7 @@ inline void load_matrix_transposed(uint32_t r[4], const void* row) {
   emulation::load(r, row, true);
 }
 inline uint32_t transpose_matrix(uint32_t value) {
+  const emulation::Inside inside;
   auto& words = emulation::exchange();
   const unsigned l = emulation::lane();
   words[l][0] = value;
@@ -283,21 +307,30 @@ inline uint32_t transpose_matrix(uint32_t value) {
 }
 // The bytes arrive at the wait; until then their place holds NaN.
 inline void copy_async(void* to, const void* from, bool valid) {
+  const emulation::Inside inside;
   emulation::check_shared(to, 16, 16);
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
     emulation::die("a cp.async source is misaligned");
   emulation::PendingCopy copy{static_cast<char*>(to), emulation::current->groups, {}};
+  emulation::touches(to, 16, true);
+  if (valid) emulation::touches(from, 16, false);
   if (valid) memcpy(copy.bytes, from, 16);
   memset(to, 0xFF, 16);
   emulation::current->copies.push_back(copy);
 }
-inline void copy_async_commit() { emulation::current->groups++; }
+inline void copy_async_commit() {
+  const emulation::Inside inside;
+  emulation::current->groups++;
+}
 template <int N>
 void copy_async_wait() {
+  const emulation::Inside inside;
   auto& copies = emulation::current->copies;
   auto next = copies.begin();
-  for (; next != copies.end() && next->group + N < emulation::current->groups; ++next)
+  for (; next != copies.end() && next->group + N < emulation::current->groups; ++next) {
+    emulation::touches(next->to, 16, true);
     memcpy(next->to, next->bytes, 16);
+  }
   copies.erase(copies.begin(), next);
 }
 inline uint32_t pack_f16(float low, float high) {
@@ -316,21 +349,32 @@ template <class T>
 T fresh(const T* p) {
   return *p;
 }
+inline uint32_t load_relaxed(const uint32_t* p) {
+  const emulation::Inside inside;
+  if (emulation::watcher != nullptr) emulation::watcher->load_relaxed(p);
+  return *p;
+}
 inline uint4 load_words(const void* p) {
+  const emulation::Inside inside;
+  emulation::touches(p, 16, false);
   emulation::check_word(p);
   uint4 v;
   memcpy(&v, p, sizeof(v));
   return v;
 }
 inline void store_words(void* p, uint4 v) {
+  const emulation::Inside inside;
+  emulation::touches(p, 16, true);
   emulation::check_word(p);
   memcpy(p, &v, sizeof(v));
 }
 inline void prefetch_line(const void*) {}
 inline int own_thread() { return int(emulation::current->index); }
 inline void wait_for(const uint32_t* p, uint32_t least) {
+  const emulation::Inside inside;
   if (emulation::left_out == "wait_for") return;
   while (*p < least) emulation::yield();
+  emulation::hear(p);
 }
 inline float rounded_product(float a, float b) { return a * b; }
 inline uint32_t bits_of(float x) { return emulation::to_bits(x); }

@@ -37,8 +37,9 @@ struct alignas(64) CUtensorMap {
 namespace emulation {
 
 inline void cluster_barrier(const char* file, int line) {
+  const Inside inside;
   if (is_left_out(file, line)) return;
-  wait(block->cluster[0]->cluster_barrier, threads * int(block->cluster.size()), [] {});
+  meet(block->cluster[0]->cluster_barrier, threads * int(block->cluster.size()));
 }
 
 enum class Delivery { kLate, kEarly, kRandom };
@@ -187,6 +188,7 @@ inline Mbarrier& mbarrier(uint64_t* barrier) {
   return mbarrier(block, offset_of(barrier));
 }
 inline void arrive(Mbarrier& own) {
+  tell(&own);
   if (own.pending == 0) die("more arrivals at an mbarrier than it counts");
   own.pending--;
   ++progress;
@@ -250,6 +252,16 @@ inline void check_box(const CUtensorMap& map, const void* shared) {
   if (reinterpret_cast<uintptr_t>(&map) % 64 != 0) die("a tensor map is misaligned");
 }
 
+// What a box has of its tensor is read or written.
+inline void touches_box(const CUtensorMap& map, int x, int y, int z, bool write) {
+  if (watcher == nullptr || z >= map.sizes[2]) return;
+  const int64_t columns = std::min<int64_t>(map.box[0], map.sizes[0] - x);
+  for (int64_t line = y; columns > 0 && line < std::min(y + int64_t(map.box[1]), map.sizes[1]);
+       line++)
+    touches(map.base + x * map.strides[0] + line * map.strides[1] + z * map.strides[2],
+            size_t(columns * map.strides[0]), write);
+}
+
 inline void load_box(void* to, const void* map, uint64_t* barrier, int x, int y, int z,
                      const std::vector<Block*>& blocks) {
   const auto& source = *static_cast<const CUtensorMap*>(map);
@@ -259,7 +271,10 @@ inline void load_box(void* to, const void* map, uint64_t* barrier, int x, int y,
     mbarrier(other, offset_of(barrier));
     if (sm90(other).ready.count(offset_of(barrier)) == 0) die("TMA may not see the mbarrier yet");
     memset(other->shared_memory->data() + offset, 0xFF, bytes);
+    touches(other->shared_memory->data() + offset, bytes, true);
+    tell(&mbarrier(other, offset_of(barrier)));
   }
+  touches_box(source, x, y, z, false);
   Sm90& own = sm90();
   own.copies.push_back({source, offset, offset_of(barrier), blocks, {x, y, z}});
   if (at_once()) own.deliver(own.copies.size() - 1);
@@ -268,6 +283,7 @@ inline void load_box(void* to, const void* map, uint64_t* barrier, int x, int y,
 // Four 8 x 8 matrices from the registers of a warp to the rows that its lanes name.
 inline void store(void* row, const uint32_t (&r)[4], bool transposed) {
   check_shared(row, 16, 16);
+  touches(row, 16, true);
   Words& words = exchange();
   memcpy(words[lane()], &row, sizeof(row));
   memcpy(words[lane()] + 4, r, sizeof(r));
@@ -326,6 +342,7 @@ namespace spectral_kernels::cuda {
 inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  const emulation::Inside inside;
   emulation::check_shared(barrier, 8, 8);
   emulation::sm90().made.insert(emulation::offset_of(barrier));
   auto& made = *reinterpret_cast<emulation::Mbarrier*>(barrier);
@@ -333,67 +350,92 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   made.phase = 0;
   made.bytes = 0;
 }
-inline void mbarrier_init_fence() { emulation::sm90().ready = emulation::sm90().made; }
-inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive(emulation::mbarrier(barrier)); }
+inline void mbarrier_init_fence() {
+  const emulation::Inside inside;
+  emulation::sm90().ready = emulation::sm90().made;
+}
+inline void mbarrier_arrive(uint64_t* barrier) {
+  const emulation::Inside inside;
+  emulation::arrive(emulation::mbarrier(barrier));
+}
 inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  const emulation::Inside inside;
   emulation::check_shared(barrier, 8, 8);
   emulation::arrive(emulation::mbarrier(emulation::block->cluster.at(size_t(rank)),
                                         emulation::offset_of(barrier)));
 }
 inline void mbarrier_expect(uint64_t* barrier, int bytes) {
+  const emulation::Inside inside;
   emulation::mbarrier(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
 }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  const emulation::Inside inside;
   const emulation::Mbarrier& own = emulation::mbarrier(barrier);
   while (own.phase == parity)
     if (!emulation::at_once() || !emulation::sm90().move_on()) emulation::yield();
+  emulation::hear(&own);
 }
 
 inline int cluster_rank() {
+  const emulation::Inside inside;
   const auto& cluster = emulation::block->cluster;
   return int(std::find(cluster.begin(), cluster.end(), emulation::block) - cluster.begin());
 }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void prefetch_map(const void* map) {
+  const emulation::Inside inside;
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0) emulation::die("a tensor map is misaligned");
 }
 
 inline void tma_load(void* to, const void* map, uint64_t* barrier, int x, int y, int z) {
+  const emulation::Inside inside;
   emulation::load_box(to, map, barrier, x, y, z, {emulation::block});
 }
 inline void tma_load_both(void* to, const void* map, uint64_t* barrier, int x, int y, int z) {
+  const emulation::Inside inside;
   emulation::load_box(to, map, barrier, x, y, z, emulation::block->cluster);
 }
 inline void tma_store(const void* map, const void* from, int x, int y, int z) {
+  const emulation::Inside inside;
   const auto& target = *static_cast<const CUtensorMap*>(map);
   emulation::check_box(target, from);
   const unsigned first = emulation::current->index / 128 * 4;
   for (unsigned warp = first; warp < first + 4; warp++)
     if (emulation::sm90().unseen.count(warp) != 0)
       emulation::die("TMA does not see a result without a fence");
+  emulation::touches(from, size_t(target.box[0] * target.box[1]) * 2, false);
+  emulation::touches_box(target, x, y, z, true);
   emulation::own_stores().back().push_back({target, emulation::offset_of(from), {x, y, z}});
 }
 inline void tma_store_commit() {
+  const emulation::Inside inside;
   emulation::Stores& own = emulation::own_stores();
   own.push_back({});
   if (emulation::at_once()) emulation::execute(own, 0);
 }
 template <int kLeft>
 void tma_store_wait() {
+  const emulation::Inside inside;
   emulation::execute(emulation::own_stores(), kLeft);
 }
 inline void fence_for_tma() {
+  const emulation::Inside inside;
   emulation::wait_for_warp([] { emulation::sm90().unseen.erase(emulation::current->index / 32); });
 }
-inline void store_matrix(void* row, const uint32_t (&r)[4]) { emulation::store(row, r, false); }
+inline void store_matrix(void* row, const uint32_t (&r)[4]) {
+  const emulation::Inside inside;
+  emulation::store(row, r, false);
+}
 inline void store_matrix_transposed(void* row, const uint32_t (&r)[4]) {
+  const emulation::Inside inside;
   emulation::store(row, r, true);
 }
 
 template <int kCount>
 void take_registers() {
+  const emulation::Inside inside;
   static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
   const int more = kCount - emulation::registers_at_launch();
   if (more < 0) emulation::die("setmaxnreg.inc to fewer registers");
@@ -402,6 +444,7 @@ void take_registers() {
 }
 template <int kCount>
 void leave_registers() {
+  const emulation::Inside inside;
   static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
   const int fewer = emulation::registers_at_launch() - kCount;
   if (fewer < 0) emulation::die("setmaxnreg.dec to more registers");
@@ -410,15 +453,18 @@ void leave_registers() {
 }
 
 inline void wgmma_fence() {
+  const emulation::Inside inside;
   emulation::wait_for_warp([] { emulation::own_products().fenced = true; });
 }
 template <bool kF16, int kColumnsA, int kColumnsB>
 void wgmma(float* sums, uint64_t a, uint64_t b) {
+  const emulation::Inside inside;
   emulation::issue(sums, {a, b, kF16, kColumnsA != 0, kColumnsB != 0});
 }
 template <int kCount>
 void fence_sums(float*) {}
 inline void wgmma_commit() {
+  const emulation::Inside inside;
   emulation::wait_for_warp([] {
     emulation::WarpProducts& own = emulation::own_products();
     own.groups.push_back({});
@@ -427,6 +473,7 @@ inline void wgmma_commit() {
 }
 template <int kLeft>
 void wgmma_wait() {
+  const emulation::Inside inside;
   emulation::wait_for_warp([] {
     emulation::WarpProducts& own = emulation::own_products();
     emulation::execute(own, kLeft);

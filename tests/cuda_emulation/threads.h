@@ -52,9 +52,12 @@ class Guarded {
   char* map_ = nullptr;
 };
 
+struct Fiber;
+
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
+  std::vector<Fiber*> members;  // that have arrived, where somebody watches
 };
 
 struct PendingCopy {
@@ -79,6 +82,7 @@ struct Fiber {
   unsigned generation = 0;
   std::vector<PendingCopy> copies;  // oldest first
   unsigned groups = 0;              // of copies that are complete; the next one is open
+  int inside = 1;                   // of functions of the emulation; 0: in a kernel's own code
 };
 
 // What the lanes of a warp hand to each other; two buffers, so that one barrier a collective is
@@ -94,6 +98,20 @@ struct Extra {
   // Does what has been put off until nobody can go on; false if there is nothing.
   virtual bool move_on() = 0;
   virtual void check_end() = 0;
+};
+
+// Is told what threads do with memory, and what puts that in order: see races.cpp.
+struct Watcher {
+  virtual ~Watcher() = default;
+  virtual void start_launch(const void* parameters, size_t bytes) = 0;
+  virtual void start_block() = 0;
+  virtual void meet(const std::vector<Fiber*>& members) = 0;
+  virtual void fence() = 0;
+  virtual void atomic(const void* p) = 0;
+  virtual void load_relaxed(const void* p) = 0;
+  virtual void acquire(const void* p) = 0;
+  virtual void release(const void* p) = 0;
+  virtual void access(const void* p, size_t bytes, bool write, const void* code) = 0;
 };
 
 struct Block {
@@ -122,6 +140,7 @@ inline int order = 0;
 inline std::string failure;
 inline bool truncation = false;
 inline int residents = 1;
+inline Watcher* watcher = nullptr;
 inline std::mt19937 generator(0);
 
 // Jumps are functions of their own: the compiler cannot have both ends of one in one function.
@@ -162,6 +181,42 @@ void wait(Barrier& barrier, int count, Once once) {
   current->waits_at = nullptr;
 }
 
+// A barrier behind which everybody sees what each has written before it.
+inline void meet(Barrier& barrier, int count) {
+  if (watcher != nullptr) barrier.members.push_back(current);
+  wait(barrier, count, [&] {
+    if (watcher == nullptr) return;
+    watcher->meet(barrier.members);
+    barrier.members.clear();
+  });
+}
+
+// Functions that stand for instructions: what they access of the emulation's own is nobody's.
+struct Inside {
+  [[gnu::no_sanitize("thread")]] Inside() { current->inside++; }
+  [[gnu::no_sanitize("thread")]] ~Inside() { current->inside--; }
+  Inside(const Inside&) = delete;
+};
+
+// A kernel is about to access memory.
+inline void touched(const void* p, size_t bytes, bool write, const void* code) {
+  if (watcher == nullptr || current == nullptr || current->inside != 0) return;
+  const Inside inside;  // the watcher's templates may be those that kernels were compiled with
+  watcher->access(p, bytes, write, code);
+}
+// The same for a function that stands for an instruction.
+inline void touches(const void* p, size_t bytes, bool write) {
+  if (watcher != nullptr) watcher->access(p, bytes, write, __builtin_return_address(0));
+}
+
+// Others hear at a place of what has been done before it was told there.
+inline void tell(const void* p) {
+  if (watcher != nullptr) watcher->release(p);
+}
+inline void hear(const void* p) {
+  if (watcher != nullptr) watcher->acquire(p);
+}
+
 inline bool waits(const Fiber& fiber) {
   return fiber.waits_at != nullptr && fiber.waits_at->generation == fiber.generation;
 }
@@ -181,9 +236,11 @@ inline Words& exchange() {
   return block->exchanges[current->index / 32].words[current->collectives++ & 1];
 }
 
-inline void run_threads() {
+[[gnu::no_sanitize("thread")]] inline void run_threads() {
   for (;;) {
+    current->inside = 0;
     (*body)();
+    current->inside = 1;
     if (!current->copies.empty()) die("a cp.async was never waited for");
     current->finished = true;
     --block->alive;
@@ -226,6 +283,7 @@ inline void start_threads() {
     fiber.started = fiber.started && fiber.finished;
     fiber.finished = false;
     fiber.collectives = fiber.groups = 0;
+    fiber.inside = 1;
     fiber.waits_at = nullptr;
     fiber.copies.clear();
     fiber.index = t;
@@ -257,6 +315,7 @@ inline void start_block(const dim3& index, size_t bytes) {
     block->shared_memory = std::make_unique<Guarded>(bytes);
   memset(block->shared_memory->data(), 0xFF, bytes);
   start_threads();
+  if (watcher != nullptr) watcher->start_block();
 }
 
 // Every warp of the block, as far as it can go: a missing barrier shows.
@@ -312,8 +371,9 @@ void launch(dim3 grid, dim3 block_, size_t bytes, F kernel, unsigned cluster = 1
   threads = int(block_.x * block_.y * block_.z);
   if (threads > 1024) die("more than 1024 threads a block");
   failure.clear();
-  std::function<void()> run = kernel;
+  std::function<void()> run = std::cref(kernel);
   body = &run;
+  if (watcher != nullptr) watcher->start_launch(&kernel, sizeof(kernel));
   if (grid.x % cluster != 0) die("a grid that is not of whole clusters");
   std::vector<dim3> waiting;
   for (unsigned z = 0; z < grid.z; z++)

@@ -89,6 +89,13 @@ template <class T>
 DEVICE T fresh(const T* p) {
   return __ldcg(p);
 }
+// A counter that others raise meanwhile. With a fence behind it, what they had written before
+// theirs is there.
+DEVICE uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t seen;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p) : "memory");
+  return seen;
+}
 // 16 aligned bytes of global memory, by one instruction.
 DEVICE uint4 load_words(const void* p) {
   uint4 v;

@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kThreads)
   if (!last_total<kThreads>(share, norms.squares + e.packed.norm + at.matrix * row_parts(e),
                             at.part, row_parts(e), norms.arrived + matrix, warps, total))
     return;
+  if (threadIdx.x != 0) return;
   const float frobenius = norms.factor[matrix];
-  if (threadIdx.x != 0 || !(frobenius > 0)) return;
+  if (!(frobenius > 0)) return;
   const double own = sqrt(sqrt(sqrt(total) / double(scale))) / double(frobenius);
   norms.factor[matrix] = inverse_of(
       divisor_of(own * norms.norm_factor, norms.eps, pack_shift(largest[matrix], x_f16)));

@@ -29,7 +29,7 @@ DEVICE bool add_parts(float* parts, uint32_t* counter, int chunk, int chunks, fl
   // The last block need not write its own part, if it knows that it is the last. One thread's
   // fence is one for all that stands before its barrier, and for all that comes behind the next.
   if (tid == 0) {
-    *turn = int(fresh(counter));
+    *turn = int(load_relaxed(counter));
     __threadfence();
   }
   BARRIER(group, kThreads);

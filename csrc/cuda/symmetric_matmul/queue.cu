@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kTile * 2, kSquarePlanes == 1 ? 2 : 1)
       taken.all = items_before(e, queue.before[queue.count], kTile);
       wait_for(finished + unit.matrix, items_before(e, queue.before[step], kTile));
     }
-    __syncthreads();
+    // A unit begins with a barrier of its own.
     if (p.shape == Shape::kWide)
       multiply_unit<kTile, kPlanes, kF16, true>(unit, p, buffers, shared);
     else if (kPlanes == kSquarePlanes || p.shape == Shape::kGram)
