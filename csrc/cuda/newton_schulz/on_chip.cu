@@ -348,7 +348,7 @@ struct Apply {
   Update update;
 };
 
-// Blocks at a time that registers are to suffice for.
+// Blocks at a time that registers suffice for; up to 11 are spilled, and read again once a tile.
 constexpr int kApplyBlocks(int tiles) {
   return tiles <= 2 ? 16 / tiles : tiles == 4 ? 3 : tiles == 6 ? 2 : 1;
 }
