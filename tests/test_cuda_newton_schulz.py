@@ -113,6 +113,18 @@ def test_large_matrices_have_no_mates():
     assert same_bits(newton_schulz(x[3] * 2.0**-90, steps=2), together[3])
 
 
+@pytest.mark.parametrize(
+    ("shape", "cleared"), [((20, 30), 1), ((129, 130), 1), ((130, 1500), 2)], ids=str
+)
+def test_counters_are_cleared_together(shape, cleared):
+    """Each time is a launch; sums in parts have counters of their own."""
+    x = gaussian(*shape, dtype=torch.bfloat16)
+    with torch.autograd.profiler.profile() as profile:
+        newton_schulz(x, coefficients=[(2.0, -1.5, 0.5)])
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::zero_"] == cleared
+
+
 def test_rows_without_a_square():
     """A cubic row takes no product."""
     rows = ((1.5, -0.5, 0.0),) * 2

@@ -103,7 +103,7 @@ Scratch::Scratch(const OnChipSizes& sizes, const Tensor& like)
   const int64_t packed = aligned(sizes.packed * 2), parts = aligned(sizes.parts * 4),
                 q = aligned(sizes.q * 2), alpha = aligned(sizes.matrices * 4);
   char* at = bytes(packed + parts + q + alpha);
-  largest_ = zeros({2 * sizes.matrices}, like, kInt);
+  counters_ = zeros({4 * sizes.matrices + 1}, like, kInt);
   buffers.packed = reinterpret_cast<uint16_t*>(at);
   buffers.parts = reinterpret_cast<float*>(at += packed);
   buffers.q = reinterpret_cast<uint16_t*>(at += parts);
@@ -111,12 +111,11 @@ Scratch::Scratch(const OnChipSizes& sizes, const Tensor& like)
 }
 
 ProductWorkspaces Scratch::for_products(const std::vector<ProductPlan>& plans) {
-  int64_t squares = 0, parts = 0, tiles = 0, queue = 0;
+  int64_t squares = 0, parts = 0, tiles = 0;
   for (const ProductPlan& plan : plans) {
     squares = std::max(squares, plan.tiling.squares);
     parts = std::max(parts, plan.tiling.parts);
     tiles = std::max(tiles, plan.tiling.tiles);
-    if (plan.queue) queue = 1 + matrices_;
   }
   const int64_t next = squares == 0 ? 0 : aligned(packed_ * 2), square = aligned(squares * 2);
   char* at = bytes(next + ProductPlan::kSquares * square + parts * 4);
@@ -125,8 +124,11 @@ ProductWorkspaces Scratch::for_products(const std::vector<ProductPlan>& plans) {
   work.next = reinterpret_cast<uint16_t*>(at);
   work.squares = reinterpret_cast<uint16_t*>(at += next);
   work.buffers.parts = reinterpret_cast<float*>(at + ProductPlan::kSquares * square);
-  work.buffers.arrived = zero_bits(tiles + queue);
-  work.buffers.queue = work.buffers.arrived + tiles;
+  if (tiles != 0) {
+    kept_.push_back(zeros({tiles}, like_, kInt));
+    work.buffers.arrived = reinterpret_cast<uint32_t*>(kept_.back().data_ptr());
+  }
+  work.buffers.queue = largest() + 3 * matrices_;
   work.buffers.largest = largest();
   work.factor = norms.factor;
   return work;
@@ -137,7 +139,7 @@ void Scratch::add_norms(std::vector<Entry>& entries, const Plan& plan) {
   char* at = bytes(partial + matrices_ * 4);
   norms.squares = reinterpret_cast<double*>(at);
   norms.factor = reinterpret_cast<float*>(at + partial);
-  norms.arrived = zero_bits(matrices_);
+  norms.arrived = largest() + 2 * matrices_;
   if (plan.schatten8) return;  // follows from the plain norm
   norms.norm_factor = float(plan.norm_factor);
   norms.eps = float(plan.eps);
@@ -146,11 +148,6 @@ void Scratch::add_norms(std::vector<Entry>& entries, const Plan& plan) {
 char* Scratch::bytes(int64_t count) {
   kept_.push_back(empty({count}, like_, kByte));
   return static_cast<char*>(kept_.back().data_ptr());
-}
-
-uint32_t* Scratch::zero_bits(int64_t count) {
-  kept_.push_back(zeros({count}, like_, kInt));
-  return reinterpret_cast<uint32_t*>(kept_.back().data_ptr());
 }
 
 Lists::Lists(const Plan& plan, const Tensor& like)

@@ -52,20 +52,19 @@ class Scratch {
   // Norms of all entries.
   void add_norms(std::vector<Entry>& entries, const Plan& plan);
 
-  uint32_t* largest() const { return reinterpret_cast<uint32_t*>(largest_.data_ptr()); }
+  uint32_t* largest() const { return reinterpret_cast<uint32_t*>(counters_.data_ptr()); }
   uint32_t* targets() const { return largest() + matrices_; }
-  const Tensor& largest_bits() const { return largest_; }
+  const Tensor& largest_bits() const { return counters_; }
 
   OnChipBuffers buffers;
   Norms norms;
 
  private:
   char* bytes(int64_t count);
-  uint32_t* zero_bits(int64_t count);
 
   const Tensor& like_;
   int64_t packed_, matrices_;
-  Tensor largest_;
+  Tensor counters_;  // of all matrices: largest, targets, blocks arrived, the queue; zero at first
   std::vector<Tensor> kept_;
 };
 
