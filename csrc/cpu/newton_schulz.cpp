@@ -108,13 +108,17 @@ double NewtonSchulz::work(int64_t s, int64_t l) const {
 
 size_t NewtonSchulz::workspace_bytes(int64_t s, int64_t l) const {
   const Kind k = kind(), square = k == Kind::kF64 ? Kind::kF64 : Kind::kF32;
-  const size_t x = panel_bytes(s, l, k) + panel_bytes(l, s, k), r = panel_bytes(s, s, square);
-  const size_t extra = k == Kind::kBF16 ? panel_bytes(s, s, k) : 0;
-  return 2 * x + (gram(s, l) ? 5 : schatten8 ? 3 : 2) * r + 2 * extra;
+  const size_t x = panel_bytes(s, l, k) + panel_bytes(l, s, k, Held::kLeftToo);
+  const size_t r = panel_bytes(s, s, square);
+  const size_t extra = k != Kind::kBF16 ? 0
+                                        : panel_bytes(s, s, k, Held::kLeftToo) +
+                                              panel_bytes(s, s, k, Held::kLeftOnly);
+  return 2 * x + (gram(s, l) ? 5 : schatten8 ? 3 : 2) * r + extra;
 }
 
 NewtonSchulz::Input NewtonSchulz::take_input(Workspace& workspace, int64_t s, int64_t l) const {
-  return {take_panels(workspace, s, l, kind()), take_panels(workspace, l, s, kind())};
+  return {take_panels(workspace, s, l, kind()),
+          take_panels(workspace, l, s, kind(), Held::kLeftToo)};
 }
 
 namespace {
@@ -146,8 +150,8 @@ class Iteration {
     next_ = ns_.take_input(workspace_, s_, l_);
     r_ = full();
     z_ = full();
-    r16_ = pairs_ ? halves() : r_;
-    z16_ = pairs_ ? halves() : z_;
+    r16_ = pairs_ ? halves(Held::kLeftToo) : r_;
+    z16_ = pairs_ ? halves(Held::kLeftOnly) : z_;
     if (gram) {
       q_ = full();
       spare_ = full();
@@ -240,7 +244,7 @@ class Iteration {
   Panels full() {
     return take_panels(workspace_, s_, s_, kind_ == Kind::kF64 ? Kind::kF64 : Kind::kF32);
   }
-  Panels halves() { return take_panels(workspace_, s_, s_, Kind::kBF16); }
+  Panels halves(Held held) { return take_panels(workspace_, s_, s_, Kind::kBF16, held); }
 
   void renew(Product form) {
     form.out = next_.x;
@@ -322,7 +326,7 @@ class Iteration {
   Workspace& workspace_;
   NewtonSchulz::Input x_, next_;
   Panels r_, z_, half_, q_, spare_;
-  Panels r16_, z16_;  // in the kind of X
+  Panels r16_, z16_;  // in the kind of X; Z is a left operand only
 };
 
 }  // namespace

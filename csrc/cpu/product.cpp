@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -119,17 +120,35 @@ size_t element_size(DType dtype) {
   return 0;
 }
 
-size_t panel_bytes(int64_t rows, int64_t cols, Kind kind) {
-  const int64_t P = kernels().panel[int(kind)];
-  const int64_t words = kind == Kind::kBF16 ? ceil_div(rows, 2) : rows;
-  const size_t word = kind == Kind::kF64 ? 8 : 4;
-  return Workspace::rounded(size_t(ceil_div(cols, P) * P * words) * word);
+namespace {
+
+int64_t words_of_panel(int64_t rows, Kind kind) {
+  return (kind == Kind::kBF16 ? ceil_div(rows, 2) : rows) * kernels().panel[int(kind)];
 }
 
-Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind) {
-  const int64_t words = kind == Kind::kBF16 ? ceil_div(rows, 2) : rows;
-  return {workspace.take(panel_bytes(rows, cols, kind)), rows, cols, kind,
-          words * kernels().panel[int(kind)]};
+// Bytes of the panels [0] and of the left image [1].
+std::pair<size_t, size_t> bytes_of(int64_t rows, int64_t cols, Kind kind, Held held) {
+  const int64_t P = kernels().panel[int(kind)], panels = ceil_div(cols, P);
+  const size_t word = kind == Kind::kF64 ? 8 : 4;
+  const size_t image =
+      Workspace::rounded(size_t(ceil_div(rows, P) * panels * kernels().image_words[int(kind)]) * 4);
+  const size_t data = Workspace::rounded(size_t(panels * words_of_panel(rows, kind)) * word);
+  return {held == Held::kLeftOnly && image > 0 ? 0 : data, held == Held::kPanels ? 0 : image};
+}
+
+}  // namespace
+
+size_t panel_bytes(int64_t rows, int64_t cols, Kind kind, Held held) {
+  const auto [data, image] = bytes_of(rows, cols, kind, held);
+  return data + image;
+}
+
+Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind, Held held) {
+  const auto [data, image] = bytes_of(rows, cols, kind, held);
+  Panels p{nullptr, rows, cols, kind, words_of_panel(rows, kind)};
+  if (data > 0) p.data = workspace.take(data);
+  if (image > 0) p.left = workspace.take(image);
+  return p;
 }
 
 Product multiply(const Panels& a, const Panels& b) { return multiply(a, {}, b); }
@@ -301,9 +320,8 @@ double max_abs(const Matrix& m, int threads) {
 int exponent_of(double x) { return x > 0 ? std::ilogb(x) : 0; }
 
 Matrix flat(const Panels& p) {
-  const int64_t P = kernels().panel[int(p.kind)];
-  const int64_t words = p.kind == Kind::kBF16 ? ceil_div(p.rows, 2) : p.rows;
-  const int64_t count = ceil_div(p.cols, P) * P * words;
+  const int64_t count =
+      ceil_div(p.cols, kernels().panel[int(p.kind)]) * words_of_panel(p.rows, p.kind);
   switch (p.kind) {
     case Kind::kF32:
       return {p.data, 1, count, count, 1, DType::kF32};

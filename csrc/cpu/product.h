@@ -12,9 +12,10 @@
 namespace spectral_kernels::cpu {
 
 size_t element_size(DType dtype);
-size_t panel_bytes(int64_t rows, int64_t cols, Kind kind);
+size_t panel_bytes(int64_t rows, int64_t cols, Kind kind, Held held = Held::kPanels);
 // Panels in a workspace; the caller has counted panel_bytes() into its size.
-Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind);
+Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind,
+                   Held held = Held::kPanels);
 
 // AᵀB, and with Aᵀ where the caller has it.
 Product multiply(const Panels& a, const Panels& b);

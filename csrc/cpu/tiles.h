@@ -40,8 +40,14 @@ struct Panels {
   int64_t rows = 0, cols = 0;
   Kind kind = Kind::kF32;
   int64_t stride = 0;
-  explicit operator bool() const { return data != nullptr; }
+  // The same matrix as products of a set that has such images (Kernels::image_words) read their
+  // left operand: whoever writes the panels writes it too. Without `data` it is all there is.
+  void* left = nullptr;
+  explicit operator bool() const { return data != nullptr || left != nullptr; }
 };
+
+// What a packed matrix is held for: as the left operand of products too, or as nothing else.
+enum class Held : int { kPanels, kLeftToo, kLeftOnly };
 
 enum class Triangle : int { kNone, kUpper, kLower };
 
@@ -227,6 +233,8 @@ struct Kernels {
   void (*round_line)(const uint32_t* x, uint32_t seed, uint32_t first, int64_t count, uint16_t* to);
   // Whether `rows` of this product need not be packed; null where they always have to be.
   bool (*reads_rows)(const Product&) = nullptr;
+  // Words of the left image of a P x P block, 0 where a kind has none.
+  int64_t image_words[kKinds] = {};
 };
 
 // The kernels in use: the best set that this processor and the cap (set_isa,

@@ -93,6 +93,9 @@ inline double rounded(double x, Kind kind) {
 
 constexpr int64_t kMargin = 1024;  // words on both sides that nobody may read or write
 
+// Whether packed bf16 matrices have left images too, where a set reads them.
+inline bool with_images = false;
+
 // A packed matrix in a buffer of its own, NaN where nothing was written.
 class Packed {
  public:
@@ -103,12 +106,18 @@ class Packed {
         used_(ceil_div(cols, P_) * P_ * words_),
         buffer_(size_t((used_ + 2 * kMargin) * size_), char(0xff)) {
     panels = {buffer_.data() + kMargin * size_, rows, cols, kind, words_ * P_};
+    const int64_t words = with_images ? kernels.image_words[int(kind)] : 0;
+    if (words == 0) return;
+    image_.assign(size_t(ceil_div(rows, P_) * ceil_div(cols, P_) * words + 2 * kMargin), ~0u);
+    panels.left = image_.data() + kMargin;
   }
   Packed(const Kernels& kernels, Kind kind, const Dense& x)
       : Packed(kernels, kind, x.rows, x.cols) {
     std::memset(panels.data, 0, size_t(used_ * size_));
     for (int64_t i = 0; i < x.rows; i++)
       for (int64_t j = 0; j < x.cols; j++) set(i, j, x(i, j));
+    uint32_t* word = image_.data() + kMargin;
+    for_image([&](uint32_t wanted) { *word++ = wanted; });
   }
 
   double operator()(int64_t i, int64_t j) const {
@@ -128,7 +137,15 @@ class Packed {
         if ((*this)(i, j) != 0) return false;
     return true;
   }
+  bool image_is_the_same() const {
+    bool same = true;
+    const uint32_t* word = image_.data() + kMargin;
+    for_image([&](uint32_t wanted) { same = *word++ == wanted && same; });
+    return same;
+  }
   bool margins_are_whole() const {
+    for (int64_t i = 0; i < (image_.empty() ? 0 : kMargin); i++)
+      if (image_[size_t(i)] != ~0u || image_[image_.size() - 1 - size_t(i)] != ~0u) return false;
     for (int64_t i = 0; i < kMargin * size_; i++)
       if (buffer_[size_t(i)] != char(0xff) || buffer_[buffer_.size() - 1 - size_t(i)] != char(0xff))
         return false;
@@ -140,6 +157,17 @@ class Packed {
  private:
   int64_t index(int64_t i, int64_t j) const {
     return j / P_ * panels.stride + (panels.kind == Kind::kBF16 ? i / 2 : i) * P_ + j % P_;
+  }
+  // f(the pair that belongs there) for every word of the image: in tiles of 16 columns and 16
+  // pairs.
+  template <class F>
+  void for_image(const F& f) const {
+    if (image_.empty()) return;
+    const auto* const pairs = static_cast<const uint32_t*>(panels.data);
+    for (int64_t j0 = 0; j0 < panels.cols; j0 += P_)
+      for (int64_t i0 = 0; i0 < panels.rows; i0 += P_)
+        for (int64_t j = j0; j < j0 + P_; j++)
+          for (int64_t i = i0; i < i0 + P_; i += 2) f(i < panels.rows ? pairs[index(i, j)] : 0);
   }
   void set(int64_t i, int64_t j, double value) {
     const int64_t at = index(i, j);
@@ -155,6 +183,7 @@ class Packed {
 
   int64_t P_, words_, size_, used_;
   std::vector<char> buffer_;
+  std::vector<uint32_t> image_;
 };
 
 // A strided fp32 or fp64 matrix in a larger buffer of NaN.
@@ -227,6 +256,7 @@ inline void compare_packed(const std::string& what, const Packed& got, const Den
   for (double& x : wanted.values) x = rounded(x, got.panels.kind);
   compare(what, got, wanted, tolerance);
   check(got.padding_is_zero(), what + ": the padding is zero");
+  check(got.image_is_the_same(), what + ": the image");
   check(got.margins_are_whole(), what + ": nothing else is written");
 }
 

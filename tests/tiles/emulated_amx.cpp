@@ -20,6 +20,8 @@ const Kernels& avx512bf16::table() {
 int main() {
   using namespace spectral_kernels::cpu;
   for (const Kind kind : {Kind::kF32, Kind::kBF16}) check_products(amx::table(), kind);
+  with_images = true;
+  check_products(amx::table(), Kind::kBF16);
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }

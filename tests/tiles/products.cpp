@@ -154,6 +154,56 @@ void check_triangles(const Kernels& kernels, Kind kind, int64_t n) {
     }
 }
 
+// What a Newton-Schulz step multiplies: all results in pairs, and what is added.
+void check_pairs(const Kernels& kernels, const Size& s) {
+  const Dense a = integers(s.k, s.m), b = integers(s.k, s.n), e = integers(s.m, s.n);
+  const Packed pa(kernels, Kind::kBF16, a), pb(kernels, Kind::kBF16, b),
+      pe(kernels, Kind::kBF16, e);
+  Packed out(kernels, Kind::kBF16, s.m, s.n), out_t(kernels, Kind::kBF16, s.n, s.m);
+  Product p;
+  p.a = pa.panels;
+  p.b = pb.panels;
+  p.alpha = 2;
+  p.beta_panels = 3;
+  p.add_panels = pe.panels;
+  p.out = out.panels;
+  p.out_t = out_t.panels;
+  run(kernels, p, 3);
+  const Dense ab = product(a, b);
+  const Dense c = dense(s.m, s.n, [&](int64_t i, int64_t j) { return 2 * ab(i, j) + 3 * e(i, j); });
+  compare_packed(named("pairs, out", Kind::kBF16, s), out, c, 0);
+  compare_packed(named("pairs, out_t", Kind::kBF16, s), out_t, transposed(c), 0);
+  Packed alone(kernels, Kind::kBF16, s.n, s.m);
+  p.out = {};
+  p.out_t = alone.panels;
+  run(kernels, p, 2);
+  compare_packed(named("pairs, out_t alone", Kind::kBF16, s), alone, transposed(c), 0);
+
+  // Of one matrix, where the lower triangle is all that is multiplied.
+  const Dense half = integers(s.m, s.m);
+  const Dense r =
+      dense(s.m, s.m, [&](int64_t i, int64_t j) { return half(std::max(i, j), std::min(i, j)); });
+  const Packed pr(kernels, Kind::kBF16, r);
+  Packed square(kernels, Kind::kBF16, s.m, s.m), square_t(kernels, Kind::kBF16, s.m, s.m);
+  p = {};
+  p.a = p.b = p.add_panels = pr.panels;
+  p.symmetric = true;
+  p.beta_panels = -1;
+  p.out = square.panels;
+  run(kernels, p, 3);
+  const Dense rr = product(r, r);
+  const Dense wanted = dense(s.m, s.m, [&](int64_t i, int64_t j) { return rr(i, j) - r(i, j); });
+  compare_packed(named("pairs, symmetric", Kind::kBF16, s), square, wanted, 0);
+  if (!pr.panels.left) return;
+  Panels only = square_t.panels;  // the image is all there is
+  only.data = nullptr;
+  p.out = only;
+  run(kernels, p, 3);
+  check(std::memcmp(square_t.panels.left, square.panels.left,
+                    size_t(ceil_div(s.m, 32) * ceil_div(s.m, 32) * 512) * 4) == 0,
+        named("pairs, the image alone", Kind::kBF16, s));
+}
+
 // Real numbers: within the rounding of a sum of k terms, and the same bits however it is cut.
 void check_rounding(const Kernels& kernels, Kind kind, const Size& s) {
   Dense a = gaussian(s.k, s.m), b = gaussian(s.k, s.n);
@@ -266,6 +316,7 @@ void check_products(const Kernels& kernels, Kind kind) {
     check_symmetric(kernels, kind, s);
     check_rounding(kernels, kind, s);
     if (kind == Kind::kBF16 && kernels.reads_rows != nullptr) check_rows(kernels, s);
+    if (kind == Kind::kBF16) check_pairs(kernels, s);
   }
   for (int64_t n : {P, 5 * P, 13 * P + 5}) check_triangles(kernels, kind, n);
   if (kind == Kind::kF32)

@@ -49,6 +49,7 @@ const Kernels& table() {
     kernels.jobs[int(Kind::kBF16)] = {kPairEdge, 1.3, 0, kLate, PairScratch::bytes};
     kernels.multiply_adds[int(Kind::kBF16)] = tile_multiply_adds;
     kernels.reads_rows = reads_rows;
+    kernels.image_words[int(Kind::kBF16)] = kStepWords;
     return kernels;
   }();
   return kTable;

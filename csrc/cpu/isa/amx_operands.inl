@@ -16,16 +16,11 @@
 using Pairs = Simd<float>;
 static_assert(Pairs::kPanel == 2 * kTileRows, "a block is 2 x 2 tiles");
 
-constexpr int kStepRows = 2 * kTileRows;    // rows of k that an instruction multiplies
-constexpr int kStepWords = 2 * kTileWords;  // of one part of a panel in such a step
-constexpr int kParts = 3;                   // of an fp32 number
+constexpr int kParts = 3;  // of an fp32 number
 
 // Rows of k at a time: one left panel, as the instructions read it, and a right one stay in L1.
 constexpr int64_t kPairStretch = 256, kSplitStretch = 96;
 static_assert(kPairStretch % kStepRows == 0 && kSplitStretch % kStepRows == 0);
-
-// Vectors of waiting sums that are added between the instructions of a step.
-constexpr int kPairVectors = 8, kSplitVectors = 4;
 
 // The largest jobs: the result and the operands stay in an L2 of 2 MiB.
 constexpr int64_t kPairEdge = 12, kSplitEdge = 12;
@@ -38,14 +33,15 @@ constexpr int64_t kSplitWords = kSplitStretch / kStepRows * kParts * kStepWords;
 // ---------------------------------------------------------------- operands
 
 // The 16 x 16 words of a tile transposed. Rows from `rows` on are taken for 0.
-SK_INLINE void transpose_words(const uint32_t* in, int64_t stride, int rows, uint32_t* out) {
+SK_INLINE void transpose_words(const uint32_t* in, int64_t stride, int rows, uint32_t* out,
+                               int64_t out_stride = kTileRows) {
   Vector<float> row[kTileRows];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; i++)
     row[i] = i < rows ? load(reinterpret_cast<const float*>(in + i * stride)) : Vector<float>{};
   Transpose<float>::stage<kTileRows / 2>(row);
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; i++) store(reinterpret_cast<float*>(out + i * kTileRows), row[i]);
+  for (int i = 0; i < kTileRows; i++) store(reinterpret_cast<float*>(out + i * out_stride), row[i]);
 }
 
 // Rows [0, k) of a panel of pairs as left operands, zeros beyond k.

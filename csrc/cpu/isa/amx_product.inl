@@ -29,34 +29,6 @@ SK_INLINE void load_right(Needed needed, const uint32_t* right, int64_t stride, 
   if (kAll || needed.upper_right || needed.lower_right) tile_load<kB1>(right + words, stride);
 }
 
-// The sums of a block that wait to be added to those of the stretches before: this is done between
-// the instructions of the next block, which leave time for it.
-struct Waiting {
-  static constexpr int kVectors = Pairs::kPanel * Pairs::kPanel / Pairs::kLanes;
-  int done = kVectors;
-  float* c = nullptr;
-  alignas(64) float sums[Pairs::kPanel * Pairs::kPanel];
-
-  void add(int vectors) {
-    if (done == kVectors) return;
-    const float* from = sums + done * Pairs::kLanes;
-    float* to = c + done * Pairs::kLanes;
-    for (int i = 0; i < vectors; i++, from += Pairs::kLanes, to += Pairs::kLanes)
-      store(to, load(to) + load(from));
-    done += vectors;
-  }
-  // Where the sums go that are to be added to `to`.
-  float* later(float* to) {
-    finish();
-    c = to;
-    done = 0;
-    return sums;
-  }
-  void finish() {
-    while (done < kVectors) add(1);
-  }
-};
-
 template <bool kAll, class Between>
 SK_INLINE void multiply_tiles(Needed needed, const Between& between) {
   tile_multiply_add<kC00, kA0, kB0>();
@@ -66,11 +38,54 @@ SK_INLINE void multiply_tiles(Needed needed, const Between& between) {
   if (kAll || needed.lower_right) tile_multiply_add<kC11, kA1, kB1>();
 }
 
+// Brings what the next stretch reads into L2, a few lines between the instructions of this one.
+class Ahead {
+ public:
+  void start(const uint32_t* left, int64_t left_stride, int64_t lefts, const uint32_t* right,
+             int64_t right_stride, int64_t rights, int64_t words) {
+    left_ = at_ = left;
+    left_stride_ = left_stride;
+    lefts_ = left ? lefts : 0;
+    right_ = right;
+    right_stride_ = right_stride;
+    rights_ = right ? rights : 0;
+    lines_ = words / 16;
+    line_ = 0;
+    next_panel();
+  }
+  inline __attribute__((always_inline)) void advance() {
+    if (lines_ == 0) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; i++) __builtin_prefetch(at_ + i * 16, 0, 2);
+    at_ += kLines * 16;
+    if ((line_ += kLines) >= lines_) next_panel();
+  }
+
+ private:
+  static constexpr int kLines = 4;
+  void next_panel() {
+    line_ = 0;
+    if (rights_ > 0) {
+      at_ = right_;
+      right_ += right_stride_;
+      rights_--;
+    } else if (lefts_ > 0) {
+      at_ = left_;
+      left_ += left_stride_;
+      lefts_--;
+    } else {
+      lines_ = 0;  // nothing is left
+    }
+  }
+  const uint32_t *left_ = nullptr, *right_ = nullptr, *at_ = nullptr;
+  int64_t left_stride_ = 0, right_stride_ = 0, lefts_ = 0, rights_ = 0, lines_ = 0, line_ = 0;
+};
+
 // Rows [0, k) of a left operand times the panel of pairs `right`, as it is packed or with kTiles in
 // tiles.
 template <bool kAll, bool kTiles>
 SK_INLINE void multiply_pairs(Needed needed, int64_t k, const uint32_t* left, const uint32_t* right,
-                              Waiting& waiting) {
+                              Ahead& ahead) {
   constexpr int P = Pairs::kPanel;
   const auto step = [&](const uint32_t* from) {
     if constexpr (kTiles)
@@ -78,7 +93,7 @@ SK_INLINE void multiply_pairs(Needed needed, int64_t k, const uint32_t* left, co
     else
       load_right<kAll>(needed, from, P * 4, kTileRows);
     load_left<kAll>(needed, left);
-    multiply_tiles<kAll>(needed, [&] { waiting.add(kPairVectors); });
+    multiply_tiles<kAll>(needed, [&] { ahead.advance(); });
   };
   for (; k >= kStepRows; k -= kStepRows, left += kStepWords, right += kStepWords) step(right);
   if (k <= 0) return;
@@ -92,17 +107,12 @@ SK_INLINE void multiply_pairs(Needed needed, int64_t k, const uint32_t* left, co
 // The six products of parts, small ones first.
 template <bool kAll>
 SK_INLINE void multiply_parts(Needed needed, int64_t k, const uint32_t* left, const uint32_t* right,
-                              Waiting& waiting, Splitter& splitter) {
+                              Splitter& splitter) {
   const auto left_part = [&](int part) { load_left<kAll>(needed, left + part * kStepWords); };
   const auto right_part = [&](int part) {
     load_right<kAll>(needed, right + part * kStepWords, kTileRowBytes, kTileWords);
   };
-  const auto multiply = [&] {
-    multiply_tiles<kAll>(needed, [&] {
-      waiting.add(kSplitVectors);
-      splitter.advance();
-    });
-  };
+  const auto multiply = [&] { multiply_tiles<kAll>(needed, [&] { splitter.advance(); }); };
   for (; k > 0; k -= kStepRows, left += kParts * kStepWords, right += kParts * kStepWords) {
     left_part(2);
     right_part(0);
@@ -139,14 +149,9 @@ SK_INLINE void put_tile(bool add, const float* row, const float* column, float* 
   }
 }
 
-SK_INLINE void put_tiles(Needed needed, bool add, Scales scales, float* c, Waiting& waiting) {
+SK_INLINE void put_tiles(Needed needed, bool add, Scales scales, float* c) {
   constexpr int P = Pairs::kPanel, kHalf = kTileRows;
   const float *row = scales.rows, *column = scales.columns;
-  waiting.finish();
-  if (add && row == nullptr && needed.all()) {
-    c = waiting.later(c);
-    add = false;
-  }
   const float *next_row = row ? row + kHalf : nullptr,
               *next_column = row ? column + kHalf : nullptr;
   put_tile<kC00>(add, row, column, c);
@@ -155,11 +160,110 @@ SK_INLINE void put_tiles(Needed needed, bool add, Scales scales, float* c, Waiti
   if (needed.lower_right) put_tile<kC11>(add, next_row, next_column, c + kHalf * P + kHalf);
 }
 
-SK_INLINE void zero_tiles() {
-  tile_zero<kC00>();
-  tile_zero<kC01>();
-  tile_zero<kC10>();
-  tile_zero<kC11>();
+// The accumulators: the sums so far, or 0.
+SK_INLINE void begin_tiles(bool add, const float* c) {
+  constexpr int P = Pairs::kPanel, kHalf = kTileRows;
+  if (!add) {
+    tile_zero<kC00>();
+    tile_zero<kC01>();
+    tile_zero<kC10>();
+    tile_zero<kC11>();
+    return;
+  }
+  tile_load<kC00>(c, P * 4);
+  tile_load<kC10>(c + kHalf * P, P * 4);
+  tile_load<kC01>(c + kHalf, P * 4);
+  tile_load<kC11>(c + kHalf * P + kHalf, P * 4);
+}
+
+// ---------------------------------------------------------------- results in pairs
+
+// Whether all that a product writes are pairs, and what it adds too.
+static bool only_pairs(const Product& p) {
+  const auto pairs = [](const Panels& x) { return !x || x.kind == Kind::kBF16; };
+  return pairs(p.out) && pairs(p.out_t) && (p.out || p.out_t) && !p.copy && !p.scaled && !p.store &&
+         p.beta == 0 && p.gamma == 0 && (p.beta_panels == 0 || p.add_panels.kind == Kind::kBF16) &&
+         // A product of two matrices is symmetric but for its rounding.
+         (!p.symmetric || p.a.data == p.b.data);
+}
+
+// A block as both operands of products, and its transpose as both, take two conversions: its rows
+// in pairs, and the neighbours in its rows. The other two are their words transposed.
+struct BlockPairs {
+  static constexpr int P = Pairs::kPanel;
+  uint32_t *right, *left_t;
+  alignas(64) uint32_t own_right[kTileRows * P], own_left_t[kStepWords];
+
+  // alpha c + beta e.
+  inline __attribute__((always_inline)) void form(float alpha, const float* c, float beta,
+                                                  const uint32_t* e) {
+    constexpr int kLanes = Pairs::kLanes;
+    for (int i = 0; i < kTileRows; i++, c += 2 * P) {
+      Vector<float> even[2], odd[2];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        even[half] = alpha * load(c + half * kLanes);
+        odd[half] = alpha * load(c + P + half * kLanes);
+        if (e != nullptr) {
+          const Words words = *reinterpret_cast<const UnalignedWords*>(e + i * P + half * kLanes);
+          even[half] += beta * (Vector<float>)(words << 16);
+          odd[half] += beta * (Vector<float>)(words & 0xffff0000u);
+        }
+        store_pairs(right + i * P + half * kLanes, even[half], odd[half]);
+      }
+      store_neighbours(left_t + 2 * i * kTileRows, even);
+      store_neighbours(left_t + (2 * i + 1) * kTileRows, odd);
+    }
+  }
+
+  // To block (bi, bj) of `to`, whose first `rows` rows exist.
+  void put(const Panels& to, int64_t bi, int64_t bj, int rows) const {
+    if (to.data && right != pair_block(to, bi, bj)) copy(right, pair_block(to, bi, bj), rows);
+    if (!to.left) return;
+    uint32_t* image = image_block(to, bi, bj);
+    for (int half = 0; half < 2; half++)
+      transpose_words(right + half * kTileRows, P, kTileRows, image + half * kTileWords);
+  }
+  // The transpose of the block.
+  void put_transposed(const Panels& to, int64_t bi, int64_t bj, int rows) const {
+    if (to.left && left_t != image_block(to, bi, bj)) copy(left_t, image_block(to, bi, bj), P);
+    if (!to.data) return;
+    alignas(64) uint32_t words[kTileRows * P];
+    uint32_t *const block = pair_block(to, bi, bj), *const at = rows == P ? block : words;
+    for (int half = 0; half < 2; half++)
+      transpose_words(left_t + half * kTileWords, kTileRows, kTileRows, at + half * kTileRows, P);
+    if (at != block) copy(words, block, rows);
+  }
+
+  // Rows of 32 numbers, two a word.
+  static void copy(const uint32_t* from, uint32_t* to, int rows) {
+    for (int i = 0; i < (rows + 1) / 2 * P; i += Pairs::kLanes)
+      store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  }
+};
+
+static void finish_pairs(const Product& p, int64_t bi, int64_t bj, int rows, int cols,
+                         const float* c) {
+  constexpr int P = Pairs::kPanel;
+  const bool mirror = p.symmetric && bi != bj;
+  const Panels& transposed = p.out_t ? p.out_t : mirror ? p.out : Panels{};
+  BlockPairs pairs;
+  pairs.right = p.out.data && rows == P ? pair_block(p.out, bi, bj) : pairs.own_right;
+  pairs.left_t = transposed.left ? image_block(transposed, bj, bi) : pairs.own_left_t;
+  alignas(64) uint32_t words[kTileRows * P];
+  const uint32_t* e = nullptr;
+  if (p.beta_panels != 0) {
+    e = pair_block(p.add_panels, bi, bj);
+    if (rows < P) {
+      __builtin_memset(words, 0, sizeof words);
+      BlockPairs::copy(e, words, rows);
+      e = words;
+    }
+  }
+  pairs.form(float(p.alpha), c, float(p.beta_panels), e);
+  if (p.out) pairs.put(p.out, bi, bj, rows);
+  if (mirror) pairs.put_transposed(p.out, bj, bi, cols);
+  if (p.out_t) pairs.put_transposed(p.out_t, bj, bi, cols);
 }
 
 // ---------------------------------------------------------------- jobs
@@ -194,14 +298,29 @@ struct Stretches {
 
 // The blocks of a job, the loop over stretches outside: prepare(range of k) once a stretch, and
 // multiply(needed, block row, block column, rows of k that can be non-zero, c, add) for every
-// block.
+// block. A block is finished after the instructions of the next one were given, which need no
+// vector units.
 template <bool kSpareUpper, class Scratch, class Prepare, class Multiply>
 SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                             const Scratch& scratch, int64_t longest, Waiting& waiting,
-                             const Prepare& prepare, const Multiply& multiply) {
+                             const Scratch& scratch, int64_t longest, const Prepare& prepare,
+                             const Multiply& multiply) {
   constexpr int P = Pairs::kPanel;
   const int64_t m = p.a.cols, n = p.b.cols, k_rows = p.a.rows;
   const Stretches stretches(k_rows, longest);
+  struct {
+    int64_t bi, bj;
+    int rows, cols;
+    float* c = nullptr;
+  } waiting;
+  const bool pairs = only_pairs(p);
+  const auto finish_waiting = [&] {
+    if (waiting.c == nullptr) return;
+    if (pairs)
+      finish_pairs(p, waiting.bi, waiting.bj, waiting.rows, waiting.cols, waiting.c);
+    else
+      finish_block<float>(p, waiting.bi, waiting.bj, waiting.rows, waiting.cols, waiting.c);
+  };
+  bool odd = false;
   for (int64_t s = 0; s < stretches.count; s++) {
     const int64_t k0 = s * stretches.rows,
                   k1 = k0 + stretches.rows < k_rows ? k0 + stretches.rows : k_rows;
@@ -214,9 +333,10 @@ SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j
       for (int64_t bj = j0; bj < past; bj++) {
         const int cols = int(n - bj * P < P ? n - bj * P : P);
         const bool lower = p.symmetric && bi == bj;
-        // With one stretch the block never leaves L1.
+        // With one stretch the blocks never leave L1.
         float* c = scratch.result +
-                   (stretches.count == 1 ? 0 : ((bi - i0) * (j1 - j0) + (bj - j0)) * P * P);
+                   (stretches.count == 1 ? odd : (bi - i0) * (j1 - j0) + (bj - j0)) * P * P;
+        odd = !odd;
         const Range k = nonzero_rows<false>(p.b_shape, bj * P, P, of_a.begin, of_a.end);
         const bool tall = rows > kTileRows, wide = cols > kTileRows;
         // The fourth tile of a block on the diagonal costs less than to leave it out, but for
@@ -226,63 +346,103 @@ SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j
         if (first && (!needed.all() || k.end <= k.begin)) clear_block(c);
         if (k.end > k.begin) multiply(needed, bi, bj, k, c, !first);
         if (!last) continue;
-        waiting.finish();
-        finish_block<float>(p, bi, bj, rows, cols, c);
+        finish_waiting();
+        waiting = {bi, bj, rows, cols, c};
       }
     }
   }
+  finish_waiting();
 }
+
+// The operands of a job as the instructions read them: where they lie, or made in the scratch
+// memory a stretch at a time.
+class PairOperands {
+ public:
+  PairOperands(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+               const PairScratch& scratch)
+      : p_(p), i0_(i0), i1_(i1), j0_(j0), j1_(j1), scratch_(scratch) {}
+
+  void prepare(int64_t k0, int64_t k1) {
+    k0_ = k0;
+    for (int64_t bi = i0_; bi < i1_ && (p_.rows || !p_.a.left); bi++) left(bi, k0, k1);
+    for (int64_t bj = j0_; bj < j1_ && p_.rows; bj++) right(bj, k0, k1);
+    bring(k1 < p_.a.rows ? k1 : 0, k1 - k0);
+  }
+
+  const uint32_t* left_of(int64_t bi, int64_t k) const {
+    return p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
+  }
+  const uint32_t* right_of(int64_t bj, int64_t k) const {
+    return p_.rows ? made(scratch_.right, bj - j0_, k) : panel(p_.b, bj, k);
+  }
+  Ahead ahead;
+
+ private:
+  static constexpr int P = Pairs::kPanel;
+
+  static const uint32_t* panel(const Panels& x, int64_t index, int64_t k) {
+    return static_cast<const uint32_t*>(x.data) + index * x.stride + k / 2 * P;
+  }
+  static const uint32_t* image(const Panels& x, int64_t index, int64_t k) {
+    return image_block(x, k / kStepRows, index);
+  }
+  uint32_t* made(uint32_t* tiles, int64_t at, int64_t k) const {
+    return tiles + at * kPairWords + (k - k0_) / kStepRows * kStepWords;
+  }
+
+  void left(int64_t bi, int64_t k0, int64_t k1) {
+    const int64_t at = bi - i0_;
+    if (p_.rows) return left_pairs_of_rows(p_.rows, bi * P, {k0, k1}, made(scratch_.left, at, k0));
+    const Range k = nonzero_rows<false>(p_.a_shape, bi * P, P, k0, k1);
+    if (k.end > k.begin)
+      left_pairs(panel(p_.a, bi, k.begin), k.end - k.begin, made(scratch_.left, at, k.begin));
+  }
+
+  // Out of the left operand of the same rows.
+  void right(int64_t bj, int64_t k0, int64_t k1) {
+    uint32_t* const to = made(scratch_.right, bj - j0_, k0);
+    const bool known = bj >= i0_ && bj < i1_;
+    if (!known) left_pairs_of_rows(p_.rows, bj * P, {k0, k1}, to);
+    right_pairs(known ? left_of(bj, k0) : to, k1 - k0, to);
+  }
+
+  // What lies in memory of the stretch from row k on.
+  void bring(int64_t k, int64_t rows) {
+    const int64_t steps = ceil_div(p_.a.rows, int64_t(kStepRows));
+    ahead.start(p_.a.left ? image(p_.a, i0_, k) : nullptr, steps * kStepWords, i1_ - i0_,
+                p_.rows ? nullptr : panel(p_.b, j0_, k), p_.b.stride, j1_ - j0_,
+                rows / kStepRows * kStepWords);
+  }
+
+  const Product& p_;
+  const int64_t i0_, i1_, j0_, j1_;
+  const PairScratch& scratch_;
+  int64_t k0_ = 0;
+};
 
 static void pair_product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                                 void* memory) {
-  constexpr int P = Pairs::kPanel;
   const PairScratch scratch(memory, i1 - i0, j1 - j0);
-  const uint32_t *a = static_cast<const uint32_t*>(p.a.data),
-                 *b = static_cast<const uint32_t*>(p.b.data);
-  const bool of_rows = bool(p.rows), shared = i0 == j0 && i1 == j1;
-  int64_t begin = 0;  // of the stretch
-  Waiting waiting;
-  const auto rows_as_operands = [&](int64_t k0, int64_t k1) {
-    for (int64_t bi = i0; bi < i1; bi++) {
-      uint32_t* left = scratch.left + (bi - i0) * kPairWords;
-      left_pairs_of_rows(p.rows, bi * P, {k0, k1}, left);
-      if (shared) right_pairs(left, k1 - k0, scratch.right + (bi - i0) * kPairWords);
-    }
-    for (int64_t bj = j0; bj < j1 && !shared; bj++) {
-      uint32_t* right = scratch.right + (bj - j0) * kPairWords;
-      left_pairs_of_rows(p.rows, bj * P, {k0, k1}, right);
-      right_pairs(right, k1 - k0, right);
-    }
-  };
+  PairOperands operands(p, i0, i1, j0, j1, scratch);
   tiles_configure();
   blocks_of_job<false>(
-      p, i0, i1, j0, j1, scratch, kPairStretch, waiting,
-      [&](int64_t k0, int64_t k1) {
-        begin = k0;
-        if (of_rows) return rows_as_operands(k0, k1);
-        for (int64_t bi = i0; bi < i1; bi++) {
-          const Range k = nonzero_rows<false>(p.a_shape, bi * P, P, k0, k1);
-          if (k.end > k.begin)
-            left_pairs(
-                a + bi * p.a.stride + k.begin / 2 * P, k.end - k.begin,
-                scratch.left + (bi - i0) * kPairWords + (k.begin - k0) / kStepRows * kStepWords);
-        }
-      },
+      p, i0, i1, j0, j1, scratch, kPairStretch,
+      [&](int64_t k0, int64_t k1) { operands.prepare(k0, k1); },
       [&](Needed needed, int64_t bi, int64_t bj, Range k, float* c, bool add) {
-        const int64_t at = (k.begin - begin) / kStepRows * kStepWords, count = k.end - k.begin;
-        const uint32_t *left = scratch.left + (bi - i0) * kPairWords + at,
-                       *right = of_rows ? scratch.right + (bj - j0) * kPairWords + at
-                                        : b + bj * p.b.stride + k.begin / 2 * P;
-        zero_tiles();
+        const bool of_rows = bool(p.rows);
+        const int64_t count = k.end - k.begin;
+        const uint32_t *left = operands.left_of(bi, k.begin),
+                       *right = operands.right_of(bj, k.begin);
+        begin_tiles(add, c);
         if (of_rows && needed.all())
-          multiply_pairs<true, true>(needed, count, left, right, waiting);
+          multiply_pairs<true, true>(needed, count, left, right, operands.ahead);
         else if (of_rows)
-          multiply_pairs<false, true>(needed, count, left, right, waiting);
+          multiply_pairs<false, true>(needed, count, left, right, operands.ahead);
         else if (needed.all())
-          multiply_pairs<true, false>(needed, count, left, right, waiting);
+          multiply_pairs<true, false>(needed, count, left, right, operands.ahead);
         else
-          multiply_pairs<false, false>(needed, count, left, right, waiting);
-        put_tiles(needed, add, Scales{}, c, waiting);
+          multiply_pairs<false, false>(needed, count, left, right, operands.ahead);
+        put_tiles(needed, false, Scales{}, c);
       });
   tiles_release();
 }
@@ -311,7 +471,6 @@ static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64
     parts[i].right = scratch.right + i * (j1 - j0) * kSplitWords;
   }
   Splitter splitter(p, i0, i1, j0, j1);
-  Waiting waiting;
   const Splitter::Parts* now = parts + 1;
   int64_t begin = 0;  // of the stretch
   const auto offset = [&](const Range& k) {
@@ -319,7 +478,7 @@ static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64
   };
   tiles_configure();
   blocks_of_job<true>(
-      p, i0, i1, j0, j1, scratch, kSplitStretch, waiting,
+      p, i0, i1, j0, j1, scratch, kSplitStretch,
       [&](int64_t k0, int64_t k1) {
         if (k0 == 0) splitter.start(parts[0], k0, k1);
         splitter.finish();
@@ -335,7 +494,6 @@ static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64
           const int high = int(p.a.cols - bi * P < P ? p.a.cols - bi * P : P);
           const int wide = int(p.b.cols - bj * P < P ? p.b.cols - bj * P : P);
           const bool lower = p.symmetric && bi == bj;
-          waiting.finish();
           if (!add) clear_block(c);
           const float *of_row = a + bi * p.a.stride + k.begin * P,
                       *of_column = b + bj * p.b.stride + k.begin * P;
@@ -350,12 +508,13 @@ static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64
           scales.rows = rows.scaled ? rows.exponent : kNone;
           scales.columns = columns.scaled ? columns.exponent : kNone;
         }
-        zero_tiles();
+        const bool apart = scales.rows != nullptr;  // what is added has other exponents
+        begin_tiles(add && !apart, c);
         if (needed.all())
-          multiply_parts<true>(needed, count, left, right, waiting, splitter);
+          multiply_parts<true>(needed, count, left, right, splitter);
         else
-          multiply_parts<false>(needed, count, left, right, waiting, splitter);
-        put_tiles(needed, add, scales, c, waiting);
+          multiply_parts<false>(needed, count, left, right, splitter);
+        put_tiles(needed, add && apart, scales, c);
       });
   tiles_release();
 }

@@ -4,8 +4,6 @@
 
 #include "tiles.inl"
 
-constexpr int kTileRows = 16;        // rows of a tile, and its 32-bit words a row
-constexpr int kTileWords = 16 * 16;  // of a tile
 constexpr int64_t kTileRowBytes = 64;
 
 #if !defined(SK_EMULATE_TILES)

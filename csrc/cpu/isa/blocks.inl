@@ -321,10 +321,24 @@ SK_INLINE void store_pairs(uint32_t* out, Vector<float> low, Vector<float> high)
 }
 #endif
 
-// Rows [0, rows) of a block to block (bi, bj) of a packed matrix.
+#if SK_HAS_BF16_DOT || defined(SK_EMULATE_TILES)
+#define SK_HAS_IMAGES 1
+#include "images.inl"
+#else
+#define SK_HAS_IMAGES 0
+#endif
+
+// Rows [0, rows) of a block to block (bi, bj) of a packed matrix, and to its image, to which the
+// block's transpose spares a transposition.
 template <class T>
-SK_INLINE void store_panel(const Panels& p, int64_t bi, int64_t bj, int rows, const T* block) {
+SK_INLINE void store_panel(const Panels& p, int64_t bi, int64_t bj, int rows, const T* block,
+                           [[maybe_unused]] const T* transposed = nullptr) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+#if SK_HAS_IMAGES
+  if constexpr (sizeof(T) == 4)
+    if (p.left) store_image(p, bi, bj, rows, block, transposed);
+  if (!p.data) return;
+#endif
   if constexpr (sizeof(T) == 4) {
     if (p.kind == Kind::kBF16) {
       uint32_t* out = pair_block(p, bi, bj);

@@ -54,12 +54,14 @@ SK_INLINE void for_blocks(int64_t m, int64_t n, int64_t i0, int64_t i1, const F&
 template <class T>
 SK_INLINE void store_both(const Panels& out, const Panels& out_t, int64_t bi, int64_t bj, int rows,
                           int cols, const T* block) {
-  if (out) store_panel(out, bi, bj, rows, block);
-  if (out_t) {
-    alignas(64) Block<T> transposed;
-    transpose_block(block, transposed);
-    store_panel(out_t, bj, bi, cols, transposed);
+  if (!out_t) {
+    if (out) store_panel(out, bi, bj, rows, block);
+    return;
   }
+  alignas(64) Block<T> transposed;
+  transpose_block(block, transposed);
+  if (out) store_panel(out, bi, bj, rows, block, transposed);
+  store_panel(out_t, bj, bi, cols, transposed, block);
 }
 
 template <class T>

@@ -168,17 +168,19 @@ static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int
   }
   if (p.gamma != 0 && diagonal)
     for (int i = 0; i < rows && i < cols; i++) c[i * P + i] += T(p.gamma);
-  if (p.symmetric || p.out_t) transpose_block(c, other);
+  const bool both = p.symmetric || p.out_t;
+  if (both) transpose_block(c, other);
   if (p.symmetric && diagonal) mirror_upper(c, other);
+  const T* const transposed = p.symmetric && diagonal ? c : both ? other : nullptr;
   if (p.out) {
-    store_panel(p.out, bi, bj, rows, c);
-    if (mirror) store_panel(p.out, bj, bi, cols, other);
+    store_panel(p.out, bi, bj, rows, c, transposed);
+    if (mirror) store_panel(p.out, bj, bi, cols, other, c);
   }
   if (p.copy) {
-    store_panel(p.copy, bi, bj, rows, c);
-    if (mirror) store_panel(p.copy, bj, bi, cols, other);
+    store_panel(p.copy, bi, bj, rows, c, transposed);
+    if (mirror) store_panel(p.copy, bj, bi, cols, other, c);
   }
-  if (p.out_t) store_panel(p.out_t, bj, bi, cols, other);
+  if (p.out_t) store_panel(p.out_t, bj, bi, cols, other, c);
   if (p.store) {
     store_block(p.store, bi * P, bj * P, rows, cols, c);
     if (mirror) store_block(p.store, bj * P, bi * P, cols, rows, other);
@@ -187,11 +189,9 @@ static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int
     scale(P, T(p.alpha2), c);
     if (diagonal)
       for (int i = 0; i < rows; i++) c[i * P + i] += T(p.gamma2);
-    store_panel(p.scaled, bi, bj, rows, c);
-    if (mirror) {
-      scale(P, T(p.alpha2), other);
-      store_panel(p.scaled, bj, bi, cols, other);
-    }
+    if (mirror) scale(P, T(p.alpha2), other);
+    store_panel(p.scaled, bi, bj, rows, c, p.symmetric ? transposed : nullptr);
+    if (mirror) store_panel(p.scaled, bj, bi, cols, other, c);
   }
 }
 
@@ -317,11 +317,9 @@ static void pack_blocks(const Pack& p, int64_t i0, int64_t i1) {
       }
       if (p.shift != 0)
         for (int i = 0; i < P * P; i += kLanes) store(x + i, first * load(x + i) * second);
-      if (p.out) store_panel(p.out, bi, bj, rows, x);
-      if (p.out_t) {
-        transpose_block(x, other);
-        store_panel(p.out_t, bj, bi, cols, other);
-      }
+      if (p.out_t) transpose_block(x, other);
+      if (p.out) store_panel(p.out, bi, bj, rows, x, p.out_t ? other : nullptr);
+      if (p.out_t) store_panel(p.out_t, bj, bi, cols, other, x);
     }
   }
 }
@@ -354,12 +352,10 @@ static void combine_blocks(const Combine& p, int64_t j0, int64_t j1) {
         load_block(p.add, bi * P, bj * P, rows, cols, b);
         scale_add(P, T(1), a, T(p.delta), b);
       }
-      if (p.out) store_panel(p.out, bi, bj, rows, a);
+      if (p.out_t) transpose_block(a, b);
+      if (p.out) store_panel(p.out, bi, bj, rows, a, p.out_t ? b : nullptr);
       if (p.store) store_block(p.store, bi * P, bj * P, rows, cols, a);
-      if (p.out_t) {
-        transpose_block(a, b);
-        store_panel(p.out_t, bj, bi, cols, b);
-      }
+      if (p.out_t) store_panel(p.out_t, bj, bi, cols, b, a);
     }
   }
 }
