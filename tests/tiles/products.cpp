@@ -87,10 +87,11 @@ void check_symmetric(const Kernels& kernels, Kind kind, const Size& s) {
   }
 }
 
-// The same of bf16 rows that are read where they are: an odd distance apart, NaN between them.
-void check_rows(const Kernels& kernels, const Size& s) {
-  const Dense a = integers(s.k, s.m);
-  const int64_t stride = s.k + (s.k % 2 == 0 ? 3 : 2);
+// The same of bf16 rows that are read where they are, NaN between them: an odd or an even distance
+// apart, the result as fp32 or as bf16 numbers.
+template <class T>
+void check_rows(const Kernels& kernels, const Size& s, int64_t stride) {
+  const Dense a = integers(s.k, s.m, sizeof(T) == 2 ? 1 : 4);
   std::vector<uint16_t> rows(size_t(s.m * stride), uint16_t(0xffff));
   for (int64_t i = 0; i < s.m; i++)
     for (int64_t j = 0; j < s.k; j++) {
@@ -100,17 +101,31 @@ void check_rows(const Kernels& kernels, const Size& s) {
       rows[size_t(i * stride + j)] = uint16_t(bits >> 16);
     }
   Strided<float> store(integers(s.m, s.m), false);
+  std::vector<uint16_t> halves(size_t(s.m * (s.m + 1)), uint16_t(0xffff));
   Product p;
   p.rows = {rows.data(), s.m, s.k, stride, 1, DType::kBF16};
   p.a = p.b = {nullptr, s.k, s.m, Kind::kBF16, 0};
   p.symmetric = true;
   p.store = store.matrix;
+  if constexpr (sizeof(T) == 2) p.store = {halves.data(), s.m, s.m, s.m + 1, 1, DType::kBF16};
   check(kernels.reads_rows(p), named("rows are read", Kind::kBF16, s));
   const Dense c = product(a, a);
   for (int64_t edge : {1, 3, 12}) {
     run(kernels, p, edge);
-    compare(named("symmetric, rows", Kind::kBF16, s), store, c, 0);
-    check(store.margins_are_whole(), named("symmetric, around the result", Kind::kBF16, s));
+    if constexpr (sizeof(T) == 4) {
+      compare(named("symmetric, rows", Kind::kBF16, s), store, c, 0);
+      check(store.margins_are_whole(), named("symmetric, around the result", Kind::kBF16, s));
+    } else {
+      const auto stored = [&](int64_t i, int64_t j) {
+        return double(number(uint32_t(halves[size_t(i * (s.m + 1) + j)]) << 16));
+      };
+      Dense wanted = c;
+      for (double& x : wanted.values) x = rounded(x, Kind::kBF16);
+      compare(named("symmetric, rows, halves", Kind::kBF16, s), stored, wanted, 0);
+      bool whole = true;
+      for (int64_t i = 0; i < s.m; i++) whole = whole && std::isnan(stored(i, s.m));
+      check(whole, named("symmetric, around the halves", Kind::kBF16, s));
+    }
   }
   p.rows = p.rows.transposed();
   check(!kernels.reads_rows(p), named("columns are not read", Kind::kBF16, s));
@@ -305,17 +320,26 @@ void check_nonfinite(const Kernels& kernels, const Size& s) {
 void check_products(const Kernels& kernels, Kind kind) {
   if (kernels.product[int(kind)] == nullptr) return;
   const int64_t P = kernels.panel[int(kind)];
-  const Size sizes[] = {{1, 1, 1},           {P, P, 32},
-                        {P - 1, P + 1, 31},  {2 * P + 3, 17, 33},
-                        {5, 3 * P, 2},       {P + 16, P + 15, 385},
-                        {3 * P + 1, 2, 770}, {2 * P, 2 * P, 1537},
-                        {6 * P, 6 * P, 95},  {7 * P + 7, 8 * P - 3, 193},
+  const Size sizes[] = {{1, 1, 1},
+                        {P, P, 32},
+                        {P - 1, P + 1, 31},
+                        {2 * P + 3, 17, 33},
+                        {5, 3 * P, 2},
+                        {P + 16, P + 15, 385},
+                        {3 * P + 5, P, 96},
+                        {3 * P + 1, 2, 770},
+                        {2 * P, 2 * P, 1537},
+                        {6 * P, 6 * P, 95},
+                        {7 * P + 7, 8 * P - 3, 193},
                         {12 * P + 3, 5, 192}};
   for (const Size& s : sizes) {
     check_general(kernels, kind, s);
     check_symmetric(kernels, kind, s);
     check_rounding(kernels, kind, s);
-    if (kind == Kind::kBF16 && kernels.reads_rows != nullptr) check_rows(kernels, s);
+    for (int64_t gap = 2; gap < 4 && kind == Kind::kBF16 && kernels.reads_rows != nullptr; gap++) {
+      check_rows<float>(kernels, s, s.k + gap);
+      check_rows<uint16_t>(kernels, s, s.k + gap);
+    }
     if (kind == Kind::kBF16) check_pairs(kernels, s);
   }
   for (int64_t n : {P, 5 * P, 13 * P + 5}) check_triangles(kernels, kind, n);

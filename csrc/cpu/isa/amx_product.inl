@@ -5,6 +5,7 @@
 // at a time, into the form that the instructions read, and then multiplies each with each.
 
 #include "amx_operands.inl"
+#include "amx_results.inl"
 
 // ---------------------------------------------------------------- blocks
 
@@ -37,6 +38,12 @@ SK_INLINE void multiply_tiles(Needed needed, const Between& between) {
   if (kAll || needed.upper_right) tile_multiply_add<kC01, kA0, kB1>();
   if (kAll || needed.lower_right) tile_multiply_add<kC11, kA1, kB1>();
 }
+
+// The left operand of a panel: rows this many bytes apart, steps of k that many.
+struct LeftTiles {
+  const char* at;
+  int64_t row = kTileRowBytes, step = kStepWords * 4;
+};
 
 // Brings what the next stretch reads into L2, a few lines between the instructions of this one.
 class Ahead {
@@ -84,7 +91,7 @@ class Ahead {
 // Rows [0, k) of a left operand times the panel of pairs `right`, as it is packed or with kTiles in
 // tiles.
 template <bool kAll, bool kTiles>
-SK_INLINE void multiply_pairs(Needed needed, int64_t k, const uint32_t* left, const uint32_t* right,
+SK_INLINE void multiply_pairs(Needed needed, int64_t k, LeftTiles left, const uint32_t* right,
                               Ahead& ahead) {
   constexpr int P = Pairs::kPanel;
   const auto step = [&](const uint32_t* from) {
@@ -92,10 +99,11 @@ SK_INLINE void multiply_pairs(Needed needed, int64_t k, const uint32_t* left, co
       load_right<kAll>(needed, from, kTileRowBytes, kTileWords);
     else
       load_right<kAll>(needed, from, P * 4, kTileRows);
-    load_left<kAll>(needed, left);
+    tile_load<kA0>(left.at, left.row);
+    if (kAll || needed.lower_left) tile_load<kA1>(left.at + kTileRows * left.row, left.row);
     multiply_tiles<kAll>(needed, [&] { ahead.advance(); });
   };
-  for (; k >= kStepRows; k -= kStepRows, left += kStepWords, right += kStepWords) step(right);
+  for (; k >= kStepRows; k -= kStepRows, left.at += left.step, right += kStepWords) step(right);
   if (k <= 0) return;
   if constexpr (kTiles) return step(right);
   // What follows the last pairs is not zero, and may not be ours.
@@ -160,110 +168,21 @@ SK_INLINE void put_tiles(Needed needed, bool add, Scales scales, float* c) {
   if (needed.lower_right) put_tile<kC11>(add, next_row, next_column, c + kHalf * P + kHalf);
 }
 
+SK_INLINE void zero_tiles() {
+  tile_zero<kC00>();
+  tile_zero<kC01>();
+  tile_zero<kC10>();
+  tile_zero<kC11>();
+}
+
 // The accumulators: the sums so far, or 0.
 SK_INLINE void begin_tiles(bool add, const float* c) {
   constexpr int P = Pairs::kPanel, kHalf = kTileRows;
-  if (!add) {
-    tile_zero<kC00>();
-    tile_zero<kC01>();
-    tile_zero<kC10>();
-    tile_zero<kC11>();
-    return;
-  }
+  if (!add) return zero_tiles();
   tile_load<kC00>(c, P * 4);
   tile_load<kC10>(c + kHalf * P, P * 4);
   tile_load<kC01>(c + kHalf, P * 4);
   tile_load<kC11>(c + kHalf * P + kHalf, P * 4);
-}
-
-// ---------------------------------------------------------------- results in pairs
-
-// Whether all that a product writes are pairs, and what it adds too.
-static bool only_pairs(const Product& p) {
-  const auto pairs = [](const Panels& x) { return !x || x.kind == Kind::kBF16; };
-  return pairs(p.out) && pairs(p.out_t) && (p.out || p.out_t) && !p.copy && !p.scaled && !p.store &&
-         p.beta == 0 && p.gamma == 0 && (p.beta_panels == 0 || p.add_panels.kind == Kind::kBF16) &&
-         // A product of two matrices is symmetric but for its rounding.
-         (!p.symmetric || p.a.data == p.b.data);
-}
-
-// A block as both operands of products, and its transpose as both, take two conversions: its rows
-// in pairs, and the neighbours in its rows. The other two are their words transposed.
-struct BlockPairs {
-  static constexpr int P = Pairs::kPanel;
-  uint32_t *right, *left_t;
-  alignas(64) uint32_t own_right[kTileRows * P], own_left_t[kStepWords];
-
-  // alpha c + beta e.
-  inline __attribute__((always_inline)) void form(float alpha, const float* c, float beta,
-                                                  const uint32_t* e) {
-    constexpr int kLanes = Pairs::kLanes;
-    for (int i = 0; i < kTileRows; i++, c += 2 * P) {
-      Vector<float> even[2], odd[2];
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        even[half] = alpha * load(c + half * kLanes);
-        odd[half] = alpha * load(c + P + half * kLanes);
-        if (e != nullptr) {
-          const Words words = *reinterpret_cast<const UnalignedWords*>(e + i * P + half * kLanes);
-          even[half] += beta * (Vector<float>)(words << 16);
-          odd[half] += beta * (Vector<float>)(words & 0xffff0000u);
-        }
-        store_pairs(right + i * P + half * kLanes, even[half], odd[half]);
-      }
-      store_neighbours(left_t + 2 * i * kTileRows, even);
-      store_neighbours(left_t + (2 * i + 1) * kTileRows, odd);
-    }
-  }
-
-  // To block (bi, bj) of `to`, whose first `rows` rows exist.
-  void put(const Panels& to, int64_t bi, int64_t bj, int rows) const {
-    if (to.data && right != pair_block(to, bi, bj)) copy(right, pair_block(to, bi, bj), rows);
-    if (!to.left) return;
-    uint32_t* image = image_block(to, bi, bj);
-    for (int half = 0; half < 2; half++)
-      transpose_words(right + half * kTileRows, P, kTileRows, image + half * kTileWords);
-  }
-  // The transpose of the block.
-  void put_transposed(const Panels& to, int64_t bi, int64_t bj, int rows) const {
-    if (to.left && left_t != image_block(to, bi, bj)) copy(left_t, image_block(to, bi, bj), P);
-    if (!to.data) return;
-    alignas(64) uint32_t words[kTileRows * P];
-    uint32_t *const block = pair_block(to, bi, bj), *const at = rows == P ? block : words;
-    for (int half = 0; half < 2; half++)
-      transpose_words(left_t + half * kTileWords, kTileRows, kTileRows, at + half * kTileRows, P);
-    if (at != block) copy(words, block, rows);
-  }
-
-  // Rows of 32 numbers, two a word.
-  static void copy(const uint32_t* from, uint32_t* to, int rows) {
-    for (int i = 0; i < (rows + 1) / 2 * P; i += Pairs::kLanes)
-      store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
-  }
-};
-
-static void finish_pairs(const Product& p, int64_t bi, int64_t bj, int rows, int cols,
-                         const float* c) {
-  constexpr int P = Pairs::kPanel;
-  const bool mirror = p.symmetric && bi != bj;
-  const Panels& transposed = p.out_t ? p.out_t : mirror ? p.out : Panels{};
-  BlockPairs pairs;
-  pairs.right = p.out.data && rows == P ? pair_block(p.out, bi, bj) : pairs.own_right;
-  pairs.left_t = transposed.left ? image_block(transposed, bj, bi) : pairs.own_left_t;
-  alignas(64) uint32_t words[kTileRows * P];
-  const uint32_t* e = nullptr;
-  if (p.beta_panels != 0) {
-    e = pair_block(p.add_panels, bi, bj);
-    if (rows < P) {
-      __builtin_memset(words, 0, sizeof words);
-      BlockPairs::copy(e, words, rows);
-      e = words;
-    }
-  }
-  pairs.form(float(p.alpha), c, float(p.beta_panels), e);
-  if (p.out) pairs.put(p.out, bi, bj, rows);
-  if (mirror) pairs.put_transposed(p.out, bj, bi, cols);
-  if (p.out_t) pairs.put_transposed(p.out_t, bj, bi, cols);
 }
 
 // ---------------------------------------------------------------- jobs
@@ -312,10 +231,12 @@ SK_INLINE void blocks_of_job(const Product& p, int64_t i0, int64_t i1, int64_t j
     int rows, cols;
     float* c = nullptr;
   } waiting;
-  const bool pairs = only_pairs(p);
+  const bool pairs = only_pairs(p), of_rows = only_rows(p);
   const auto finish_waiting = [&] {
     if (waiting.c == nullptr) return;
-    if (pairs)
+    if (of_rows)
+      finish_rows(p, waiting.bi, waiting.bj, waiting.rows, waiting.cols, waiting.c);
+    else if (pairs)
       finish_pairs(p, waiting.bi, waiting.bj, waiting.rows, waiting.cols, waiting.c);
     else
       finish_block<float>(p, waiting.bi, waiting.bj, waiting.rows, waiting.cols, waiting.c);
@@ -369,8 +290,10 @@ class PairOperands {
     bring(k1 < p_.a.rows ? k1 : 0, k1 - k0);
   }
 
-  const uint32_t* left_of(int64_t bi, int64_t k) const {
-    return p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
+  LeftTiles left_of(int64_t bi, int64_t k) const {
+    if (direct(bi)) return {row(bi, k), p_.rows.row_stride * 2, kStepRows * 2};
+    const uint32_t* at = p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
+    return {reinterpret_cast<const char*>(at)};
   }
   const uint32_t* right_of(int64_t bj, int64_t k) const {
     return p_.rows ? made(scratch_.right, bj - j0_, k) : panel(p_.b, bj, k);
@@ -390,7 +313,19 @@ class PairOperands {
     return tiles + at * kPairWords + (k - k0_) / kStepRows * kStepWords;
   }
 
+  // Whether rows of the caller's matrix can be multiplied where they lie: 32 of them, whole steps,
+  // and not so far apart that they share few places of the cache.
+  bool direct(int64_t index) const {
+    constexpr int64_t kNear = 1024;
+    return p_.rows && rows_are_words_ && (index + 1) * P <= p_.rows.rows &&
+           p_.rows.row_stride * 2 <= kNear;
+  }
+  const char* row(int64_t index, int64_t k) const {
+    return static_cast<const char*>(p_.rows.data) + (index * P * p_.rows.row_stride + k) * 2;
+  }
+
   void left(int64_t bi, int64_t k0, int64_t k1) {
+    if (direct(bi)) return;
     const int64_t at = bi - i0_;
     if (p_.rows) return left_pairs_of_rows(p_.rows, bi * P, {k0, k1}, made(scratch_.left, at, k0));
     const Range k = nonzero_rows<false>(p_.a_shape, bi * P, P, k0, k1);
@@ -400,10 +335,17 @@ class PairOperands {
 
   // Out of the left operand of the same rows.
   void right(int64_t bj, int64_t k0, int64_t k1) {
-    uint32_t* const to = made(scratch_.right, bj - j0_, k0);
-    const bool known = bj >= i0_ && bj < i1_;
-    if (!known) left_pairs_of_rows(p_.rows, bj * P, {k0, k1}, to);
-    right_pairs(known ? left_of(bj, k0) : to, k1 - k0, to);
+    uint32_t* to = made(scratch_.right, bj - j0_, k0);
+    if (!direct(bj)) {
+      const bool known = bj >= i0_ && bj < i1_;
+      if (!known) left_pairs_of_rows(p_.rows, bj * P, {k0, k1}, to);
+      return right_pairs(known ? made(scratch_.left, bj - i0_, k0) : to, k1 - k0, to);
+    }
+    const int64_t stride = p_.rows.row_stride / 2;
+    for (int64_t k = k0; k < k1; k += kStepRows)
+      for (int half = 0; half < 2; half++, to += kTileWords)
+        transpose_words(reinterpret_cast<const uint32_t*>(row(bj, k)) + half * kTileRows * stride,
+                        stride, kTileRows, to);
   }
 
   // What lies in memory of the stretch from row k on.
@@ -417,6 +359,8 @@ class PairOperands {
   const Product& p_;
   const int64_t i0_, i1_, j0_, j1_;
   const PairScratch& scratch_;
+  const bool rows_are_words_ = p_.rows.row_stride % 2 == 0 && p_.a.rows % kStepRows == 0 &&
+                               reinterpret_cast<uintptr_t>(p_.rows.data) % 4 == 0;
   int64_t k0_ = 0;
 };
 
@@ -431,8 +375,8 @@ static void pair_product_blocks(const Product& p, int64_t i0, int64_t i1, int64_
       [&](Needed needed, int64_t bi, int64_t bj, Range k, float* c, bool add) {
         const bool of_rows = bool(p.rows);
         const int64_t count = k.end - k.begin;
-        const uint32_t *left = operands.left_of(bi, k.begin),
-                       *right = operands.right_of(bj, k.begin);
+        const LeftTiles left = operands.left_of(bi, k.begin);
+        const uint32_t* right = operands.right_of(bj, k.begin);
         begin_tiles(add, c);
         if (of_rows && needed.all())
           multiply_pairs<true, true>(needed, count, left, right, operands.ahead);
@@ -524,9 +468,22 @@ static bool reads_rows(const Product& p) {
   return p.a.kind == Kind::kBF16 && p.rows.dtype == DType::kBF16 && p.rows.col_stride == 1;
 }
 
-// Instructions on registers alone: what the ceiling is measured with.
+// Instructions on registers alone: what the ceiling is measured with. On zeros the processor takes
+// a clock a fifth higher than it keeps on numbers.
 static double tile_multiply_adds(int64_t rounds) {
+  alignas(64) uint32_t numbers[4][kTileWords];
+  uint32_t state = 1;
+  for (auto& tile : numbers)
+    for (uint32_t& pair : tile) {  // between 1/2 and 1 in magnitude, of either sign
+      state = state * 1664525u + 1013904223u;
+      pair = (state & 0x807f807fu) | 0x3f003f00u;
+    }
   tiles_configure();
+  zero_tiles();
+  tile_load<kA0>(numbers[0], kTileRowBytes);
+  tile_load<kA1>(numbers[1], kTileRowBytes);
+  tile_load<kB0>(numbers[2], kTileRowBytes);
+  tile_load<kB1>(numbers[3], kTileRowBytes);
   for (int64_t i = 0; i < rounds; i++) {
     tile_multiply_add<kC00, kA0, kB0>();
     tile_multiply_add<kC01, kA0, kB1>();
