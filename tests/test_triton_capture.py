@@ -34,10 +34,10 @@ SHAPES = ((96, 200), (300, 70), (2, 150, 150))
 # Step, whether it refreshes -> launches of kernels, calls of torch, for every distinct shape.
 MOST = {
     ("muon_step_", 0): (8, 2),
-    ("shampoo_step_", 0): (10, 156),
+    ("shampoo_step_", 0): (6, 2),
     ("shampoo_step_", 1): (120, 670),
-    ("soap_step_", 0): (12, 135),
-    ("deva_step_", 0): (38, 169),
+    ("soap_step_", 0): (6, 1),
+    ("deva_step_", 0): (16, 2),
 }
 
 
@@ -90,7 +90,7 @@ def count(monkeypatch):
             monkeypatch.setattr(module, name, stand_ins[name])
     addresses: dict[int, int] = {}
     monkeypatch.setattr(
-        torch.Tensor, "data_ptr", lambda x: addresses.setdefault(id(x), len(addresses) << 30)
+        torch.Tensor, "data_ptr", lambda x: addresses.setdefault(id(x), len(addresses) << 40)
     )
     # There is none for this device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -101,8 +101,7 @@ def count(monkeypatch):
         bases = importlib.import_module("spectral_kernels.triton_kernels.eigenbasis")
         for name in ("left_bases", "right_bases"):
             for q in one[name] if name in one.names(write=True) else ():
-                ends = range(q.shape[:-2].numel() + 1)
-                bases._initialised[q] = {(begin, end) for begin in ends for end in ends}
+                bases._initialised[q] = True
         launched.clear()
         step = importlib.import_module("spectral_kernels.triton_kernels").operator(one.op)
         with Calls() as calls:
@@ -167,8 +166,19 @@ def test_no_length_of_a_list_is_compiled_for(op, refresh, count, monkeypatch):
     assert seen == first
 
 
+# Launches of a step over a list of two shapes, whatever its length, and calls of functions of the
+# package in Python, at most: what takes the time of the host.
+WORK = {
+    "muon_step_": (23, 400),
+    "soap_step_": (17, 230),
+    "shampoo_step_": (18, 250),
+    "deva_step_": (42, 440),
+}
+
+
 @pytest.mark.parametrize("new", [False, True], ids=["same-gradients", "new-gradients"])
-def test_python_work_does_not_grow_with_the_list(new):
+@pytest.mark.parametrize("op", WORK)
+def test_python_work_does_not_grow_with_the_list(op, new):
     """No function is called for every entry, and at most addresses are uploaded."""
     from triton_host_time import lists_of, moved as apart, step_of, stubbed
 
@@ -182,10 +192,10 @@ def test_python_work_does_not_grow_with_the_list(new):
             calls[f"{path.stem}.{frame.f_code.co_name}"] += 1
 
     def work(shapes):
-        args = lists_of(shapes)
+        args = lists_of(shapes, op)
         with stubbed() as stubs:
             for grads in apart(args[1], 3) if new else [args[1]] * 3:
-                step, stubs.launches, stubs.uploads = step_of(args, grads), 0, 0
+                step, stubs.launches, stubs.uploads = step_of(args, grads, op), 0, 0
                 calls.clear()
                 sys.setprofile(note)
                 step()
@@ -197,7 +207,9 @@ def test_python_work_does_not_grow_with_the_list(new):
     forget_tables()
     for one, other in zip(few, many, strict=True):
         assert one == other
-    assert many[0].total() < 500 and many[1] == 23 and many[2] == int(new)
+    launches, most = WORK[op]
+    assert many[0].total() <= most, many[0].most_common(10)
+    assert many[1:] == (launches, int(new))
 
 
 class Memory(TorchDispatchMode):
@@ -224,9 +236,13 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+# As many of 768 x 3072 as are worked on at a time, at most.
+FULL = 28
+
+
 @pytest.mark.parametrize("op", ["shampoo_step_", "soap_step_", "deva_step_"])
 def test_temporaries_do_not_grow_with_the_list(op, count):
-    """For the 24 hidden layers of a GPT-2 less than the state takes, as entries and as a batch."""
+    """For 72 hidden layers of GPT-2s less than their state takes, as entries and as a batch."""
     one = step_of(op, ((768, 3072),), 0)
 
     def temporaries(args, entries):
@@ -243,16 +259,16 @@ def test_temporaries_do_not_grow_with_the_list(op, count):
     def size_of(args):
         return sum(x.numel() * x.element_size() for x in tree_leaves(args) if x.ndim)
 
-    few, many = (tuple(x * n if isinstance(x, list) else x for x in one.args) for n in (2, 24))
+    few, many = (tuple(x * n if isinstance(x, list) else x for x in one.args) for n in (FULL, 72))
     batch = tuple(
-        [x[0].new_empty(24, *x[0].shape, device="meta") if x[0].numel() else x[0]]
+        [x[0].new_empty(72, *x[0].shape, device="meta") if x[0].numel() else x[0]]
         if isinstance(x, list)
         else x
         for x in one.args
     )
-    least = temporaries(few, 2)
-    state = size_of(many) - 2 * 24 * one["params"][0].numel() * 4
-    for args, entries in ((many, 24), (batch, 1)):
+    least = temporaries(few, FULL)
+    state = size_of(many) - 2 * 72 * one["params"][0].numel() * 4
+    for args, entries in ((many, 72), (batch, 1)):
         used = temporaries(args, entries)
         assert used <= 1.01 * least
         assert used <= state, f"{used / 2**30:.2f} GiB of {state / 2**30:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import weakref
 
 import pytest
@@ -252,3 +253,127 @@ def test_lists_with_factors_are_looked_up_and_checked(op):
         overlapping.run("triton")
     assert same_bits(beside, kept) and same_bits(case.written(), before.written())
     known.cache_clear()
+
+
+class TestMatricesWithFactors:
+    """Which of them share launches is no matter of what stands beside them."""
+
+    SHAPES = ((3, 6, 9), (9, 6), (80, 70), (6, 9))
+
+    @pytest.fixture(params=["shampoo_step_", "soap_step_", "deva_step_"])
+    def op(self, request):
+        return request.param
+
+    @pytest.fixture
+    def known(self, op):
+        """What is kept of the lists of a step, empty at first."""
+        from spectral_kernels import triton_kernels
+
+        known = sys.modules[triton_kernels.operator(op).__module__]._KNOWN
+        known.cache_clear()
+        yield known
+        known.cache_clear()
+
+    @pytest.fixture
+    def groups(self, known, monkeypatch):
+        """How many matrices each group has that was worked on."""
+        from spectral_kernels.triton_kernels import _factor_kernels
+
+        found = []
+        made = _factor_kernels.Fused.__init__
+
+        def noted(self, group, *args):
+            found.append(len(group.numbers))
+            made(self, group, *args)
+
+        monkeypatch.setattr(_factor_kernels.Fused, "__init__", noted)
+        return found
+
+    def test_groups_of_bounded_size_change_no_bit(self, op, known, groups, monkeypatch):
+        from spectral_kernels.triton_kernels import _factor_lists
+
+        count = len(self.SHAPES)
+        together = later_step(op, self.SHAPES, refresh=[0] * count)
+        together["grads"][0][2] = torch.nan
+        apart = together.clone()
+        together.run("triton")
+        assert groups == [6]
+        known.cache_clear()
+        monkeypatch.setattr(_factor_lists, "FUSED_ELEMENTS", 2 * 4 * 64 * 64)
+        apart.run("triton")
+        assert groups == [6, 2, 2, 1, 1]
+        assert same_bits(apart.written(), together.written())
+
+    def test_what_is_refreshed_beside_it_changes_no_bit_of_a_matrix(self, op, groups):
+        count = len(self.SHAPES)
+        case = later_step(op, self.SHAPES, refresh=[0] * count)
+        other = case.clone().with_(refresh=[0, 1, 0, 1])
+        case.run("triton")
+        other.run("triton")
+        assert groups == [6, 4]
+        for name in case.names(write=True)[:-1]:
+            for i in (0, 2):
+                assert same_bits(case[name][i], other[name][i])
+
+    @pytest.mark.parametrize("op", ["soap_step_", "deva_step_"])
+    def test_what_begins_beside_it_changes_no_bit_of_a_matrix(self, op, groups):
+        case = later_step(op, ((3, 6, 9),), refresh=[0])
+        other = case.clone()
+        for name in ("left_bases", "right_bases"):
+            other[name][0][1] = 0.0
+        case.run("triton")
+        other.run("triton")
+        assert groups == [3, 2]
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "lefts", "rights", "left_bases"):
+            for i in (0, 2):
+                assert same_bits(case[name][0][i], other[name][0][i])
+        assert other["left_bases"][0][1].any()
+        assert same_bits(case["step_counts"], other["step_counts"])
+
+    @pytest.mark.parametrize("op", ["soap_step_", "deva_step_"])
+    def test_bases_are_looked_at_until_none_begins(self, op, groups):
+        """And again when other tensors take their places."""
+        from spectral_kernels.triton_kernels import _device
+
+        case = later_step(op, ((6, 9), (5, 5)), refresh=[0, 0])
+        waits = []
+        for seed in range(4):
+            if seed == 2:
+                case["left_bases"][1] = torch.zeros_like(case["left_bases"][1])
+                case["right_bases"][1] = torch.zeros_like(case["right_bases"][1])
+            before = _device.reads()
+            case = next_step(case, seed)
+            case.run("triton")
+            waits.append(_device.reads() - before)
+        assert waits == [1, 0, 1, 1]
+        assert case["left_bases"][1].any() and groups == [2, 2, 1, 2]
+
+    def test_other_tensors_and_options_are_seen(self, op, known, groups):
+        """Nothing that was found for a list serves another."""
+        case = later_step(op, self.SHAPES, refresh=[0] * len(self.SHAPES))
+
+        def assert_like_new(case):
+            other = case.clone()
+            case.run("triton")
+            known.cache_clear()
+            other.run("triton")
+            assert same_bits(case.written(), other.written())
+
+        case.run("triton")
+        # Another gradient at another address, layout and dtype; then a parameter of another shape.
+        case["grads"][1] = case["grads"][1].mT.contiguous().mT
+        case["grads"][3] = gaussian(7, 9, seed=3)[1:]
+        assert_like_new(case)
+        case["grads"][0] = case["grads"][0].bfloat16()
+        case["step_counts"][0] = torch.full((3,), 2.0)
+        assert_like_new(case)
+        assert_like_new(case.with_(maximize=True, weight_decay=0.3, beta1=0.5))
+        for name in (*case.names(write=True)[:-1], "grads"):
+            del case[name][0]
+        shorter = {
+            name: list(case.options[name])[1:]
+            for name in ("refresh", "scales")
+            if name in case.options
+        }
+        assert_like_new(case.with_(**shorter))
+        assert groups[:3] == [6, 6, 6] and groups[-1] == 3

@@ -1,12 +1,12 @@
-"""Host time of Muon's step on Triton, with launches stubbed: no card is needed.
+"""Host time of steps on Triton, with launches stubbed: no card is needed.
 
-    python tools/triton_host_time.py [--lists gpt2-small,lora]
+    python tools/triton_host_time.py [--steps muon_step_,soap_step_] [--lists gpt2-small,lora]
 
 Tensors are on the CPU, in memory that nothing touches, so that it need not be there; workspaces are
 on the meta device. Launches and uploads are counted in place of being done, and configurations are
 those of sm_90. What is left is what Python does before the kernels of a step, in CPU time of its
-thread. What it takes to give a card a kernel or a table is not in it. The steps with factors cannot
-be timed like this: they call torch, which would compute.
+thread. What it takes to give a card a kernel or a table is not in it. Refreshes cannot be timed
+like this: they call torch to compute.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from typing import Any
 import spectral_kernels as sk
 import torch
 from spectral_kernels import _dispatch
+from spectral_kernels._operators import TABLE
 from spectral_kernels.benchmarks import inputs
 from torch import Tensor
 
 _WARM = 3
+
+STEPS = ("muon_step_", "soap_step_", "shampoo_step_", "deva_step_")
 
 LISTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "gpt2-small": inputs.PARAMETER_LISTS["gpt2-small"],
@@ -81,17 +84,31 @@ def stubbed() -> Iterator[Stubs]:
         _dispatch._interpreting = interpreting
 
 
-def lists_of(shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
-    """Lists, counters and learning rate of a Muon step, as its operator takes them."""
+def lists_of(shapes: tuple[tuple[int, ...], ...], op: str = "muon_step_") -> list[Any]:
+    """Lists, counters and learning rate of a step, as its operator takes them."""
 
-    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
+    def tensors(name: str) -> list[Tensor]:
+        return [_empty(name, shape) for shape in shapes]
 
-    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     counts = [torch.empty((), dtype=torch.float32, device="cpu") for _ in shapes]
     skipped = torch.empty((), dtype=torch.int64, device="cpu")
     lr = torch.tensor(0.02, dtype=torch.float64, device="cpu")
-    return [tensors(), tensors(), tensors(), [nothing] * len(shapes), counts, skipped, lr]
+    states = [tensors(name) for name in TABLE[op].states]
+    if op in ("soap_step_", "deva_step_"):
+        bases = importlib.import_module("spectral_kernels.triton_kernels.eigenbasis")
+        bases._initialised.update((q, True) for q in itertools.chain(*states[-2:]))
+    return [tensors("params"), tensors("grads"), *states, counts, skipped, lr]
+
+
+def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
+    *batch, m, n = shape
+    if name == "second_moments":
+        return torch.empty(0, dtype=torch.float32, device="cpu")
+    if name == "root_failures":
+        return torch.empty(*batch, 2, dtype=torch.int64, device="cpu")
+    side = {"left": m, "right": n}.get(name.partition("_")[0].rstrip("s"))
+    sides = (m, n) if side is None else (side, side)
+    return torch.empty(*batch, *sides, dtype=torch.float32, device="cpu")
 
 
 def moved(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
@@ -103,18 +120,27 @@ def moved(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
     ]
 
 
-def step_of(args: Sequence[Any], grads: Sequence[Tensor]) -> Callable[[], None]:
-    """A call of the public function with other gradients."""
-    params, _, buffers, _, counts, skipped, lr = args
+def step_of(
+    args: Sequence[Any], grads: Sequence[Tensor], op: str = "muon_step_"
+) -> Callable[[], None]:
+    """A call of the public function with other gradients; nothing is refreshed."""
+    params, _, *states, counts, skipped, lr = args
+    if op == "muon_step_":
+        states = states[:1]
+    options: dict[str, Any] = {} if op == "muon_step_" else {"refresh": [0] * len(params)}
+    if op == "shampoo_step_":
+        *states, graft_squares, failures = states
+        options |= {"graft_squares": graft_squares, "root_failures": failures}
     return partial(
-        sk.muon_step_,
+        getattr(sk, op),
         params,
         grads,
-        buffers,
+        *states,
         lr=lr,
         step_counts=counts,
         skipped=skipped,
         backend="triton",
+        **options,
     )
 
 
@@ -128,28 +154,32 @@ def median_ms(calls: Iterable[Callable[[], None]], rounds: int) -> float:
     return statistics.median(times[_WARM:])
 
 
-def measured(name: str, *, rounds: int) -> str:
+def measured(op: str, name: str, *, rounds: int) -> str:
     """A line: a step on the same tensors, and one whose gradients are others every time."""
     with stubbed() as stubs:
-        args = lists_of(LISTS[name])
-        step = step_of(args, args[1])
+        args = lists_of(LISTS[name], op)
+        step = step_of(args, args[1], op)
         same = median_ms(itertools.repeat(step), rounds)
         before = stubs.launches
         step()
         launches = stubs.launches - before
-        steps = [step_of(args, grads) for grads in moved(args[1], rounds + _WARM)]
+        steps = [step_of(args, grads, op) for grads in moved(args[1], rounds + _WARM)]
         new = median_ms(iter(steps), rounds)
-    return f"{name:11} {launches:4} launches {same:7.2f} ms, with new gradients {new:7.2f} ms"
+    times = f"{same:7.2f} ms, with new gradients {new:7.2f} ms"
+    return f"{op:13} {name:11} {launches:4} launches {times}"
 
 
 def main() -> int:
-    """Prints a line a list."""
+    """Prints a line a step and list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--lists", default=",".join(LISTS))
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    for name in options.lists.split(","):
-        print(measured(name, rounds=options.rounds), flush=True)
+    for op in options.steps.split(","):
+        for name in options.lists.split(","):
+            if op == "muon_step_" or name != "experts":  # their factors have no place
+                print(measured(op, name, rounds=options.rounds), flush=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from spectral_kernels import triton_kernels
+from spectral_kernels._options import DevaOptions, ShampooOptions, SoapOptions, chosen
 from spectral_kernels.coefficients import resolve
 from torch import Tensor
 
@@ -53,7 +54,17 @@ def calls() -> Iterator[Callable[[], object]]:
             yield partial(_factors, (short, 2 * short), dtype)
     for n in _SHORT_SIDES[3:]:
         yield partial(_squares, n)
-    yield partial(_deva, (60, 120))
+    for shape in ((208, 416), (416, 208), (30, 45)):
+        for dtype, moments in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+            yield partial(_soap, shape, dtype, moments)
+            for graft in ("adam", "sgd", "none"):
+                yield partial(_shampoo, shape, dtype, moments, graft)
+        yield partial(_deva, shape, torch.float32, "momentum", "relative")
+        yield partial(_deva, shape, torch.bfloat16, "instant", "outside")
+        yield partial(_deva, shape, torch.float32, "gradient", "inside")
+        yield partial(_deva, shape, torch.float32, "none", "relative")
+    yield partial(_deva, (700, 1400), torch.bfloat16, "momentum", "relative")
+    yield partial(_adapted, (60, 120))
     yield partial(_rounded, (60, 120))
 
 
@@ -126,35 +137,75 @@ def _rounded(shape: tuple[int, int]) -> None:
     rounded_at_random(_zeros(1, *shape), torch.ones(1, dtype=torch.float64, device="cpu"))
 
 
-def _deva(shape: tuple[int, int]) -> None:
-    m, n = shape
-    for eps_mode in ("relative", "outside"):
-        triton_kernels.operator("deva_step_")(
-            [_zeros(m, n)],
-            [_zeros(m, n)],
-            [_zeros(m, n)],
-            [_zeros(m, n)],
-            *([_zeros(0)] for _ in range(4)),
-            [torch.zeros((), dtype=torch.float32, device="cpu")],
-            torch.zeros((), dtype=torch.int64, device="cpu"),
-            torch.zeros((), dtype=torch.float64, device="cpu"),
-            beta1=0.9,
-            beta2=0.95,
-            shampoo_beta=0.9,
-            eps=1e-8,
-            eps_mode=eps_mode,
-            weight_decay=0.1,
-            norm="schatten",
-            variance="momentum",
-            nesterov=True,
-            sign=False,
-            correct_bias=True,
-            normalize_grads=False,
+def _eye(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float32, device="cpu")
+
+
+def _given(shape: tuple[int, int], dtype: torch.dtype, moments: torch.dtype) -> list[list[Tensor]]:
+    """Parameter, gradient, first and second moments."""
+    return [[_zeros(*shape, dtype=own)] for own in (dtype, dtype, moments, moments)]
+
+
+def _counts() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Steps, skips, and the learning rate."""
+    return (
+        [torch.zeros((), dtype=torch.float32, device="cpu")],
+        torch.zeros((), dtype=torch.int64, device="cpu"),
+        torch.zeros((), dtype=torch.float64, device="cpu"),
+    )
+
+
+def _soap(shape: tuple[int, int], dtype: torch.dtype, moments: torch.dtype) -> None:
+    """A step between refreshes."""
+    triton_kernels.operator("soap_step_")(
+        *_given(shape, dtype, moments),
+        *([_eye(n)] for n in (*shape, *shape)),
+        *_counts(),
+        **chosen(SoapOptions, {}, refresh=[0]),
+    )
+
+
+def _shampoo(shape: tuple[int, int], dtype: torch.dtype, moments: torch.dtype, graft: str) -> None:
+    """A step between refreshes."""
+    *matrices, squares = _given(shape, dtype, moments)
+    triton_kernels.operator("shampoo_step_")(
+        *matrices,
+        *([_eye(n)] for n in (*shape, *shape)),
+        squares if graft == "adam" else [_zeros(0)],
+        [torch.zeros(2, dtype=torch.int64, device="cpu")],
+        *_counts(),
+        **chosen(ShampooOptions, {"graft": graft}, refresh=[0]),
+    )
+
+
+def _deva(shape: tuple[int, int], dtype: torch.dtype, variance: str, eps_mode: str) -> None:
+    """A step between refreshes."""
+    triton_kernels.operator("deva_step_")(
+        *_given(shape, dtype, dtype),
+        *([_eye(n)] for n in (*shape, *shape)),
+        *_counts(),
+        **chosen(
+            DevaOptions,
+            {"variance": variance, "eps_mode": eps_mode},
             rows=_MUON,
             scales=[1.0],
-            compute_dtype=torch.bfloat16,
-            reference=False,
-            maximize=False,
-            nonfinite="skip",
             refresh=[0],
+        ),
+    )
+
+
+def _adapted(shape: tuple[int, int]) -> None:
+    """What a step launches where no kernel takes all of an option."""
+    for eps_mode in ("relative", "outside"):
+        triton_kernels.operator("deva_step_")(
+            *_given(shape, torch.float32, torch.float32),
+            *([_zeros(0)] for _ in range(4)),
+            *_counts(),
+            **chosen(
+                DevaOptions,
+                {"eps_mode": eps_mode, "normalize_grads": True},
+                rows=_MUON,
+                scales=[1.0],
+                refresh=[0],
+            ),
         )

@@ -45,6 +45,7 @@ class Config:
             "num_stages": self.stages,
         }
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - of a few configurations that stay
     def halved(self) -> Config:
         """A quarter of the tile, with the same order of summation."""
         warps = max(self.warps // 2, 4)
@@ -147,6 +148,9 @@ GROUP_ELEMENTS = 2**28
 
 # Of parameters, gradients and factors that one batch of a step with factors holds.
 STACK_ELEMENTS = 2**25
+
+# Elements of all workspaces of one group of a step with factors.
+FUSED_ELEMENTS = 2**28
 
 
 def precision_of(arch: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import NONFINITE, PLACE_COLUMNS, launch
-from ._groups import Group, Kind, Row, Rows
+from ._device import IDLE, NONFINITE, PLACE_COLUMNS, launch
+from ._groups import Group, Kind, Row, Rows, Table
 from ._layout import kept, upload
 
 _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.int64: tl.int64}
@@ -20,15 +21,23 @@ _BLOCK = 256
 
 
 @triton.jit
-def _written(states, slots, first, number, PROPAGATE: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of `number` matrices from `first` on were not left alone."""
+def _counted(
+    states, slots, first, number, SKIPPED: tl.constexpr, PROPAGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many of `number` matrices from `first` on took their step, or were SKIPPED."""
     lanes = tl.arange(0, BLOCK)
     found = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, number, BLOCK):
         inside = start + lanes < number
         slot = tl.load(slots + first + start + lanes, mask=inside, other=0)
-        state = tl.load(states + slot, mask=inside, other=NONFINITE)
-        found += tl.where(inside & ((state != NONFINITE) | PROPAGATE), 1, 0)
+        state = tl.load(states + slot, mask=inside, other=IDLE)
+        if PROPAGATE:
+            found += tl.where(inside, 0 if SKIPPED else 1, 0)
+        elif SKIPPED:
+            found += tl.where(state == NONFINITE, 1, 0)
+        else:
+            found += tl.where((state == NONFINITE) | (state == IDLE), 0, 1)
     return tl.sum(found, 0)
 
 
@@ -40,14 +49,14 @@ def _count_kernel(
     # A row is a count's address, the first of its matrices, and how many it has.
     row = rows + tl.program_id(0) * PLACE_COLUMNS
     first, number = tl.load(row + 1), tl.load(row + 2).to(tl.int32)
-    if _written(states, slots, first, number, PROPAGATE, BLOCK) > 0:
+    if _counted(states, slots, first, number, False, PROPAGATE, BLOCK) > 0:
         count = tl.load(row).to(tl.pointer_type(DTYPE))
         # One tensor may count for several entries.
         tl.atomic_add(count, tl.full((), 1, DTYPE))
     if SKIPS:  # noqa: SIM102 - known when compiling, unlike the next
         if tl.program_id(0) == 0:
-            done = _written(states, slots, 0, matrices, PROPAGATE, BLOCK)
-            tl.store(skipped, tl.load(skipped) + (matrices - done))
+            left = _counted(states, slots, 0, matrices, True, PROPAGATE, BLOCK)
+            tl.store(skipped, tl.load(skipped) + left)
 
 
 @triton.jit
@@ -74,20 +83,21 @@ class Counters:
     counts: tuple[tuple[torch.dtype, slice], ...]
     single: tuple[tuple[torch.dtype, slice], ...]
 
-    def steps(self, table: Tensor) -> Tensor:
+    def steps(self, table: Table, device: torch.device) -> Tensor:
         """int64, how many steps the matrix in every slot has taken."""
-        steps = torch.empty(self.size, dtype=torch.int64, device=table.device)
+        steps = torch.empty(self.size, dtype=torch.int64, device=device)
         for dtype, rows in self.single:
             programs = rows.stop - rows.start
             launch(_steps_kernel, programs, table[rows], steps, DTYPE=_DTYPES[dtype])
         return steps
 
-    def advance_(self, table: Tensor, states: Tensor, skipped: Tensor, *, propagate: bool) -> None:
+    def advance_(self, table: Table, states: Tensor, skipped: Tensor, *, propagate: bool) -> None:
         """Advances the counts of what was updated, and `skipped` by the rest.
 
         Args:
             table: of the rows.
-            states: int32, of the matrix in every slot; NONFINITE where nothing was written.
+            states: int32, of the matrix in every slot; NONFINITE where nothing was written, and
+                IDLE where that is no step, nor a skip.
             skipped: one int64.
             propagate: everything was updated.
         """
@@ -96,7 +106,7 @@ class Counters:
                 _count_kernel,
                 rows.stop - rows.start,
                 table[rows],
-                _slots(self, table.device),
+                _slots(self, states.device),
                 states,
                 skipped,
                 len(self.slots),
@@ -112,8 +122,16 @@ def _slots(counters: Counters, device: torch.device) -> Tensor:
     return upload(torch.tensor(counters.slots, dtype=torch.int32, device="cpu"), device)
 
 
+class Numbered(NamedTuple):
+    """Matrices that have slots, as a `Group` has them."""
+
+    numbers: tuple[int, ...]
+    slots: slice
+    entries: tuple[int, ...]
+
+
 def counters_of(
-    groups: Sequence[Group], kinds: Sequence[Kind], first_owner: int, rows: Rows
+    groups: Sequence[Group | Numbered], kinds: Sequence[Kind], first_owner: int, rows: Rows
 ) -> Counters:
     """Slots for the matrices of groups, and rows for the counts of a list; those are added.
 

@@ -43,6 +43,8 @@ NORMAL = tl.constexpr(1)
 NONFINITE = tl.constexpr(2)
 # The new parameter may be out of range: it is looked at before anything is written.
 DOUBTFUL = tl.constexpr(3)
+# It took no step, and was not skipped.
+IDLE = tl.constexpr(4)
 
 _launches = 0
 _reads = 0

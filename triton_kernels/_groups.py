@@ -16,6 +16,7 @@ import torch
 from spectral_kernels._options import MuonOptions, NewtonSchulzOptions
 from torch import Tensor
 
+from ._addresses import Addresses
 from ._config import GROUP_ELEMENTS, Config, config_for, is_small, small_config
 from ._device import PLACE_COLUMNS
 from ._layout import ALIGNED_NUMBERS, Layout, Shape, kept, layout_of, padded, upload
@@ -154,6 +155,7 @@ class Rows:
     def __init__(self) -> None:
         self._owners: list[int] = []
         self._rows: list[Row] = []
+        self._begins: list[int] = []
         self._fixed = self._which = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def add(self, owners: Sequence[int], rows: Sequence[Row]) -> slice:
@@ -163,6 +165,7 @@ class Rows:
             self._owners.append(self._owners[-1])
             self._rows.append(self._rows[-1])
         begin = len(self._rows)
+        self._begins.append(begin)
         self._owners += owners
         self._rows += rows
         return slice(begin, len(self._rows))
@@ -173,12 +176,27 @@ class Rows:
         self._fixed = torch.tensor(self._rows, dtype=torch.int64, device="cpu").reshape(shape)
         self._which = torch.tensor(self._owners, dtype=torch.int64, device="cpu")
 
-    def at(self, addresses: Sequence[int]) -> Tensor:
+    def at(self, addresses: Addresses) -> Tensor:
         """The table for tensors at these addresses."""
         table = self._fixed.clone()
-        given = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        table[:, 0] += given.index_select(0, self._which)
+        table[:, 0] += addresses.tensor.index_select(0, self._which)
         return table
+
+    def parts(self, table: Tensor) -> dict[int, Tensor]:
+        """The rows that were added together, by where they begin."""
+        ends = [*self._begins[1:], len(self._rows)]
+        sizes = [end - begin for begin, end in zip(self._begins, ends, strict=True)]
+        return dict(zip(self._begins, table.split_with_sizes(sizes), strict=True))
+
+
+class Table:
+    """The rows of a step on the device, in the parts that were added together."""
+
+    def __init__(self, rows: Rows, table: Tensor) -> None:
+        self._parts = rows.parts(table)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._parts[rows.start]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +221,7 @@ class Group:
     units: tuple[Units, ...]
     rows: tuple[slice, ...]
 
-    def places(self, table: Tensor, which: int) -> Places:
+    def places(self, table: Table, which: int) -> Places:
         """The matrices of one of the lists."""
         return Places(table[self.rows[which]], self.dtypes[which], self.units[which])
 
@@ -308,6 +326,6 @@ def layout_for(group: Group, device: torch.device) -> Layout:
 
 
 @kept(256)
-def table_of(rows: Rows, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+def table_of(rows: Rows, addresses: Addresses, device: torch.device) -> Table:
     """The table of some rows on the device."""
-    return upload(rows.at(addresses), device)
+    return Table(rows, upload(rows.at(addresses), device))

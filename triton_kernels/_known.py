@@ -7,14 +7,18 @@ arguments among it, and looked up by these values. Nothing that is kept refers t
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from spectral_kernels._options import BasisLists, MuonLists, ShampooLists
 from spectral_kernels._step_checks import check_rate
 from torch import Tensor
+
+from ._addresses import Addresses
 
 Lists = TypeVar("Lists", MuonLists, ShampooLists, BasisLists)
 Given = TypeVar("Given", bound=Any)
@@ -26,6 +30,8 @@ _MOST_ADDRESSES = 64
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
+_shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
+
 
 class Like(NamedTuple):
     """What is known of lists.
@@ -33,7 +39,7 @@ class Like(NamedTuple):
     Attributes:
         lengths: how many tensors each has.
         shapes, strides, dtypes, devices: of all tensors, list behind list, `skipped` last.
-        phases: their addresses modulo 16.
+        phases: their addresses modulo 16; nothing where all of them are 0.
     """
 
     lengths: tuple[int, ...]
@@ -46,21 +52,26 @@ class Like(NamedTuple):
 
 def _described(
     lists: MuonLists | ShampooLists | BasisLists,
-) -> tuple[Like | None, tuple[int, ...]]:
+) -> tuple[Like | None, Addresses]:
     """What the lists are like, None where that is not all there is to them, and addresses."""
     *given, skipped, _ = lists
-    flat = [x for tensors in given for x in tensors]
-    flat.append(skipped)
-    if not _PLAIN.issuperset(map(type, flat)) or {x.layout for x in flat} != {torch.strided}:
-        return None, ()
-    addresses = tuple([x.data_ptr() for x in flat])
+    flat = [*itertools.chain.from_iterable(given), skipped]
+    nothing = None, Addresses()
+    if not _PLAIN.issuperset(map(type, flat)):
+        return nothing
+    try:
+        strides = tuple(map(Tensor.stride, flat))
+    except RuntimeError:  # of a tensor that is not dense
+        return nothing
+    addresses = Addresses.of(flat)
+    phases = addresses.tensor.bitwise_and(15)
     like = Like(
         tuple(map(len, given)),
-        tuple([x.shape for x in flat]),
-        tuple([x.stride() for x in flat]),
-        tuple([x.dtype for x in flat]),
-        tuple([x.device for x in flat]),
-        tuple([address & 15 for address in addresses]),
+        tuple(map(_shape, flat)),
+        strides,
+        tuple(map(_dtype, flat)),
+        tuple(map(_device, flat)),
+        tuple(phases.tolist()) if bool(phases.any()) else (),
     )
     return like, addresses
 
@@ -73,20 +84,18 @@ class _Entry(Generic[Found]):
         # One counter may serve several entries.
         count = sum(like.lengths[:-1])
         shapes, strides = like.shapes[:count], like.strides[:count]
-        self._filled = [i for i, shape in enumerate(shapes) if 0 not in shape]
-        self._extents = torch.tensor(
-            [_extent(shapes[i], strides[i]) * like.dtypes[i].itemsize for i in self._filled],
-            dtype=torch.int64,
-            device="cpu",
+        filled = [i for i, shape in enumerate(shapes) if 0 not in shape]
+        extents = [_extent(shapes[i], strides[i]) * like.dtypes[i].itemsize for i in filled]
+        self._filled, self._extents = (
+            torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (filled, extents)
         )
         self._apart: OrderedDict[tuple[int, ...], None] = OrderedDict()
 
-    def are_apart(self, addresses: tuple[int, ...]) -> bool:
+    def are_apart(self, addresses: Addresses) -> bool:
         """Whether the tensors do not overlap; False where that needs a closer look."""
         if addresses in self._apart:
             return True
-        filled = [addresses[i] for i in self._filled]
-        begin, order = torch.tensor(filled, dtype=torch.int64, device="cpu").sort()
+        begin, order = addresses.tensor.index_select(0, self._filled).sort()
         end = begin + self._extents.index_select(0, order)
         if bool((begin[1:] < end[:-1]).any()):
             return False
@@ -115,8 +124,10 @@ class KnownLists(Generic[Lists, Given, Found]):
         self._check: Callable[[Lists, Given], None] = check
         self._find: Callable[[Lists, Given], Found] = find
         self._known: OrderedDict[object, _Entry[Found]] = OrderedDict()
+        # What was looked up last: comparing is faster than hashing.
+        self._last: tuple[object, _Entry[Found]] | None = None
 
-    def of(self, lists: Lists, options: Given, key: object) -> tuple[Found, tuple[int, ...]]:
+    def of(self, lists: Lists, options: Given, key: object) -> tuple[Found, Addresses]:
         """What was found, and the addresses of all tensors.
 
         Args:
@@ -127,13 +138,15 @@ class KnownLists(Generic[Lists, Given, Found]):
         like, addresses = _described(lists)
         if like is None:
             self._check(lists, options)
-            addresses = tuple([x.data_ptr() for tensors in lists[:-2] for x in tensors])
+            addresses = Addresses.of(x for tensors in lists[:-2] for x in tensors)
             return self._find(lists, options), addresses
-        entry = self._known.get((like, key))
+        whole = like, key
+        last = self._last
+        entry = last[1] if last is not None and last[0] == whole else self._known.get(whole)
         if entry is None:
             self._check(lists, options)
             entry = _Entry(self._find(lists, options), like)
-            self._known[like, key] = entry
+            self._known[whole] = entry
             if len(self._known) > _MOST_LISTS:
                 self._known.popitem(last=False)
         elif options.nonfinite == "raise" or not entry.are_apart(addresses):
@@ -141,8 +154,10 @@ class KnownLists(Generic[Lists, Given, Found]):
         else:
             check_rate(lists.lr, lists.params)
             options.check(len(lists.params))
+        self._last = whole, entry
         return entry.found, addresses
 
     def cache_clear(self) -> None:
         """Forgets everything."""
+        self._last = None
         self._known.clear()

@@ -1,4 +1,4 @@
-"""Steps and skips of the matrices of a list, counted on the device."""
+"""Matrices of a list in batches of one shape, for what torch does with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from spectral_kernels._options import BasisLists
 from torch import Tensor
 
 from ._config import STACK_ELEMENTS
+from ._device import IDLE, NONFINITE, NORMAL
 from ._layout import kept, upload
 from ._rounding import rounded_at_random
 
 R = TypeVar("R")
+
+# Of an entry: whether its matrices are worked on in a `Stack`, or which of them are.
+Apart = bool | tuple[bool, ...]
 
 
 @kept(256)
@@ -23,25 +27,8 @@ def numbers_of(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @kept(256)
-def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(torch.tensor(indices, dtype=torch.int64, device="cpu"), device)
-
-
-def advance_(counts: Sequence[Tensor], sizes: tuple[int, ...], updated: Tensor) -> None:
-    """Adds what was updated to the steps of every entry, one number for it or one a matrix."""
-    done = updated.to(torch.float32)
-    whole = parts = done.split(sizes)
-    if max(sizes) > 1:
-        entries = [i for i, size in enumerate(sizes) for _ in range(size)]
-        owners = _order(tuple(entries), done.device)
-        whole = done.new_zeros(len(sizes)).scatter_reduce(0, owners, done, "amax").unbind()
-    steps = [
-        (part if count.ndim else one).reshape(count.shape).to(count.dtype)
-        for count, part, one in zip(counts, parts, whole, strict=True)
-    ]
-    for dtype in {count.dtype for count in counts}:
-        chosen = [i for i, count in enumerate(counts) if count.dtype == dtype]
-        torch._foreach_add_([counts[i] for i in chosen], [steps[i] for i in chosen])
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=torch.bool, device="cpu"), device)
 
 
 class Piece(NamedTuple):
@@ -54,7 +41,8 @@ class Piece(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """The same of one of the entry's tensors, a view."""
-        return x if self.whole else x[self.begin : self.end]
+        # One number may count for all of a batch.
+        return x if self.whole or not x.ndim else x[self.begin : self.end]
 
 
 def flags_of(refresh: Sequence[int] | None) -> tuple[bool, ...]:
@@ -62,11 +50,11 @@ def flags_of(refresh: Sequence[int] | None) -> tuple[bool, ...]:
     return tuple(map(bool, refresh)) if isinstance(refresh, Sequence) else ()
 
 
-def basis_stacks(lists: BasisLists, refresh: Sequence[int]) -> list[Stack]:
+def basis_stacks(lists: BasisLists, refresh: Sequence[int], apart: Sequence[Apart]) -> list[Stack]:
     """The stacks of a step in eigenbases."""
     moments = lists.exp_avgs, lists.exp_avg_sqs
     keys = lists.grads, lists.lefts, lists.rights, flags_of(refresh)
-    return stacks_of(lists.params, lists.step_counts, *keys, moments=moments)
+    return stacks_of(lists.params, lists.step_counts, *keys, moments=moments, apart=apart)
 
 
 class Stack:
@@ -75,6 +63,7 @@ class Stack:
     Attributes:
         pieces: what it holds.
         shape: (m, n).
+        slots: where the states of its matrices are among those of the step.
     """
 
     def __init__(self, pieces: Sequence[Piece], params: Sequence[Tensor]) -> None:
@@ -83,6 +72,7 @@ class Stack:
         self.shape = first.shape[-2:]
         self._device = first.device
         self._sizes = [piece.end - piece.begin for piece in self.pieces]
+        self.slots = slice(0, 0)
 
     def take(self, tensors: Sequence[Tensor], rank: int = 2) -> Tensor | None:
         """(count, ...) of the entries' tensors, the last `rank` dimensions kept; None if absent."""
@@ -141,12 +131,29 @@ class Stack:
             old, new = old.to(torch.bfloat16), rounded_at_random(new, t)
         self.put_(tensors, old, new, where)
 
-    def count_(
-        self, counts: Sequence[Tensor], skipped: Tensor, updated: Tensor, kept: Tensor
-    ) -> None:
-        """Advances the steps of what was updated, and `skipped` by what was kept."""
-        skipped.add_(kept.sum())
-        advance_(self._of(counts), tuple(self._sizes), updated)
+    def chosen(self, flags: Sequence[tuple[bool, ...] | None]) -> Tensor | None:
+        """Which of its matrices have flags that are set in those of the entries; None if none."""
+        found = self._flags(flags)
+        return _flags(found, self._device) if any(found) else None
+
+    def all_chosen(self, flags: Sequence[tuple[bool, ...] | None]) -> bool:
+        """Whether all of its matrices have flags that are set."""
+        return all(self._flags(flags))
+
+    def _flags(self, flags: Sequence[tuple[bool, ...] | None]) -> tuple[bool, ...]:
+        found: list[bool] = []
+        for piece, size in zip(self.pieces, self._sizes, strict=True):
+            own = flags[piece.entry]
+            found += (False,) * size if own is None else own[piece.begin : piece.end]
+        return tuple(found)
+
+    def note_(self, states: Tensor, kept: Tensor, idle: Tensor | None = None) -> None:
+        """Tells which matrices were skipped, and which took no step."""
+        if idle is None:
+            found = torch.where(kept, NONFINITE.value, NORMAL.value)
+        else:
+            found = torch.where(kept, NONFINITE.value, torch.where(idle, IDLE.value, NORMAL.value))
+        states[self.slots] = found
 
 
 def stacks_of(
@@ -154,8 +161,9 @@ def stacks_of(
     counts: Sequence[Tensor],
     *keys: Sequence[object],
     moments: Sequence[Sequence[Tensor]],
+    apart: Sequence[Apart],
 ) -> list[Stack]:
-    """Entries by shape and dtype of the parameter, dtypes of moments, and whatever they must share.
+    """Entries that are `apart`, by shape, dtypes, and whatever else they must share.
 
     A stack holds at most STACK_ELEMENTS of parameters, gradients and factors, or one matrix: a step
     keeps some twenty copies of a stack, and one of a whole list would need more than its state. A
@@ -168,7 +176,7 @@ def stacks_of(
         key = (param.shape[-2:], dtypes, *(_kind(values[i]) for values in keys))
         given = [values[i] for values in keys]
         size = param.numel() + sum(x.numel() for x in given if isinstance(x, Tensor))
-        for piece in _pieces(i, param, counts[i], size):
+        for piece in _pieces(i, param, counts[i], size, apart[i]):
             part = size // param.shape[:-2].numel() * (piece.end - piece.begin)
             if filled.get(key, STACK_ELEMENTS) + part > STACK_ELEMENTS:
                 groups.setdefault(key, []).append([])
@@ -178,9 +186,12 @@ def stacks_of(
     return [Stack(pieces, params) for parts in groups.values() for pieces in parts]
 
 
-def _pieces(entry: int, param: Tensor, count: Tensor, size: int) -> Iterator[Piece]:
+def _pieces(entry: int, param: Tensor, count: Tensor, size: int, apart: Apart) -> Iterator[Piece]:
     """The parts of an entry that a stack holds whole; none where it has no elements."""
-    if not param.numel():
+    if not param.numel() or apart is False:
+        return
+    if apart is not True:
+        yield from (Piece(entry, i, i + 1, False) for i, one in enumerate(apart) if one)
         return
     matrices = param.shape[:-2].numel()
     each = matrices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,15 +62,15 @@ class Delivery:
 
     def arguments(self, layout: Layout) -> tuple[object, ...]:
         """As the kernels take it."""
-        rate, kept = 1.0, 1.0
-        if self.lr is not None and not self.on_device:
+        rate, kept, loaded = 1.0, 1.0, self.on_device
+        if self.lr is not None and not loaded:
             rate = float(self.lr)
             kept = 1.0 - rate * self.decay
         return (
             self.places.table,
             layout.table if self.state is None else self.state,
             layout.table if self.scales is None else self.scales,
-            self.lr if self.lr is not None and self.on_device else layout.table,
+            self.lr if loaded else layout.table,
             rate,
             kept,
             self.decay,
@@ -120,7 +121,7 @@ def delivery_of(
 
 
 @triton.jit
-def _infinite_from(dtype: tl.constexpr):
+def infinite_from(dtype: tl.constexpr):
     """The least fp32 number that is rounded to infinity."""
     if dtype == tl.float16:
         return 65520.0
@@ -177,7 +178,7 @@ def deliver(
             value = kept * old - (rate * tl.load(scales + matrix)) * value
     if UPDATE and SKIP:
         if look == 1:
-            lost = tl.where(tl.abs(value) < _infinite_from(PLACED_DTYPE), 0, 1)
+            lost = tl.where(tl.abs(value) < infinite_from(PLACED_DTYPE), 0, 1)
             if tl.max(tl.where(inside, lost, 0)) > 0:
                 tl.store(state + matrix, NONFINITE)
         else:
@@ -289,6 +290,7 @@ def wide(
     target = a.values if isinstance(out, Delivery) else out
     arguments, constants, launches = delivery_of(delivery, layout)
     looks = (0,) if delivery is None else delivery.looks
+    arch, table = architecture(layout.device), layout.table
     for unit, chosen in launches:
         # Element by element a large tile takes more registers than there are.
         spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
@@ -302,24 +304,34 @@ def wide(
                 b.values,
                 a.values if c is None else c,
                 target,
-                layout.table,
+                table,
                 tiles,
-                layout.table if factors is None else factors,
+                table if factors is None else factors,
                 0 if factors is None else factors.shape[1],
                 alpha,
                 beta,
                 *columns,
                 *arguments,
                 look,
-                A_SPACE=a.space,
-                B_SPACE=b.space,
-                A_TRANSPOSED=a.transposed,
-                B_TRANSPOSED=b.transposed,
                 HAS_C=c is not None,
                 PER_MATRIX=factors is not None,
                 DELIVER=delivery is not None,
                 PLACED_UNIT=unit,
                 **constants,
-                PRECISION=precision_of(architecture(layout.device)),
-                **fitting.options(),
+                **_constants(arch, fitting, (*a[1:], *b[1:])),
             )
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(
+    arch: str, config: Config, operands: tuple[tl.constexpr, bool, tl.constexpr, bool]
+) -> dict[str, object]:
+    """Compile-time arguments, some of them."""
+    return {
+        "A_SPACE": operands[0],
+        "A_TRANSPOSED": operands[1],
+        "B_SPACE": operands[2],
+        "B_TRANSPOSED": operands[3],
+        "PRECISION": precision_of(arch),
+        **config.options(),
+    }

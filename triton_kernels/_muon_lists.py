@@ -9,6 +9,7 @@ from spectral_kernels._options import MuonLists, MuonOptions
 from spectral_kernels._step_checks import check_muon
 from torch import Tensor
 
+from ._addresses import Addresses
 from ._checks import TRITON
 from ._config import architecture
 from ._counters import Counters, counters_of
@@ -59,7 +60,7 @@ _KNOWN: KnownLists[MuonLists, MuonOptions, Listing] = KnownLists(
 )
 
 
-def listing_of(lists: MuonLists, options: MuonOptions) -> tuple[Listing, tuple[int, ...]]:
+def listing_of(lists: MuonLists, options: MuonOptions) -> tuple[Listing, Addresses]:
     """What is known of lists with at least one parameter, and the addresses of their tensors.
 
     Raises:

@@ -36,6 +36,23 @@ def _mean_with_transpose(x):
     return 0.5 * (x + tl.trans(x))
 
 
+@triton.jit
+def _in_two(q, dtype: tl.constexpr):
+    """The part of fp32 that fits a storage dtype, and what is left."""
+    high = narrowed(q, dtype)
+    return high, narrowed(q - widened(high), dtype)
+
+
+@triton.jit
+def _product_with(part, high, low, unit, since, PRECISION: tl.constexpr):
+    """(unit I + Q) X; the low part of Q counts where it is one of several steps."""
+    value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
+    if part.dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
+        if since > 1:
+            value = multiplied(low, part, value, PRECISION)
+    return value
+
+
 @triton.jit(do_not_specialize=("steps", "restarts"))
 def _small_kernel(
     x, layout, matrices, rows, steps, restarts, floor, norm_factor,
@@ -78,17 +95,12 @@ def _small_kernel(
         c = tl.load(rows + t * 3 + 2)
         if ((restarts >> t) & 1) == 1:
             whole = tl.where(since > 1, unit, 0.0)
-            left = (q + whole * eye) * scale
-            high = narrowed(left, dtype)
-            low = narrowed(left - widened(high), dtype)
+            high, low = _in_two((q + whole * eye) * scale, dtype)
             unit = (unit - whole) * scale
             r = tl.zeros((TILE, TILE), tl.float32)
             for start in range(0, ld, DEPTH):
                 part = tl.load(base + start + block)
-                value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
-                if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
-                    if since > 1:
-                        value = multiplied(low, part, value, PRECISION)
+                value = _product_with(part, high, low, unit, since, PRECISION)
                 part = narrowed(value, dtype)
                 tl.store(base + start + block, part)
                 r = multiplied(part, tl.trans(part), r, PRECISION)
@@ -107,16 +119,11 @@ def _small_kernel(
             half = _mean_with_transpose(multiplied(r, z, a * r, PRECISION))
             r = _mean_with_transpose(multiplied(half, z, a * half, PRECISION))
     whole = tl.where(since > 1, unit, 0.0)
-    left = (q + whole * eye) * scale
-    high = narrowed(left, dtype)
-    low = narrowed(left - widened(high), dtype)
+    high, low = _in_two((q + whole * eye) * scale, dtype)
     unit = (unit - whole) * scale
     for start in range(0, ld, DEPTH):
         part = tl.load(base + start + block)
-        value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
-        if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
-            if since > 1:
-                value = multiplied(low, part, value, PRECISION)
+        value = _product_with(part, high, low, unit, since, PRECISION)
         if DELIVER:
             deliver(
                 value, matrix, 0, start, short, inner, places, layout, state, scales, lr, rate,
@@ -129,10 +136,7 @@ def _small_kernel(
         if tl.load(state + matrix) == DOUBTFUL:
             for start in range(0, ld, DEPTH):
                 part = tl.load(base + start + block)
-                value = multiplied(high, part, unit * part.to(tl.float32), PRECISION)
-                if dtype != tl.float32:  # noqa: SIM102 - known when compiling, unlike the next
-                    if since > 1:
-                        value = multiplied(low, part, value, PRECISION)
+                value = _product_with(part, high, low, unit, since, PRECISION)
                 tl.store(base + start + block, narrowed(value, dtype))
 
 

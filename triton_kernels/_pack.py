@@ -94,6 +94,22 @@ class Mix:
         }
 
 
+class Parts(NamedTuple):
+    """What a chunk each was found to have.
+
+    Attributes:
+        largest: fp32, the largest magnitude.
+        squares: fp64, the sum of squares.
+        bad: int32, 1 where something is not finite.
+        tops: fp32, the largest magnitude of what stands beside.
+    """
+
+    largest: Tensor
+    squares: Tensor
+    bad: Tensor
+    tops: Tensor
+
+
 class Summary(NamedTuple):
     """One number a matrix, on the device.
 
@@ -113,7 +129,9 @@ class Summary(NamedTuple):
 
 
 @triton.jit
-def _chunk(chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
+def chunk_of(
+    chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr
+):
     """Matrix, first row and column of this program, and which of its elements exist."""
     matrix, row, col = tile_of(chunks)
     row = row.to(tl.int64) * CHUNK_ROWS
@@ -123,6 +141,45 @@ def _chunk(chunks, layout, UNIT: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_C
     rows = within(row, tl.arange(0, CHUNK_ROWS), height, UNIT == ALIGNED_COLUMN_MAJOR)
     cols = within(col, tl.arange(0, CHUNK_COLS), width, UNIT == ALIGNED_ROW_MAJOR)
     return matrix, row, col, rows[:, None] & cols[None, :]
+
+
+@triton.jit
+def put_wide(x, out, layout, matrix, row, col, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
+    """Writes a chunk to a wide workspace."""
+    start, ld = corner(layout, matrix, WIDE)
+    base = out + start
+    # Padding is written too; what lies beyond it belongs to a neighbour.
+    _, short = corner(layout, matrix, SHORT)
+    rows = tl.arange(0, CHUNK_ROWS)
+    cols = tl.arange(0, CHUNK_COLS)
+    value = narrowed(x, out.dtype.element_ty)
+    if element(layout, matrix, TALL, COLUMNS) != 0:
+        padded = within(row, rows, ld, True)[:, None] & within(col, cols, short)[None, :]
+        offsets = rows[:, None] + cols[None, :] * ld
+        tl.store(base + (col * ld + row) + offsets, value, padded)
+    else:
+        padded = within(row, rows, short)[:, None] & within(col, cols, ld, True)[None, :]
+        offsets = rows[:, None] * ld + cols[None, :]
+        tl.store(base + (row * ld + col) + offsets, value, padded)
+
+
+@triton.jit
+def of_wide(x, layout, matrix, row, col, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr):
+    """A chunk of a wide workspace, as the caller has it; 0 beyond its padding."""
+    start, ld = corner(layout, matrix, WIDE)
+    base = x + start
+    _, short = corner(layout, matrix, SHORT)
+    rows = tl.arange(0, CHUNK_ROWS)
+    cols = tl.arange(0, CHUNK_COLS)
+    if element(layout, matrix, TALL, COLUMNS) != 0:
+        padded = within(row, rows, ld, True)[:, None] & within(col, cols, short)[None, :]
+        offsets = rows[:, None] + cols[None, :] * ld
+        value = tl.load(base + (col * ld + row) + offsets, mask=padded, other=0.0)
+    else:
+        padded = within(row, rows, short)[:, None] & within(col, cols, ld, True)[None, :]
+        offsets = rows[:, None] * ld + cols[None, :]
+        value = tl.load(base + (row * ld + col) + offsets, mask=padded, other=0.0)
+    return value
 
 
 @triton.jit
@@ -155,7 +212,7 @@ def _measure_kernel(
     CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr, BESIDE: tl.constexpr,
     BESIDE_TYPE: tl.constexpr, BESIDE_UNIT: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
+    matrix, row, col, inside = chunk_of(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, _, _, finite = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
@@ -204,7 +261,7 @@ def _summary_kernel(
     spans, largest, squares, bad, state, exponent, factor, floor, top, eps, norm_factor,
     beside, layout, scales, lr, rate, kept, decay, most, limit,
     FLOORED: tl.constexpr, REACHES: tl.constexpr, BY_ROWS: tl.constexpr, SPHERE: tl.constexpr,
-    LR_LOADED: tl.constexpr, BLOCK: tl.constexpr,
+    LR_LOADED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(0)
     first, count = span_of(spans, matrix)
@@ -239,6 +296,10 @@ def _summary_kernel(
         found = tl.where(reached < limit, found, DOUBTFUL)
         if LR_LOADED:
             found = tl.where(tl.abs(tl.load(lr).to(tl.float32)) < float("inf"), found, NONFINITE)
+    if BOUNDED:
+        # Within 2^-50 and 2^50.
+        usual = (most >= 8.881784197001252e-16) & (most <= 1125899906842624.0)
+        found = tl.where(usual | (most == 0.0), found, NONFINITE)
     found = tl.where(tl.max(bads, 0) > 0, NONFINITE, found)
     tl.store(state + matrix, found)
     tl.store(exponent + matrix, e)
@@ -255,7 +316,7 @@ def _pack_kernel(
     NESTEROV: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
     SCALED: tl.constexpr, SIGNS: tl.constexpr, KEEP: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
+    matrix, row, col, inside = chunk_of(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     x, new, at, _ = _mixed(
         grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
         GRAD, GRAD_UNIT, MIXED, MOMENTUM, MOMENTUM_UNIT, NESTEROV, CHUNK_ROWS, CHUNK_COLS,
@@ -274,21 +335,7 @@ def _pack_kernel(
     if SCALED:
         x = scaled(x, -tl.load(exponent + matrix)) * tl.load(factor + matrix)
     x = tl.where(provided(inside, bad), float("nan") if PROPAGATE else 0.0, x)
-    start, ld = corner(layout, matrix, WIDE)
-    base = out + start
-    # Padding is written too; what lies beyond it belongs to a neighbour.
-    _, short = corner(layout, matrix, SHORT)
-    rows = tl.arange(0, CHUNK_ROWS)
-    cols = tl.arange(0, CHUNK_COLS)
-    value = narrowed(x, out.dtype.element_ty)
-    if element(layout, matrix, TALL, COLUMNS) != 0:
-        padded = within(row, rows, ld, True)[:, None] & within(col, cols, short)[None, :]
-        offsets = rows[:, None] + cols[None, :] * ld
-        tl.store(base + (col * ld + row) + offsets, value, padded)
-    else:
-        padded = within(row, rows, short)[:, None] & within(col, cols, ld, True)[None, :]
-        offsets = rows[:, None] * ld + cols[None, :]
-        tl.store(base + (row * ld + col) + offsets, value, padded)
+    put_wide(x, out, layout, matrix, row, col, CHUNK_ROWS, CHUNK_COLS)
 
 
 @triton.jit
@@ -298,7 +345,7 @@ def _settle_kernel(
     MOMENTUM_UNIT: tl.constexpr, NESTEROV: tl.constexpr,
     CHUNK_ROWS: tl.constexpr, CHUNK_COLS: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, col, inside = _chunk(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
+    matrix, row, col, inside = chunk_of(chunks, layout, GRAD_UNIT, CHUNK_ROWS, CHUNK_COLS)
     if tl.load(state + matrix) == DOUBTFUL:
         _, new, at, _ = _mixed(
             grads, momenta, matrix, row, col, inside, momentum, fresh, sign,
@@ -320,7 +367,7 @@ def settle(mix: Mix, layout: Layout, state: Tensor, steps: Tensor | None = None)
     """
     launch(
         _settle_kernel,
-        len(layout.chunks),
+        layout.chunks.shape[0],
         *mix.arguments(),
         layout.table,
         layout.chunks,
@@ -339,6 +386,7 @@ def summarize(
     eps: float = 0.0,
     floored: bool = True,
     reach: Reach | None = None,
+    bounded: bool = False,
 ) -> Summary:
     """Scale, norm and finiteness of every matrix, in two launches.
 
@@ -350,8 +398,9 @@ def summarize(
         floored: False leaves both out of `factor`, for a norm that is known later.
         reach: of the step of the matrices beside; the state is DOUBTFUL where that may lead out of
             their range, and NONFINITE throughout if the learning rate is not finite.
+        bounded: the state is NONFINITE of what is so large or small that squares leave fp32.
     """
-    chunks, device = len(layout.chunks), layout.device
+    chunks, device = layout.chunks.shape[0], layout.device
     largest = torch.empty(chunks, dtype=torch.float32, device=device)
     squares = torch.empty(chunks, dtype=torch.float64, device=device)
     bad = torch.empty(chunks, dtype=torch.int32, device=device)
@@ -372,23 +421,51 @@ def summarize(
         BESIDE_TYPE=DTYPES[(mix.beside or mix.grads).dtype],
         BESIDE_UNIT=(mix.beside or mix.grads).unit,
     )
+    parts = Parts(largest, squares, bad, tops)
+    if state is None:
+        state = torch.empty(layout.count, dtype=torch.int32, device=device)
+    return summary_of(
+        parts,
+        layout,
+        state,
+        norm_factor=norm_factor,
+        eps=eps,
+        floored=floored,
+        reach=reach,
+        bounded=bounded,
+    )
+
+
+def summary_of(
+    parts: Parts,
+    layout: Layout,
+    state: Tensor,
+    *,
+    norm_factor: float = 1.0,
+    eps: float = 0.0,
+    floored: bool = True,
+    reach: Reach | None = None,
+    bounded: bool = False,
+) -> Summary:
+    """The same of what was measured."""
+    device = layout.device
+    exponent = torch.empty(layout.count, dtype=torch.int32, device=device)
     each = padded(layout.count, ALIGNED_NUMBERS)
-    numbers = torch.empty(2, each, dtype=torch.int32, device=device)[:, : layout.count].unbind()
-    values = torch.empty(3, each, dtype=torch.float32, device=device)[:, : layout.count].unbind()
-    summary = Summary(numbers[0] if state is None else state, numbers[1], *values)
+    values = torch.empty(3, each, dtype=torch.float32, device=device)
+    summary = Summary(state, exponent, *values.narrow(1, 0, layout.count).unbind())
     launch(
         _summary_kernel,
         layout.count,
         layout.spans,
-        largest,
-        squares,
-        bad,
-        summary.state,
-        summary.exponent,
-        *values,
+        parts.largest,
+        parts.squares,
+        parts.bad,
+        state,
+        exponent,
+        *summary[2:],
         eps,
         norm_factor,
-        tops,
+        parts.tops,
         layout.table,
         *reach_of(reach, layout),
         FLOORED=floored,
@@ -396,6 +473,7 @@ def summarize(
         BY_ROWS=reach is not None and reach.by_rows,
         SPHERE=reach is not None and reach.sphere,
         LR_LOADED=reach is not None and reach.delivery.on_device,
+        BOUNDED=bounded,
         BLOCK=_SUMMARY,
     )
     return summary
@@ -430,7 +508,7 @@ def pack(
     out = layout.empty(WIDE, dtype)
     launch(
         _pack_kernel,
-        len(layout.chunks),
+        layout.chunks.shape[0],
         *mix.arguments(),
         layout.table,
         layout.chunks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ class Units:
     wide: tuple[Chosen, ...]
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Matrices of a list of tensors of one dtype.
 
     Attributes:

@@ -6,6 +6,8 @@ the variance, its adaptation and the scaling of the direction are one pass over 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,29 +20,34 @@ from ._checks import TRITON
 from ._config import PASS_WARPS
 from ._device import block_of, blocks_of, launch
 from ._energies import energies
+from ._factor_kernels import INTO, OUT_OF, Fused, Moments, rates_of
+from ._factor_lists import Plans, Working
+from ._groups import Rule
 from ._known import KnownLists
 from ._list_step import (
     Stack,
-    basis_stacks,
     column,
     finite,
     flags_of,
     moved,
+    numbers_of,
     outside_range,
     rate_of,
     sign,
 )
+from ._vary import Variation, varied
 from .eigenbasis import (
     Bases,
     accumulated,
     adam_bias,
+    basis_listing,
+    beginning,
     chosen_of,
     initialised,
     refreshed,
     rms_normalized,
     rotate,
     rotate_back,
-    uninitialised,
 )
 from .newton_schulz import newton_schulz
 
@@ -73,9 +80,8 @@ def _adapt_kernel(
     tl.store(update + at, result, mask=inside)
 
 
-_KNOWN: KnownLists[BasisLists, DevaOptions, list[Stack]] = KnownLists(
-    lambda lists, options: check_deva(lists, options, TRITON),
-    lambda lists, options: basis_stacks(lists, options.refresh),
+_KNOWN: KnownLists[BasisLists, DevaOptions, Plans] = KnownLists(
+    lambda lists, options: check_deva(lists, options, TRITON), lambda lists, options: Plans()
 )
 
 
@@ -87,70 +93,127 @@ def deva_step_(lists: BasisLists, options: DevaOptions) -> None:
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
     flags = flags_of(options.refresh)
-    stacks, _ = _KNOWN.of(lists, options, (flags, options.variance))
+    plans, addresses = _KNOWN.of(lists, options, (flags, options.variance))
+    if not lists.params:
+        return
+    firsts = beginning(lists, plans)
+    alike = options.nonfinite != "propagate" and not options.normalize_grads
+    alike = alike and options.norm == "schatten" and options.variance != "low_memory"
+    dtype = options.compute_dtype
+    listing = basis_listing(lists, plans, firsts, flags, alike=alike, iterated=dtype)
+    work = Working(listing, addresses, lists.params[0].device)
+    if listing.groups:
+        _fused(work, lists.lr, options)
+    for stack in listing.stacks:
+        _stacked(stack, work, lists, options, firsts)
+    work.count(lists.skipped)
+
+
+def _fused(work: Working, lr: Tensor, options: DevaOptions) -> None:
+    """Matrices that stay in their bases."""
+    beta1, beta2, beta = options.beta1, options.beta2, options.shampoo_beta
+    moments = Moments(beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+    public, varies = options.public_schatten, options.variance != "none"
+    rates = rates_of(
+        work.steps(),
+        lr,
+        options.weight_decay,
+        (beta1, beta2),
+        times_kept=public,
+        bias=public and options.correct_bias,
+        debias=(options.debiased,) * 2,
+    )
+    scales = numbers_of(work.listing.spread(options.scales), work.states.device)
+    rows = tuple((float(a), float(b), float(c)) for a, b, c in options.rows)
+    rule = Rule(rows, "standard", options.compute_dtype, norm="schatten8")
+    relative = not options.reference and options.eps_mode == "relative"
+    variation = Variation(
+        options.variance, options.eps, options.eps_mode, options.nesterov, options.sign
+    )
+
+    # In a function, so that what one group needed is gone before the next.
+    def step_of(fused: Fused) -> None:
+        group = fused.group
+        bounded = relative and (varies or group.short or group.long)
+        x = fused.packed(negate=options.maximize, bounded=bounded)
+        fused.check_factors(x, beta=beta, weight=1.0 - beta)
+        rotated = fused.turned(x, INTO)
+        own = scales[group.slots]
+        varying, lines = varied(fused, rotated, moments, rule, variation, own)
+        update = fused.turned(varying, OUT_OF)
+        del varying
+        fused.write(update, rotated, moments, fused.rates.rates, squares=varies, lines=lines)
+        fused.add_to_factors(x, beta=beta, weight=1.0 - beta)
+
+    for group in work.listing.groups:
+        step_of(Fused(group, work.table, work.states, rates))
+
+
+def _stacked(
+    stack: Stack,
+    work: Working,
+    lists: BasisLists,
+    options: DevaOptions,
+    firsts: Sequence[tuple[bool, ...] | None],
+) -> None:
+    """Matrices of one shape that begin, are refreshed, or take an option without a kernel."""
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
-    step_counts, skipped, lr = lists[8:]
+    step_counts, _, lr = lists[8:]
     beta1, shampoo_beta, variance = options.beta1, options.shampoo_beta, options.variance
     public_schatten = options.public_schatten
     bounded = not options.reference and options.eps_mode == "relative"
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-
-    # In a function, so that what one stack needed is gone before the next.
-    def step_of(stack: Stack) -> None:
-        m, g = stack.take_moment(exp_avgs), stack.take(grads)
-        v = stack.take_moment(exp_avg_sqs, 1 if variance == "low_memory" else 2)
-        v = None if variance == "none" else v
-        assert m is not None and g is not None
-        g = -g.float() if options.maximize else g.float()
-        none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-        kept = ~finite(g, m) if checked else none
-        old = Bases(*(stack.take(x) for x in states))
-        factors = old.left is not None or old.right is not None
-        if bounded and (variance != "none" or factors):
-            kept = kept | outside_range(g)
-        t = stack.steps(step_counts)
-        first = uninitialised(old, stack, (left_bases, right_bases))
-        new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
-        rotated = rotate(g, new)
-        new_m = beta1 * m + (1.0 - beta1) * rotated
-        direction = _direction(new_m, rotated, options)
-        scales = stack.spread(options.scales)
-        new_v, update = _adapted(direction, new_m, rotated, v, t, scales, options)
-        update = rotate_back(update, new)
-        idle = none if first is None or not public_schatten else first
-        later = ~none if first is None else ~first
-        if first is None or not bool(first.all()):
-            new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
-            if stack.option(flags):
-                chosen = later & ~kept & finite(*new) if factors else none
-                new, new_m, new_v = refreshed(new, new_m, new_v, chosen, permute=public_schatten)
-        new_m = torch.where(idle[:, None, None], m, new_m)
-        if v is not None and new_v is not None:
-            new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)
-        if options.normalize_grads:
-            update = rms_normalized(update)
-        rate = rate_of(lr, len(g), g.device)
-        decay = 1.0 - rate * options.weight_decay
-        if public_schatten:
-            rate = rate * decay
-            if options.correct_bias:
-                rate = rate * adam_bias(beta1, options.beta2, t)
-        w = stack.take(params)
-        assert w is not None
-        new_w = moved(w, update, rate=rate, decay=decay)
-        if checked:
-            kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
-        stepped = ~kept & ~idle
-        stack.put_(params, w, new_w, stepped)
-        stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
-        stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
-        for tensors, before, after in zip(states, old, new, strict=True):
-            stack.put_(tensors, before, after, ~kept)
-        stack.count_(step_counts, skipped, stepped, kept)
-
-    for stack in stacks:
-        step_of(stack)
+    m, g = stack.take_moment(exp_avgs), stack.take(grads)
+    v = stack.take_moment(exp_avg_sqs, 1 if variance == "low_memory" else 2)
+    v = None if variance == "none" else v
+    assert m is not None and g is not None
+    g = -g.float() if options.maximize else g.float()
+    none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    kept = ~finite(g, m) if checked else none
+    old = Bases(*(stack.take(x) for x in states))
+    factors = old.left is not None or old.right is not None
+    if bounded and (variance != "none" or factors):
+        kept = kept | outside_range(g)
+    t = stack.steps(step_counts)
+    first = stack.chosen(firsts)
+    new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
+    rotated = rotate(g, new)
+    new_m = beta1 * m + (1.0 - beta1) * rotated
+    direction = _direction(new_m, rotated, options)
+    scales = stack.spread(options.scales)
+    new_v, update = _adapted(direction, new_m, rotated, v, t, scales, options)
+    update = rotate_back(update, new)
+    idle = none if first is None or not public_schatten else first
+    later = ~none if first is None else ~first
+    if not stack.all_chosen(firsts):
+        new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
+        if stack.option(options.refresh):
+            chosen = later & ~kept & finite(*new) if factors else none
+            new, new_m, new_v = refreshed(new, new_m, new_v, chosen, permute=public_schatten)
+    new_m = torch.where(idle[:, None, None], m, new_m)
+    if v is not None and new_v is not None:
+        new_v = torch.where(idle.view((-1,) + (1,) * (v.ndim - 1)), v, new_v)
+    if options.normalize_grads:
+        update = rms_normalized(update)
+    rate = rate_of(lr, len(g), g.device)
+    decay = 1.0 - rate * options.weight_decay
+    if public_schatten:
+        rate = rate * decay
+        if options.correct_bias:
+            rate = rate * adam_bias(beta1, options.beta2, t)
+    w = stack.take(params)
+    assert w is not None
+    new_w = moved(w, update, rate=rate, decay=decay)
+    if checked:
+        kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
+    stepped = ~kept & ~idle
+    stack.put_(params, w, new_w, stepped)
+    stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
+    stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
+    for tensors, before, after in zip(states, old, new, strict=True):
+        stack.put_(tensors, before, after, ~kept)
+    stack.note_(work.states, kept, None if first is None else idle)
 
 
 def _direction(m: Tensor, g: Tensor, step: DevaOptions) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,10 +16,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._batch import flattened, from_both_sides, gram, product, scaled_by
 from ._checks import TRITON
+from ._config import architecture
 from ._device import read
 from ._energies import dots, energies
+from ._factor_kernels import INTO, OUT_OF, Fused, Moments, rates_of
+from ._factor_lists import Columns, FactorListing, Plans, Working, listing_of
 from ._known import KnownLists
 from ._list_step import (
+    Apart,
     Stack,
     basis_stacks,
     column,
@@ -266,33 +271,38 @@ def _wide(where: Tensor) -> Tensor:
     return where[:, None, None]
 
 
-# Bases of which parts, from .. to, were seen not to be zero. Looking costs a wait for the device,
-# so it is done once.
+# Bases that were seen not to be zeros. Looking costs a wait for the device, so it is done once.
 _initialised = WeakTensorKeyDictionary()
 
 
-def uninitialised(bases: Bases, stack: Stack, lists: Sequence[Sequence[Tensor]]) -> Tensor | None:
-    """Which matrices have bases of zeros, which no basis is; None if none has."""
-    present = [x for x in (bases.left_basis, bases.right_basis) if x is not None]
-    looked = [
-        (tensors[piece.entry], (piece.begin, piece.end))
-        for tensors in lists
-        for piece in stack.pieces
-        if tensors[piece.entry].numel()
-    ]
-    if not present or all(part in _initialised.get(x, ()) for x, part in looked):
-        return None
-    if is_capturing():
+def beginning(lists: BasisLists, plans: Plans) -> tuple[tuple[bool, ...] | None, ...]:
+    """Of every entry which matrices have bases of zeros, which no basis is; None if none has."""
+    bases = [*lists.left_bases, *lists.right_bases]
+    count = len(lists.params)
+    if plans.begun.holds(bases):
+        return (None,) * count
+    pairs = [[x for x in (bases[i], bases[count + i]) if x.numel()] for i in range(count)]
+    unknown = [i for i, both in enumerate(pairs) if any(x not in _initialised for x in both)]
+    if unknown and is_capturing():
         raise RuntimeError(
             "a CUDA graph is being recorded, and bases have not been seen yet that may still be "
             "zero: take a step, or with skip_first two, outside of the graph before"
         )
-    first = torch.stack([(x == 0.0).flatten(1).all(1) for x in present]).all(0)
-    if bool(first.any()):
-        return first
-    for x, part in looked:
-        _initialised.setdefault(x, set()).add(part)
-    return None
+    firsts: list[tuple[bool, ...] | None] = [None] * count
+    zeros = [
+        torch.stack([(x == 0.0).flatten(-2).all(-1).flatten() for x in pairs[i]]).all(0)
+        for i in unknown
+    ]
+    found = iter(read(torch.cat(zeros)) if zeros else ())
+    for i, own in zip(unknown, zeros, strict=True):
+        first = tuple(itertools.islice(found, len(own)))
+        if any(first):
+            firsts[i] = first
+        else:
+            _initialised.update((x, True) for x in pairs[i])
+    if not any(firsts):
+        plans.begun.set(bases)
+    return tuple(firsts)
 
 
 def initialised(bases: Bases, g: Tensor, first: Tensor, beta: float) -> tuple[Bases, Tensor]:
@@ -337,10 +347,38 @@ def refreshed(
     return chosen_of(where, new, bases), moment, squares
 
 
-_KNOWN: KnownLists[BasisLists, SoapOptions, list[Stack]] = KnownLists(
-    lambda lists, options: check_soap(lists, options, TRITON),
-    lambda lists, options: basis_stacks(lists, options.refresh),
+COLUMNS = Columns((0, 1, 2, 3), lefts=(4, 6), rights=(5, 7))
+
+_KNOWN: KnownLists[BasisLists, SoapOptions, Plans] = KnownLists(
+    lambda lists, options: check_soap(lists, options, TRITON), lambda lists, options: Plans()
 )
+
+
+def basis_listing(
+    lists: BasisLists,
+    plans: Plans,
+    firsts: tuple[tuple[bool, ...] | None, ...],
+    flags: tuple[bool, ...],
+    *,
+    alike: bool,
+    iterated: torch.dtype = torch.float32,
+) -> FactorListing:
+    """What a step launches for; those that are `alike` but for what begins or is refreshed."""
+
+    def apart_of(entry: int) -> Apart:
+        first = firsts[entry]
+        if not alike or flags[entry] or (first is not None and all(first)):
+            return True
+        # A batch of several dimensions is not cut.
+        return False if first is None else lists.params[entry].ndim > 3 or first
+
+    def make() -> FactorListing:
+        apart = [apart_of(entry) for entry in range(len(lists.params))]
+        stacks = basis_stacks(lists, flags, apart)
+        return listing_of(lists, COLUMNS, apart, stacks, iterated)
+
+    key = firsts, flags, alike, iterated, architecture(lists.params[0].device)
+    return plans.of(key, make)
 
 
 @operator
@@ -351,62 +389,102 @@ def soap_step_(lists: BasisLists, options: SoapOptions) -> None:
     Waits for the device where bases are refreshed, and until those of a list have been set.
     """
     flags = flags_of(options.refresh)
-    stacks, _ = _KNOWN.of(lists, options, flags)
+    plans, addresses = _KNOWN.of(lists, options, flags)
+    if not lists.params:
+        return
+    firsts = beginning(lists, plans)
+    alike = options.nonfinite != "propagate" and not options.normalize_grads
+    listing = basis_listing(lists, plans, firsts, flags, alike=alike)
+    work = Working(listing, addresses, lists.params[0].device)
+    if listing.groups:
+        _fused(work, lists.lr, options)
+    for stack in listing.stacks:
+        _stacked(stack, work, lists, options, firsts)
+    work.count(lists.skipped)
+
+
+def _fused(work: Working, lr: Tensor, options: SoapOptions) -> None:
+    """Matrices that stay in their bases."""
+    beta1, beta2, beta = options.beta1, options.beta2, options.shampoo_beta
+    moments = Moments(beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+    rates = rates_of(
+        work.steps(),
+        lr,
+        options.weight_decay,
+        (beta1, beta2),
+        times_kept=True,
+        bias=options.correct_bias,
+    )
+
+    # In a function, so that what one group needed is gone before the next.
+    def step_of(fused: Fused) -> None:
+        x = fused.packed(negate=options.maximize)
+        fused.check_factors(x, beta=beta, weight=1.0 - beta)
+        rotated = fused.turned(x, INTO)
+        update = fused.turned(fused.adam(rotated, moments, options.eps), OUT_OF)
+        fused.write(update, rotated, moments, fused.rates.rates)
+        fused.add_to_factors(x, beta=beta, weight=1.0 - beta)
+
+    for group in work.listing.groups:
+        step_of(Fused(group, work.table, work.states, rates))
+
+
+def _stacked(
+    stack: Stack,
+    work: Working,
+    lists: BasisLists,
+    options: SoapOptions,
+    firsts: Sequence[tuple[bool, ...] | None],
+) -> None:
+    """Matrices of one shape that begin, are refreshed, or take an option without a kernel."""
     params, grads, exp_avgs, exp_avg_sqs, lefts, rights, left_bases, right_bases = lists[:8]
-    step_counts, skipped, lr = lists[8:]
     beta1, beta2, shampoo_beta = options.beta1, options.beta2, options.shampoo_beta
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_bases, right_bases)
-
-    # In a function, so that what one stack needed is gone before the next.
-    def step_of(stack: Stack) -> None:
-        m, v = stack.take_moment(exp_avgs), stack.take_moment(exp_avg_sqs)
-        g = stack.take(grads)
-        assert m is not None and v is not None and g is not None
-        g = -g.float() if options.maximize else g.float()
-        none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-        kept = ~finite(g, m) if checked else none
-        t = stack.steps(step_counts)
-        old = Bases(*(stack.take(x) for x in states))
-        first = uninitialised(old, stack, (left_bases, right_bases))
-        new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
-        rotated = rotate(g, new)
-        new_m = beta1 * m + (1.0 - beta1) * rotated
-        new_v = beta2 * v + (1.0 - beta2) * (rotated * rotated)
-        divisor = new_v.sqrt() + options.eps
-        update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
-        update = rotate_back(update, new)
-        idle = none if first is None or not options.skip_first else first
-        later = ~none if first is None else ~first
-        if first is None or not bool(first.all()):
-            new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
-            if stack.option(flags) and any(x is not None for x in new):
-                chosen = later & ~kept & finite(*new)
-                permute = options.permute_squares
-                new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute)
-                assert new_v_ is not None
-                new_v = new_v_
-        new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)
-        if options.normalize_grads:
-            update = rms_normalized(update)
-        rate = rate_of(lr, len(g), g.device)
-        decay = 1.0 - rate * options.weight_decay
-        bias = adam_bias(beta1, beta2, t) if options.correct_bias else torch.ones_like(t)
-        w = stack.take(params)
-        assert w is not None
-        new_w = moved(w, update, rate=decay * rate * bias, decay=decay)
-        if checked:
-            kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
-        stepped = ~kept & ~idle
-        stack.put_(params, w, new_w, stepped)
-        stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
-        stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
-        for tensors, before, after in zip(states, old, new, strict=True):
-            stack.put_(tensors, before, after, ~kept)
-        stack.count_(step_counts, skipped, stepped, kept)
-
-    for stack in stacks:
-        step_of(stack)
+    m, v = stack.take_moment(exp_avgs), stack.take_moment(exp_avg_sqs)
+    g = stack.take(grads)
+    assert m is not None and v is not None and g is not None
+    g = -g.float() if options.maximize else g.float()
+    none = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    kept = ~finite(g, m) if checked else none
+    t = stack.steps(lists.step_counts)
+    old = Bases(*(stack.take(x) for x in states))
+    first = stack.chosen(firsts)
+    new = old if first is None else initialised(old, g, first & ~kept, shampoo_beta)[0]
+    rotated = rotate(g, new)
+    new_m = beta1 * m + (1.0 - beta1) * rotated
+    new_v = beta2 * v + (1.0 - beta2) * (rotated * rotated)
+    divisor = new_v.sqrt() + options.eps
+    update = torch.where(divisor == 0.0, 0.0, new_m / divisor)
+    update = rotate_back(update, new)
+    idle = none if first is None or not options.skip_first else first
+    later = ~none if first is None else ~first
+    if not stack.all_chosen(firsts):
+        new = chosen_of(later, accumulated(new, g, shampoo_beta), new)
+        if stack.option(options.refresh) and any(x is not None for x in new):
+            chosen = later & ~kept & finite(*new)
+            permute = options.permute_squares
+            new, new_m, new_v_ = refreshed(new, new_m, new_v, chosen, permute=permute)
+            assert new_v_ is not None
+            new_v = new_v_
+    new_m, new_v = torch.where(_wide(idle), m, new_m), torch.where(_wide(idle), v, new_v)
+    if options.normalize_grads:
+        update = rms_normalized(update)
+    rate = rate_of(lists.lr, len(g), g.device)
+    decay = 1.0 - rate * options.weight_decay
+    bias = adam_bias(beta1, beta2, t) if options.correct_bias else torch.ones_like(t)
+    w = stack.take(params)
+    assert w is not None
+    new_w = moved(w, update, rate=decay * rate * bias, decay=decay)
+    if checked:
+        kept = kept | ~finite(new_m, new_v, *new) | ~(finite(new_w) | idle)
+    stepped = ~kept & ~idle
+    stack.put_(params, w, new_w, stepped)
+    stack.put_moment_(exp_avgs, m, new_m, ~kept, t)
+    stack.put_moment_(exp_avg_sqs, v, new_v, ~kept, t)
+    for tensors, before, after in zip(states, old, new, strict=True):
+        stack.put_(tensors, before, after, ~kept)
+    stack.note_(work.states, kept, None if first is None else idle)
 
 
 def rms_normalized(update: Tensor) -> Tensor:

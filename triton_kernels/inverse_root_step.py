@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ._batch import from_both_sides
 from ._checks import TRITON
+from ._config import architecture
+from ._factor_kernels import Fused, Moments, rates_of
+from ._factor_lists import Columns, FactorListing, Plans, Working, listing_of
+from ._graft import Graft, between_roots
 from ._known import KnownLists
 from ._list_step import (
     Stack,
@@ -38,15 +42,25 @@ class _Factors(NamedTuple):
     right_root: Tensor | None
 
 
-def _found(lists: ShampooLists, options: ShampooOptions) -> list[Stack]:
-    moments = lists.momentum_buffers, lists.graft_squares
-    keys = lists.grads, lists.lefts, lists.rights, flags_of(options.refresh)
-    return stacks_of(lists.params, lists.step_counts, *keys, moments=moments)
+_COLUMNS = Columns((0, 1, 2, 7), lefts=(3, 5), rights=(4, 6))
 
-
-_KNOWN: KnownLists[ShampooLists, ShampooOptions, list[Stack]] = KnownLists(
-    lambda lists, options: check_shampoo(lists, options, TRITON), _found
+_KNOWN: KnownLists[ShampooLists, ShampooOptions, Plans] = KnownLists(
+    lambda lists, options: check_shampoo(lists, options, TRITON), lambda lists, options: Plans()
 )
+
+
+def _listing(
+    lists: ShampooLists, plans: Plans, flags: tuple[bool, ...], *, alike: bool
+) -> FactorListing:
+    def make() -> FactorListing:
+        apart = [not alike or flag for flag in flags]
+        moments = lists.momentum_buffers, lists.graft_squares
+        keys = lists.grads, lists.lefts, lists.rights, flags
+        counts = lists.step_counts
+        stacks = stacks_of(lists.params, counts, *keys, moments=moments, apart=apart)
+        return listing_of(lists, _COLUMNS, apart, stacks)
+
+    return plans.of((flags, alike, architecture(lists.params[0].device)), make)
 
 
 @operator
@@ -59,48 +73,80 @@ def shampoo_step_(lists: ShampooLists, options: ShampooOptions) -> None:
     """
     flags = flags_of(options.refresh)
     key = flags, options.squares, options.graft == "adagrad"
-    stacks, _ = _KNOWN.of(lists, options, key)
+    plans, addresses = _KNOWN.of(lists, options, key)
+    if not lists.params:
+        return
+    alike = options.nonfinite != "propagate" and not options.kl
+    listing = _listing(lists, plans, flags, alike=alike)
+    work = Working(listing, addresses, lists.params[0].device)
+    if listing.groups:
+        _fused(work, lists.lr, options)
+    for stack in listing.stacks:
+        _stacked(stack, work, lists, options, refresh=stack.option(flags))
+    work.count(lists.skipped)
+
+
+def _fused(work: Working, lr: Tensor, options: ShampooOptions) -> None:
+    """Matrices that stay between their roots."""
+    squares, beta1, beta2 = options.squares, options.beta1, options.graft_beta2
+    debias = options.debias, options.graft == "adam"
+    rates = rates_of(work.steps(), lr, options.weight_decay, (beta1, beta2), debias=debias)
+    second = (1.0, 1.0) if options.graft == "adagrad" else (beta2, 1.0 - beta2)
+    moments = Moments(beta1, 1.0 - beta1, *second)
+    relative = options.graft_eps_mode == "relative"
+    graft = Graft(options.graft == "none", squares, options.graft_eps, relative)
+
+    # In a function, so that what one group needed is gone before the next.
+    def step_of(fused: Fused) -> None:
+        x = fused.packed(negate=options.maximize, bounded=options.relative_ridge > 0.0)
+        fused.check_factors(x, beta=options.beta2, weight=options.weight)
+        update, own = between_roots(fused, x, moments, graft)
+        fused.write(update, x, moments, own, squares=squares)
+        fused.add_to_factors(x, beta=options.beta2, weight=options.weight)
+
+    for group in work.listing.groups:
+        step_of(Fused(group, work.table, work.states, rates))
+
+
+def _stacked(
+    stack: Stack, work: Working, lists: ShampooLists, options: ShampooOptions, *, refresh: bool
+) -> None:
+    """Matrices of one shape that are refreshed, or take an option without a kernel."""
     params, grads, momentum_buffers, lefts, rights, left_roots, right_roots = lists[:7]
-    graft_squares, root_failures, step_counts, skipped, lr = lists[7:]
+    graft_squares, root_failures, step_counts = lists[7:10]
     bounded = options.relative_ridge > 0.0 or options.kl
     checked = options.nonfinite != "propagate"
     states = (lefts, rights, left_roots, right_roots)
-
-    # In a function, so that what one stack needed is gone before the next.
-    def step_of(stack: Stack) -> None:
-        m, g = stack.take_moment(momentum_buffers), stack.take(grads)
-        assert m is not None and g is not None
-        g = -g.float() if options.maximize else g.float()
-        t = stack.steps(step_counts)
-        kept = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-        if bounded:
-            kept = kept | outside_range(g)
-        if checked:
-            kept = kept | ~finite(g, m)
-        old = _Factors(*(stack.take(x) for x in states))
-        squares = stack.take_moment(graft_squares) if options.squares else None
-        new, failed = _refreshed(old, g, t, options, refresh=stack.option(flags))
-        new_squares = _new_squares(squares, g, options)
-        new_m = options.beta1 * m + (1.0 - options.beta1) * g
-        update = _update(new_m, new_squares, new, t, options)
-        rate = rate_of(lr, len(g), g.device)
-        w = stack.take(params)
-        assert w is not None
-        new_w = moved(w, update, rate=rate, decay=1.0 - rate * options.weight_decay)
-        if checked:
-            kept = kept | ~finite(new_m, new_squares, *new, new_w)
-        stack.put_(params, w, new_w, ~kept)
-        stack.put_moment_(momentum_buffers, m, new_m, ~kept, t)
-        stack.put_moment_(graft_squares, squares, new_squares, ~kept, t)
-        for tensors, before, after in zip(states, old, new, strict=True):
-            stack.put_(tensors, before, after, ~kept)
-        failures = stack.take(root_failures, 1)
-        assert failures is not None
-        stack.put_(root_failures, failures, failures + failed, ~kept)
-        stack.count_(step_counts, skipped, ~kept, kept)
-
-    for stack in stacks:
-        step_of(stack)
+    m, g = stack.take_moment(momentum_buffers), stack.take(grads)
+    assert m is not None and g is not None
+    g = -g.float() if options.maximize else g.float()
+    t = stack.steps(step_counts)
+    kept = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    if bounded:
+        kept = kept | outside_range(g)
+    if checked:
+        kept = kept | ~finite(g, m)
+    old = _Factors(*(stack.take(x) for x in states))
+    squares = stack.take_moment(graft_squares) if options.squares else None
+    new, failed = _refreshed(old, g, t, options, refresh=refresh)
+    new_squares = _new_squares(squares, g, options)
+    new_m = options.beta1 * m + (1.0 - options.beta1) * g
+    update = _update(new_m, new_squares, new, t, options)
+    rate = rate_of(lists.lr, len(g), g.device)
+    w = stack.take(params)
+    assert w is not None
+    new_w = moved(w, update, rate=rate, decay=1.0 - rate * options.weight_decay)
+    if checked:
+        kept = kept | ~finite(new_m, new_squares, *new, new_w)
+    stack.put_(params, w, new_w, ~kept)
+    stack.put_moment_(momentum_buffers, m, new_m, ~kept, t)
+    stack.put_moment_(graft_squares, squares, new_squares, ~kept, t)
+    for tensors, before, after in zip(states, old, new, strict=True):
+        stack.put_(tensors, before, after, ~kept)
+    failures = stack.take(root_failures, 1)
+    assert failures is not None
+    stack.put_(root_failures, failures, failures + failed, ~kept)
+    stack.note_(work.states, kept)
 
 
 def _refreshed(

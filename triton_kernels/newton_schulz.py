@@ -22,6 +22,7 @@ from spectral_kernels._options import (
 from spectral_kernels._step_checks import check_muon
 from torch import Tensor
 
+from ._addresses import Addresses
 from ._batch import flattened
 from ._checks import TRITON
 from ._config import Config, architecture, config_for, precision_of
@@ -282,7 +283,7 @@ def newton_schulz(x: Tensor, options: NewtonSchulzOptions) -> Tensor:
     rule, arch = rule_of(options), architecture(x.device)
     kinds = Kind.of(x), Kind.of(out)
     groups, rows = groups_of_one(kinds, rule, tuple(options.restarts), arch)
-    table = table_of(rows, (x.data_ptr(), out.data_ptr()), x.device)
+    table = table_of(rows, Addresses.of((x, out)), x.device)
     for group in groups:
         layout = layout_for(group, x.device)
         mix = Mix(group.places(table, 0))
@@ -331,7 +332,7 @@ def muon_step_(lists: MuonLists, options: MuonOptions) -> None:
     propagate = options.nonfinite == "propagate"
     states = torch.empty(counters.size, dtype=torch.int32, device=device)
     most = most_of(rule.rows, rule.norm_factor)
-    steps = counters.steps(table) if listing.narrow else None
+    steps = counters.steps(table, device) if listing.narrow else None
     scales = scales_of(listing, device)
     for group in listing.groups:
         layout, slots = layout_for(group, device), group.slots

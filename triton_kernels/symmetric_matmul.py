@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from spectral_kernels._backend import operator
@@ -198,11 +200,13 @@ def symmetric(
     alpha, beta, c, gamma, delta, d, factors, columns = terms
     given = out if isinstance(out, Places) else None
     target = a if isinstance(out, Places) else out
-    unit = STRIDED.value if given is None else given.unit
     if given is not None and config.tile > _LARGEST_PLACED:
         # Masks and strided addresses take the registers of a large tile.
         config = config.halved()
     tiles = layout.triangle(out_space, config.tile)
+    table = layout.table
+    has = (c is not None, d is not None, factors is not None, state is not None)
+    squared = squares is not None
     launch(
         _symmetric_kernel,
         tiles.shape[0],
@@ -211,34 +215,55 @@ def symmetric(
         a if c is None else c,
         a if d is None else d,
         target,
-        layout.table if given is None else given.table,
-        layout.table,
+        table if given is None else given.table,
+        table,
         tiles,
-        layout.table if state is None else state,
-        layout.table if factors is None else factors,
+        table if state is None else state,
+        table if factors is None else factors,
         0 if factors is None else factors.shape[1],
         alpha,
         beta,
         gamma,
         delta,
         *columns,
-        layout.table if squares is None else squares,
-        SPACE=space,
-        OUT_SPACE=out_space,
+        table if squares is None else squares,
         TRANSPOSED=transposed,
-        HAS_C=c is not None,
-        HAS_D=d is not None,
-        PER_MATRIX=factors is not None,
-        PLACED=given is not None,
-        PLACED_DTYPE=tl.float32 if given is None else DTYPES[given.dtype],
-        PLACED_UNIT=unit,
-        MIRRORED_UNIT=swapped_unit(unit),
         ADD_PLACED=add,
-        SKIP=state is not None,
-        SQUARES=squares is not None,
-        PRECISION=precision_of(architecture(layout.device)),
-        **config.options(),
+        SQUARES=squared,
+        **_constants(
+            architecture(layout.device),
+            config,
+            (space.value, out_space.value),
+            has,
+            None if given is None else (given.dtype, given.unit),
+        ),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(
+    arch: str,
+    config: Config,
+    spaces: tuple[int, int],
+    has: tuple[bool, bool, bool, bool],
+    placed: tuple[torch.dtype, int] | None,
+) -> dict[str, object]:
+    """Compile-time arguments, some of them."""
+    unit = STRIDED.value if placed is None else placed[1]
+    return {
+        "SPACE": tl.constexpr(spaces[0]),
+        "OUT_SPACE": tl.constexpr(spaces[1]),
+        "HAS_C": has[0],
+        "HAS_D": has[1],
+        "PER_MATRIX": has[2],
+        "SKIP": has[3],
+        "PLACED": placed is not None,
+        "PLACED_DTYPE": tl.float32 if placed is None else DTYPES[placed[0]],
+        "PLACED_UNIT": unit,
+        "MIRRORED_UNIT": swapped_unit(unit),
+        "PRECISION": precision_of(arch),
+        **config.options(),
+    }
 
 
 @operator

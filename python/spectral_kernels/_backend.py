@@ -52,6 +52,10 @@ def check_matrix(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least two dimensions, not shape {tuple(x.shape)}")
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
+
+
 def check_tensors(
     name: str, values: Sequence[Tensor | None], count: int, *, optional: bool = False
 ) -> None:
@@ -59,6 +63,8 @@ def check_tensors(
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
     check_list(name, values, count)
+    if (_PLAIN_OR_NONE if optional else _PLAIN).issuperset(map(type, values)):
+        return
     for i, x in enumerate(values):
         if not (isinstance(x, Tensor) or (optional and x is None)):
             raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")

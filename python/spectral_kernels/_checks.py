@@ -17,6 +17,8 @@ tensors = check_tensors
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FULL = (torch.float64, torch.float32)
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def dense(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """A dense floating-point tensor."""
@@ -39,6 +41,18 @@ def matrix(name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATS) -> N
     dense(name, x, dtypes=dtypes)
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least two dimensions, not shape {tuple(x.shape)}")
+
+
+def matrices(name: str, values: Sequence[Tensor]) -> None:
+    """`matrix` of every one of a list."""
+    # Hundreds of plain tensors are hardly looked at one by one.
+    if _PLAIN.issuperset(map(type, values)):
+        layouts, dtypes = {x.layout for x in values}, {x.dtype for x in values}
+        dense = layouts <= {torch.strided} and dtypes.issubset(FLOATS)
+        if dense and all([x.ndim > 1 for x in values]):
+            return
+    for i, x in enumerate(values):
+        matrix(f"{name}[{i}]", x)
 
 
 def no_autograd(name: str, x: Tensor, op: str) -> None:
@@ -135,6 +149,8 @@ def factor_list(
 ) -> list[Tensor]:
     """Factors of a list step: a size-0 tensor where a side is None."""
     tensors(name, factors, len(params), optional=True)
+    if not {type(None)}.issubset(map(type, factors)):
+        return list(factors)  # type: ignore[arg-type]
     return [
         param.new_empty(0, dtype=state_dtype(param.dtype)) if factor is None else factor
         for factor, param in zip(factors, params, strict=True)

@@ -150,10 +150,11 @@ def _triton_kernels() -> ModuleType:
 
 
 def _triton_rejection(tensors: Sequence[Tensor], options: Mapping[str, Any]) -> str | None:
+    interpreting = _interpreting()
     for tensor in tensors:
         if tensor.ndim < 2:
             continue  # a counter or a learning rate
-        if tensor.device.type != "cuda" and not _interpreting():
+        if not interpreting and tensor.device.type != "cuda":
             return f"a tensor is on {tensor.device}"
         if tensor.dtype == torch.float64:
             return "its kernels compute in float32 at most, and a tensor is float64"

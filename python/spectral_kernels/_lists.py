@@ -20,8 +20,7 @@ def counters(
     """The counters of a list step, or throw-away ones."""
     if not isinstance(params, Sequence):
         raise TypeError(f"params must be a list of tensors, not {type(params).__name__}")
-    for i, param in enumerate(params):
-        _checks.matrix(f"params[{i}]", param)
+    _checks.matrices("params", params)
     device = params[0].device if len(params) else torch.device("cpu")
     if step_counts is None:
         step_counts = [torch.zeros((), dtype=torch.float32, device=device) for _ in params]
