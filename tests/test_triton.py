@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,33 @@ def test_stacks_of_bounded_size_change_no_bit(op, monkeypatch):
     known.cache_clear()
     assert same_bits(apart.written(), together.written())
     assert made == [[2], [1, 1], [1]]
+
+
+def test_tiles_that_are_no_squares_change_no_bit(room, monkeypatch, request):
+    """They serve matrices whose longer sides are whole ones, and nothing takes them by itself."""
+    from spectral_kernels.triton_kernels import _groups, _matmul, _muon_lists
+
+    assert not [x for table in room.config.TABLE.values() for x in table.values() if x.across]
+    case = new_step(
+        "muon_step_", ((70, 250), (250, 70), (70, 180)), method="gram", compute_dtype=torch.bfloat16
+    )
+    square = case.clone().run("triton")
+    taken = []
+
+    def launch(kernel, programs, *args, **options):
+        if kernel.__name__ == "_wide_kernel":
+            taken.append((options["ACROSS"], programs))
+        room.device.launch(kernel, programs, *args, **options)
+
+    monkeypatch.setattr(_matmul, "launch", launch)
+    wide = replace(room.config.TABLE["interpreter"][2, False], across=128)
+    monkeypatch.setitem(room.config.TABLE["interpreter"], (2, False), wide)
+    for forget in (_groups.plan_of.cache_clear, _muon_lists._KNOWN.cache_clear):
+        forget()
+        request.addfinalizer(forget)
+    assert same_bits(case.run("triton"), square)
+    # Every matrix is two tiles high; one of them is three squares wide.
+    assert {(128, 4), (64, 6)} <= set(taken)
 
 
 def test_roots_in_a_batch_have_the_bits_of_roots_alone():

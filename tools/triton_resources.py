@@ -270,9 +270,25 @@ def workload() -> None:
         call()
 
 
+def candidates(target: str) -> None:
+    """What configurations launch that nothing takes by itself."""
+    from spectral_kernels.triton_kernels import _config
+    from triton_workload import large
+
+    table = _config.TABLE[target]
+    given = table[2, True]
+    table[2, True] = _config.CANDIDATES.get(target, given)
+    try:
+        large()
+    finally:
+        table[2, True] = given
+
+
 def lines(target: str, *, only: str = "") -> Iterator[Line]:
     """All variants of the kernels, or of those whose name contains `only`."""
-    for kernel, signature, constants, options in record(target, workload).calls.values():
+    calls = record(target, workload).calls
+    calls |= record(target, lambda: candidates(target)).calls
+    for kernel, signature, constants, options in calls.values():
         if only in kernel.__name__:
             yield compile_line(target, kernel, signature, constants, options)
 
@@ -281,7 +297,9 @@ def markdown(found: Sequence[Line], compiler: str) -> str:
     """A row for every kernel, storage dtype and tile: the most that its variants take."""
     rows: dict[tuple[str, str, str], dict[str, list[Line]]] = {}
     for line in found:
-        tile = str(line.constants.get("TILE", "-"))
+        tile, across = (str(line.constants.get(name, "-")) for name in ("TILE", "ACROSS"))
+        if across not in ("-", tile):
+            tile = f"{tile} x {across}"
         key = line.kernel.strip("_").removesuffix("_kernel"), line.dtype, tile
         rows.setdefault(key, {}).setdefault(line.target, []).append(line)
     targets = list(dict.fromkeys(line.target for line in found))

@@ -62,6 +62,8 @@ def candidates(origin: str) -> Iterator[Config]:
     """Every configuration that is tried."""
     for tile, depth, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4)):
         yield Config(tile, depth, warps, stages, origin)
+        if tile == 128 and warps == 8:
+            yield Config(tile, depth, warps, stages, origin, across=2 * tile)
 
 
 def tried(x: Tensor, configs: Sequence[Config], rounds: int = _ROUNDS) -> list[Trial]:

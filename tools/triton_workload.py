@@ -68,6 +68,21 @@ def calls() -> Iterator[Callable[[], object]]:
     yield partial(_rounded, (60, 120))
 
 
+def large() -> None:
+    """Both forms on a matrix of which both sides are whole tiles."""
+    for method in ("standard", "gram"):
+        triton_kernels.operator("newton_schulz")(
+            _zeros(768, 1536, dtype=torch.bfloat16),
+            _MUON,
+            method=method,
+            restarts=(3,),
+            compute_dtype=torch.bfloat16,
+            eps=0.0,
+            norm="schatten8",
+            norm_factor=1.0,
+        )
+
+
 def _muon(
     shape: tuple[int, int], dtype: torch.dtype, *, neurons: bool = False, sphere: bool = False
 ) -> None:

@@ -59,10 +59,19 @@ class _ProductLayout(Layout):
     """Left factors as SHORT, right ones as LONG, products of any shape as WIDE."""
 
     def tiles(
-        self, tile: int, chosen: tuple[int, ...] | None = None, space: tl.constexpr = WIDE
+        self,
+        tile: int,
+        chosen: tuple[int, ...] | None = None,
+        space: tl.constexpr = WIDE,
+        across: int = 0,
     ) -> Tensor:
         rows, cols = self.shapes[0]
-        return _product_tiles(self.count, rows // tile, cols // tile, self.device)
+        return _product_tiles(self.count, rows // tile, cols // (across or tile), self.device)
+
+    def by_width(
+        self, across: int, chosen: tuple[int, ...] | None
+    ) -> tuple[tuple[int, tuple[int, ...] | None], ...]:
+        return ((0 if across and self.shapes[0][1] % across else across, chosen),)
 
 
 @kept()

@@ -28,6 +28,8 @@ class Config:
         depth: of a step along the sum.
         warps, stages: as Triton takes them.
         origin: "derived", or the card that it was measured on.
+        across: columns of an output tile of wide products between workspaces, if that is no square:
+            for matrices with a padded longer side that is a multiple of it.
     """
 
     tile: int
@@ -35,6 +37,7 @@ class Config:
     warps: int
     stages: int
     origin: str = "derived"
+    across: int = 0
 
     def options(self) -> dict[str, int]:
         """Launch arguments of a product kernel."""
@@ -49,7 +52,7 @@ class Config:
     def halved(self) -> Config:
         """A quarter of the tile, with the same order of summation."""
         warps = max(self.warps // 2, 4)
-        return dataclasses.replace(self, tile=self.tile // 2, warps=warps)
+        return dataclasses.replace(self, tile=self.tile // 2, warps=warps, across=0)
 
 
 # Short sides up to this are iterated on in one program where X is 16-bit, if the long side is at
@@ -97,6 +100,12 @@ TABLE: dict[str, dict[tuple[int, bool], Config]] = {
         (size, large): Config(64, 64, 4, 1) for size in (2, 4) for large in (False, True)
     },
 }
+
+# Of large 16-bit matrices: a tile of 128 x 256 takes three quarters of what two square ones load.
+# Compiled ahead of time it has no spills where it ends in a workspace, but for sm_100, for which
+# there is none. No card has shown it ahead of TABLE's, so nothing takes it by itself:
+# `tools/triton_tune.py` tries it, and what that finds belongs into TABLE.
+CANDIDATES: dict[str, Config] = {"sm_90": Config(128, 64, 8, 3, across=256)}
 
 _SHARED_MEMORY_OF_86 = ((8, 6), (8, 9), (12, 0), (12, 1))
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import NONFINITE, element, launch, placed, span_of, widened
-from ._factor_kernels import BETWEEN, Fused, Moments, constants_of
 from ._factor_lists import MOMENTA, SQUARES
+from ._fused import BETWEEN, Fused, Moments, constants_of
 from ._layout import COLS, COLUMNS, ROWS, WIDE
 from ._pack import chunk_of, of_wide, put_wide
 

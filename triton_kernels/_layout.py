@@ -130,6 +130,9 @@ class Layout:
     chunks: Tensor
     spans: Tensor
     _made: dict[object, Tensor] = field(default_factory=dict, repr=False)
+    _split: dict[object, tuple[tuple[int, tuple[int, ...] | None], ...]] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def count(self) -> int:
@@ -158,9 +161,30 @@ class Layout:
         tile: int,
         chosen: tuple[int, ...] | None = None,
         space: tl.constexpr = WIDE,
+        across: int = 0,
     ) -> Tensor:
-        """(matrix, row, column) of all tiles, of all matrices or of some of them."""
-        return self._table(_tiles, tile, space.value, False, chosen)
+        """(matrix, row, column) of all tiles, of all matrices or of some of them.
+
+        Tiles are `across` columns wide, or square.
+        """
+        return self._table(_tiles, tile, space.value, False, chosen, across)
+
+    def by_width(
+        self, across: int, chosen: tuple[int, ...] | None
+    ) -> tuple[tuple[int, tuple[int, ...] | None], ...]:
+        """The matrices whose longer sides are multiples of `across`, and with 0 all others."""
+        if not across:
+            return ((0, chosen),)
+        key = across, chosen
+        if key not in self._split:
+            own = tuple(range(self.count)) if chosen is None else chosen
+            fits = [_sides(self.shapes[i], self.padding)[1] % across == 0 for i in own]
+            parts = {
+                width: tuple(i for i, fit in zip(own, fits, strict=True) if fit == bool(width))
+                for width in (across, 0)
+            }
+            self._split[key] = tuple((width, part) for width, part in parts.items() if part)
+        return self._split[key]
 
     def _table(self, make: Callable[..., Tensor], *key: object) -> Tensor:
         """A table of one of the functions below, which is on the stream that this layout is on."""
@@ -209,14 +233,19 @@ def layout_of(shapes: tuple[Shape, ...], padding: tuple[int, int], device: torch
 
 @kept()
 def _tiles(
-    layout: Layout, tile: int, space: int, triangular: bool, chosen: tuple[int, ...] | None
+    layout: Layout,
+    tile: int,
+    space: int,
+    triangular: bool,
+    chosen: tuple[int, ...] | None,
+    across: int = 0,
 ) -> Tensor:
     grids = []
     for i in range(layout.count) if chosen is None else chosen:
-        short, long = (side // tile for side in _sides(layout.shapes[i], layout.padding))
+        short, long = _sides(layout.shapes[i], layout.padding)
         height = long if space == LONG.value else short
         width = short if space == SHORT.value else long
-        grid = _grid(i, height, width)
+        grid = _grid(i, height // tile, width // (across or tile))
         grid = grid[grid[:, 1] >= grid[:, 2]] if triangular else grid
         grids.append(grid[(grid[:, 1] // _BAND).argsort(stable=True)])
     return upload(torch.cat(grids), layout.device)

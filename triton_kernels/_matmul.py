@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -195,15 +196,16 @@ def _wide_kernel(
     B_TRANSPOSED: tl.constexpr, HAS_C: tl.constexpr, PER_MATRIX: tl.constexpr,
     DELIVER: tl.constexpr, PLACED_DTYPE: tl.constexpr, PLACED_UNIT: tl.constexpr,
     UPDATE: tl.constexpr, LR_LOADED: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     matrix, row, col = tile_of(tiles)
     if UPDATE and SKIP:  # noqa: SIM102 - known when compiling, unlike the next
         if (look != 0) & (tl.load(state + matrix) != DOUBTFUL):
             return
     row = row.to(tl.int64) * TILE
-    col = col.to(tl.int64) * TILE
+    col = col.to(tl.int64) * ACROSS
     lanes = tl.arange(0, TILE)
+    cols = tl.arange(0, ACROSS)
     inner = tl.arange(0, DEPTH)
     a_start, a_ld = corner(layout, matrix, A_SPACE)
     b_start, b_ld = corner(layout, matrix, B_SPACE)
@@ -215,12 +217,12 @@ def _wide_kernel(
         a_at = a + a_start + row * a_ld + (lanes[:, None] * a_ld + inner[None, :])
         a_step = DEPTH
     if B_TRANSPOSED:
-        b_at = b + b_start + col * b_ld + (lanes[:, None] * b_ld + inner[None, :])
+        b_at = b + b_start + col * b_ld + (cols[:, None] * b_ld + inner[None, :])
         b_step = DEPTH
     else:
-        b_at = b + b_start + col + (inner[:, None] * b_ld + lanes[None, :])
+        b_at = b + b_start + col + (inner[:, None] * b_ld + cols[None, :])
         b_step = DEPTH * b_ld
-    acc = tl.zeros((TILE, TILE), tl.float32)
+    acc = tl.zeros((TILE, ACROSS), tl.float32)
     for _ in range(0, depth, DEPTH):
         x, y = tl.load(a_at), tl.load(b_at)
         if A_TRANSPOSED:
@@ -236,12 +238,12 @@ def _wide_kernel(
     value = acc * alpha
     start, ld = corner(layout, matrix, WIDE)
     here = start + row * ld + col
-    block = lanes[:, None] * ld + lanes[None, :]
+    block = lanes[:, None] * ld + cols[None, :]
     if HAS_C:
         value += beta * tl.load(c + here + block).to(tl.float32)
     if DELIVER:
         deliver(
-            value, matrix, row, col, lanes, lanes, places, layout, state, scales, lr, rate, kept,
+            value, matrix, row, col, lanes, cols, places, layout, state, scales, lr, rate, kept,
             decay, look, PLACED_DTYPE, PLACED_UNIT, UPDATE, LR_LOADED, SKIP, CAUTIOUS,
         )  # fmt: skip
     else:
@@ -295,8 +297,11 @@ def wide(
         # Element by element a large tile takes more registers than there are.
         spread = delivery is not None and unit < ALIGNED and config.tile > _LARGEST_SPREAD
         fitting = config.halved() if spread else config
-        tiles = layout.tiles(fitting.tile, chosen)
-        for look in looks:
+        # So does what becomes of a tile that is no square in the caller's tensors.
+        across = fitting.across if delivery is None else 0
+        parts = layout.by_width(across, chosen)
+        for (across, own), look in itertools.product(parts, looks):
+            tiles = layout.tiles(fitting.tile, own, across=across)
             launch(
                 _wide_kernel,
                 tiles.shape[0],
@@ -318,6 +323,7 @@ def wide(
                 DELIVER=delivery is not None,
                 PLACED_UNIT=unit,
                 **constants,
+                ACROSS=across or fitting.tile,
                 **_constants(arch, fitting, (*a[1:], *b[1:])),
             )
 

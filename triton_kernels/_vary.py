@@ -24,16 +24,16 @@ from ._device import (
     span_of,
     widened,
 )
-from ._factor_kernels import (
+from ._factor_kernels import outer_of
+from ._factor_lists import MOMENTA, SQUARES
+from ._fused import (
     LINES,
     Fused,
     Moments,
     blocks_of_lines,
     constants_of,
     line_starts,
-    outer_of,
 )
-from ._factor_lists import MOMENTA, SQUARES
 from ._groups import Rule
 from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE
 from ._pack import Parts, chunk_of, of_wide, put_wide, summary_of

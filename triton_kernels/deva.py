@@ -20,8 +20,8 @@ from ._checks import TRITON
 from ._config import PASS_WARPS
 from ._device import block_of, blocks_of, launch
 from ._energies import energies
-from ._factor_kernels import INTO, OUT_OF, Fused, Moments, rates_of
 from ._factor_lists import Plans, Working
+from ._fused import INTO, OUT_OF, Fused, Moments, rates_of
 from ._groups import Rule
 from ._known import KnownLists
 from ._list_step import (

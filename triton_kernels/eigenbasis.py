@@ -19,8 +19,8 @@ from ._checks import TRITON
 from ._config import architecture
 from ._device import read
 from ._energies import dots, energies
-from ._factor_kernels import INTO, OUT_OF, Fused, Moments, rates_of
 from ._factor_lists import Columns, FactorListing, Plans, Working, listing_of
+from ._fused import INTO, OUT_OF, Fused, Moments, rates_of
 from ._known import KnownLists
 from ._list_step import (
     Apart,

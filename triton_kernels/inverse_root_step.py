@@ -14,8 +14,8 @@ from torch import Tensor
 from ._batch import from_both_sides
 from ._checks import TRITON
 from ._config import architecture
-from ._factor_kernels import Fused, Moments, rates_of
 from ._factor_lists import Columns, FactorListing, Plans, Working, listing_of
+from ._fused import Fused, Moments, rates_of
 from ._graft import Graft, between_roots
 from ._known import KnownLists
 from ._list_step import (
