@@ -20,6 +20,7 @@ from ._device import (
     DOUBTFUL,
     DTYPES,
     NONFINITE,
+    STRIDED,
     corner,
     element,
     launch,
@@ -30,7 +31,7 @@ from ._device import (
     tile_of,
     within,
 )
-from ._layout import COLS, COLUMNS, ROWS, TALL, WIDE, Layout
+from ._layout import COLS, COLUMNS, ROWS, SHORT, TALL, WIDE, Layout
 from ._places import EVERYTHING, Chosen, Places
 
 _LARGEST_SPREAD = 64
@@ -325,6 +326,54 @@ def wide(
                 **constants,
                 ACROSS=across or fitting.tile,
                 **_constants(arch, fitting, (*a[1:], *b[1:])),
+            )
+
+
+class RepeatedWide:
+    """alpha A B + beta C of workspaces, A SHORT and the others WIDE, launched again and again."""
+
+    def __init__(self, layout: Layout, config: Config) -> None:
+        self._table = layout.table
+        self._nothing = delivery_of(None, layout)[0]
+        arch = architecture(layout.device)
+        self._launches = []
+        for across, own in layout.by_width(config.across, None):
+            tiles = layout.tiles(config.tile, own, across=across)
+            options = {
+                "HAS_C": True,
+                "PER_MATRIX": False,
+                "DELIVER": False,
+                "PLACED_UNIT": STRIDED.value,
+                **_NOTHING,
+                "ACROSS": across or config.tile,
+                **_constants(arch, config, (SHORT, False, WIDE, False)),
+            }
+            self._launches.append((tiles, tiles.shape[0], options))
+
+    def __call__(
+        self, a: Tensor, b: Tensor, out: Tensor, alpha: float, beta: float, c: Tensor
+    ) -> None:
+        """A launch for every shape of tiles."""
+        table = self._table
+        for tiles, programs, options in self._launches:
+            launch(
+                _wide_kernel,
+                programs,
+                a,
+                b,
+                c,
+                out,
+                table,
+                tiles,
+                table,
+                0,
+                alpha,
+                beta,
+                0,
+                0,
+                *self._nothing,
+                0,
+                **options,
             )
 
 

@@ -29,13 +29,13 @@ from ._config import Config, architecture, config_for, precision_of
 from ._device import STRIDED, launch
 from ._groups import Kind, Plan, Rule, groups_of_one, layout_for, rule_of, table_of
 from ._layout import SHORT, WIDE, Layout, kept, upload
-from ._matmul import Delivery, Operand, delivery_of, wide
+from ._matmul import Delivery, Operand, RepeatedWide, delivery_of, wide
 from ._muon_lists import listing_of, scales_of
 from ._neurons import Averages, by_neurons, check_moments
 from ._newton_schulz_kernels import _doubtful_kernel, _powers_kernel, _small_kernel
 from ._pack import Mix, Summary, pack, settle, summarize
 from ._reach import Reach, most_of
-from .symmetric_matmul import Terms, symmetric
+from .symmetric_matmul import Repeated, Terms, symmetric
 
 # Powers of the scale that the Schatten-8 norm adds, as columns of a table.
 _POWERS = 5
@@ -127,31 +127,36 @@ class _Iteration:
 
     def standard(self, out: Delivery | None) -> Tensor | None:
         """X <- a X + (b R + c R^2) X, R = X X^T in X's dtype."""
-        r, z = (self._layout.empty(SHORT, self._x.dtype) for _ in range(2))
+        layout, config = self._layout, self._config
+        r, z = (layout.empty(SHORT, self._x.dtype) for _ in range(2))
         powers = self._powers_of_gram() if self._rule.schatten8 else None
+        gram = Repeated(layout, config, WIDE)
+        square, product = Repeated(layout, config, has_c=True), RepeatedWide(layout, config)
         for t, (a, b, c) in enumerate(self._rule.rows):
             powers = powers if t == 0 else None
-            self._gram(r)
-            update = r, b
-            if c:
-                self._square(r, z, c, b, powers, self._config)
-                update = z, 1.0
-            # b R of a cubic row takes the third power of the scale, Z has its own already.
-            alpha_column = 1 if c else 3
+            gram(self._x, self._x, r)
+            factor, alpha = (z, 1.0) if c else (r, b)
+            if c and powers is None:
+                square(r, r, z, c, b, r)
+            elif c:
+                self._square(r, z, c, b, powers, config)
             last = t + 1 == len(self._rule.rows)
-            target = out if last and out is not None else self._next
-            wide(
-                self._layout,
-                self._config,
-                Operand(update[0], SHORT),
-                Operand(self._x),
-                target,
-                alpha=update[1],
-                beta=a,
-                c=self._x,
-                factors=powers,
-                columns=(alpha_column, 1),
-            )
+            if powers is None and not (last and out is not None):
+                product(factor, self._x, self._next, alpha, a, self._x)
+            else:
+                wide(
+                    layout,
+                    config,
+                    Operand(factor, SHORT),
+                    Operand(self._x),
+                    out if last and out is not None else self._next,
+                    alpha=alpha,
+                    beta=a,
+                    c=self._x,
+                    factors=powers,
+                    # b R of a cubic row takes the third power of the scale, Z has its own already.
+                    columns=(1 if c else 3, 1),
+                )
             self._x, self._next = self._next, self._x
         return self._x if out is None else None
 

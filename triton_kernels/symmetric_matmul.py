@@ -240,6 +240,61 @@ def symmetric(
     )
 
 
+class Repeated:
+    """alpha A B^T + beta C of workspaces, as `symmetric` has it, launched again and again."""
+
+    def __init__(
+        self, layout: Layout, config: Config, space: tl.constexpr = SHORT, *, has_c: bool = False
+    ) -> None:
+        self._tiles = layout.triangle(SHORT, config.tile)
+        self._programs = self._tiles.shape[0]
+        self._table = layout.table
+        has = has_c, False, False, False
+        spaces = space.value, SHORT.value
+        self._options = {
+            "TRANSPOSED": False,
+            "ADD_PLACED": False,
+            "SQUARES": False,
+            **_constants(architecture(layout.device), config, spaces, has, None),
+        }
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        c: Tensor | None = None,
+    ) -> None:
+        """One launch."""
+        table = self._table
+        launch(
+            _symmetric_kernel,
+            self._programs,
+            a,
+            b,
+            a if c is None else c,
+            a,
+            out,
+            table,
+            table,
+            self._tiles,
+            table,
+            table,
+            0,
+            alpha,
+            beta,
+            0.0,
+            0.0,
+            0,
+            0,
+            0,
+            table,
+            **self._options,
+        )
+
+
 @functools.lru_cache(maxsize=1024)
 def _constants(
     arch: str,
