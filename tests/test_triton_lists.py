@@ -134,6 +134,7 @@ def test_numbers_that_are_not_finite_are_seen(known):
 
 def test_no_tensor_is_kept_and_nothing_grows(known, monkeypatch):
     from spectral_kernels.triton_kernels import _known
+    from spectral_kernels.triton_kernels._addresses import Addresses
 
     monkeypatch.setattr(_known, "_MOST_LISTS", 3)
     monkeypatch.setattr(_known, "_MOST_ADDRESSES", 5)
@@ -151,7 +152,8 @@ def test_no_tensor_is_kept_and_nothing_grows(known, monkeypatch):
     assert len(known._known) == 3
     entry = next(reversed(known._known.values()))
     for i in range(10):
-        assert entry.are_apart((2**20 * i, 2**20 * i + 2**10, 2**20 * i + 2**12, 0, 0, 0))
+        begins = [2**20 * i, 2**20 * i + 2**10, 2**20 * i + 2**12, 0, 0, 0]
+        assert entry.are_apart(Addresses(begins))
     assert len(entry._apart) == 5
 
 
@@ -335,7 +337,7 @@ class TestMatricesWithFactors:
         """And again when other tensors take their places."""
         from spectral_kernels.triton_kernels import _device
 
-        case = later_step(op, ((6, 9), (5, 5)), refresh=[0, 0])
+        case = later_step(op, ((6, 9), (5, 5), (0, 4)), refresh=[0, 0, 0])
         waits = []
         for seed in range(4):
             if seed == 2:

@@ -14,11 +14,15 @@ class Addresses(tuple[int, ...]):
 
     tensor: Tensor
 
+    def __new__(cls, numbers: Iterable[int]) -> Addresses:
+        """As they are counted."""
+        counted = array("q", numbers)
+        found = super().__new__(cls, counted)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
+        found.tensor = torch.frombuffer(counted, dtype=torch.int64) if counted else empty
+        return found
+
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Addresses:
         """Those of some tensors."""
-        numbers = array("q", map(Tensor.data_ptr, tensors))
-        found = cls(numbers)
-        empty = torch.empty(0, dtype=torch.int64, device="cpu")
-        found.tensor = torch.frombuffer(numbers, dtype=torch.int64) if numbers else empty
-        return found
+        return cls(map(Tensor.data_ptr, tensors))

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from ._device import (
     ALIGNED_ROW_MAJOR,
-    ALIGNED_UNIT,
     NONFINITE,
     PLACE_COLUMNS,
     ROW_MAJOR,
@@ -49,16 +48,15 @@ def _turn_kernel(
     height = element(layout, matrix, ROWS, COLUMNS)
     width = element(layout, matrix, COLS, COLUMNS)
     _, short = corner(layout, matrix, SHORT)
-    aligned: tl.constexpr = UNIT >= ALIGNED_UNIT
+    aligned: tl.constexpr = UNIT == ALIGNED_ROW_MAJOR
     at = places + matrix * PLACE_COLUMNS
+    by_col = tl.load(at + 2)
     if aligned:
         base = tl.multiple_of(tl.load(at).to(tl.pointer_type(tl.float32)), 16)
         by_row = tl.multiple_of(tl.load(at + 1), 16)
-        by_col = tl.multiple_of(tl.load(at + 2), 16)
     else:
         base = tl.load(at).to(tl.pointer_type(tl.float32))
         by_row = tl.load(at + 1)
-        by_col = tl.load(at + 2)
     if LEFT:
         size = tl.minimum(height, width)
         first = row

@@ -184,9 +184,9 @@ class Rows:
 
     def parts(self, table: Tensor) -> dict[int, Tensor]:
         """The rows that were added together, by where they begin."""
-        ends = [*self._begins[1:], len(self._rows)]
-        sizes = [end - begin for begin, end in zip(self._begins, ends, strict=True)]
-        return dict(zip(self._begins, table.split_with_sizes(sizes), strict=True))
+        edges = [*self._begins, len(self._rows)]
+        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
+        return dict(zip(self._begins, table.split_with_sizes(sizes) if sizes else (), strict=True))
 
 
 class Table:

@@ -56,7 +56,7 @@ def _described(
     """What the lists are like, None where that is not all there is to them, and addresses."""
     *given, skipped, _ = lists
     flat = [*itertools.chain.from_iterable(given), skipped]
-    nothing = None, Addresses()
+    nothing = None, Addresses(())
     if not _PLAIN.issuperset(map(type, flat)):
         return nothing
     try:

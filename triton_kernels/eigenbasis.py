@@ -281,7 +281,11 @@ def beginning(lists: BasisLists, plans: Plans) -> tuple[tuple[bool, ...] | None,
     count = len(lists.params)
     if plans.begun.holds(bases):
         return (None,) * count
-    pairs = [[x for x in (bases[i], bases[count + i]) if x.numel()] for i in range(count)]
+    # Without an element there is nothing that could begin.
+    pairs = [
+        [x for x in (bases[i], bases[count + i]) if x.numel() and lists.params[i].numel()]
+        for i in range(count)
+    ]
     unknown = [i for i, both in enumerate(pairs) if any(x not in _initialised for x in both)]
     if unknown and is_capturing():
         raise RuntimeError(
