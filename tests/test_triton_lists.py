@@ -303,7 +303,7 @@ class TestMatricesWithFactors:
         known.cache_clear()
         monkeypatch.setattr(_factor_lists, "FUSED_ELEMENTS", 2 * 4 * 64 * 64)
         apart.run("triton")
-        assert groups == [6, 2, 2, 1, 1]
+        assert groups == [6, 2, 2, 2]
         assert same_bits(apart.written(), together.written())
 
     def test_what_is_refreshed_beside_it_changes_no_bit_of_a_matrix(self, op, groups):
