@@ -135,7 +135,8 @@ def test_stacks_of_bounded_size_change_no_bit(op, monkeypatch):
 
     shapes = ((3, 6, 9), (6, 9), (6, 9))
     # One that has no kernel of its own.
-    options = {"kl": True} if op == "shampoo_step_" else {"normalize_grads": True}
+    kl = {"kl": True, "root": 2, "graft": "none"}
+    options = kl if op == "shampoo_step_" else {"normalize_grads": True}
     together = later_step(op, shapes, per_matrix_counts=True, refresh=[0, 0, 0], **options)
     together["grads"][0][2] = torch.nan
     apart = together.clone()
