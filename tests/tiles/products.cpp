@@ -354,4 +354,31 @@ void check_products(const Kernels& kernels, Kind kind) {
   check(kernels.multiply_adds[int(kind)](3) > 0, "multiply_adds counts its operations");
 }
 
+// A sum of thousands of terms, in fp32, is as exact as one of some hundreds: it is made of the sums
+// of stretches.
+void check_long_sums(const Kernels& kernels, Kind kind) {
+  if (kernels.product[int(kind)] == nullptr) return;
+  const Size s{320, 320, 6144};  // parts of fp32 numbers pay here
+  Dense a = gaussian(s.k, s.m);
+  for (double& value : a.values) value = rounded(value, kind);
+  const Packed pa(kernels, kind, a);
+  Packed out(kernels, Kind::kF32, s.m, s.n);
+  Product p;
+  p.a = p.b = pa.panels;
+  p.symmetric = true;
+  p.out = out.panels;
+  run(kernels, p, 6);
+  const Dense exact = product(a, a);
+  double error = 0, length = 0;
+  for (int64_t i = 0; i < s.m; i++)
+    for (int64_t j = 0; j < i; j++) {
+      error += std::pow(out(i, j) - exact(i, j), 2);
+      length += std::pow(exact(i, j), 2);
+    }
+  const double relative = std::sqrt(error / length);
+  char what[128];
+  std::snprintf(what, sizeof what, "a relative error of %.2g", relative);
+  check(relative < 5e-7, named(what, kind, s));
+}
+
 }  // namespace spectral_kernels::cpu
