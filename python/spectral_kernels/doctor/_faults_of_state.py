@@ -91,10 +91,11 @@ def _shared(subject: Subject) -> str:
 @_fault("state that moves")
 def _moving(subject: Subject) -> str:
     params, optimizer = begun(subject, (6, 9), steps=3)
-    before = [x.data_ptr() for x in state_of(optimizer, params[0])]
+    # Held, so that their memory is not given to those that replace them.
+    before = [x.detach() for x in state_of(optimizer, params[0])]
     take_steps(optimizer, params)
-    after = [x.data_ptr() for x in state_of(optimizer, params[0])]
-    moved = sum(a != b for a, b in zip(before, after, strict=False))
+    after = state_of(optimizer, params[0])
+    moved = sum(a.data_ptr() != b.data_ptr() for a, b in zip(before, after, strict=False))
     if moved:
         raise Wrong(f"{moved} of {len(before)} state tensors are replaced by others")
     return "every state tensor stays where it is"
