@@ -17,10 +17,19 @@ struct Needed {
 
 enum Register : int { kC00, kC01, kC10, kC11, kA0, kA1, kB0, kB1 };
 
+// The left operand of a panel: rows this many bytes apart, steps of k that many.
+struct LeftTiles {
+  explicit LeftTiles(const uint32_t* tiles) : at(reinterpret_cast<const char*>(tiles)) {}
+  LeftTiles(const char* rows, int64_t row_bytes, int64_t step_bytes)
+      : at(rows), row(row_bytes), step(step_bytes) {}
+  const char* at;
+  int64_t row = kTileRowBytes, step = kStepWords * 4;
+};
+
 template <bool kAll>
-SK_INLINE void load_left(Needed needed, const uint32_t* left) {
-  tile_load<kA0>(left, kTileRowBytes);
-  if (kAll || needed.lower_left) tile_load<kA1>(left + kTileWords, kTileRowBytes);
+SK_INLINE void load_left(Needed needed, LeftTiles left) {
+  tile_load<kA0>(left.at, left.row);
+  if (kAll || needed.lower_left) tile_load<kA1>(left.at + kTileRows * left.row, left.row);
 }
 
 // `stride` in bytes; the second half of the columns `words` further on.
@@ -38,12 +47,6 @@ SK_INLINE void multiply_tiles(Needed needed, const Between& between) {
   if (kAll || needed.upper_right) tile_multiply_add<kC01, kA0, kB1>();
   if (kAll || needed.lower_right) tile_multiply_add<kC11, kA1, kB1>();
 }
-
-// The left operand of a panel: rows this many bytes apart, steps of k that many.
-struct LeftTiles {
-  const char* at;
-  int64_t row = kTileRowBytes, step = kStepWords * 4;
-};
 
 // Brings what the next stretch reads into L2, a few lines between the instructions of this one.
 class Ahead {
@@ -99,8 +102,7 @@ SK_INLINE void multiply_pairs(Needed needed, int64_t k, LeftTiles left, const ui
       load_right<kAll>(needed, from, kTileRowBytes, kTileWords);
     else
       load_right<kAll>(needed, from, P * 4, kTileRows);
-    tile_load<kA0>(left.at, left.row);
-    if (kAll || needed.lower_left) tile_load<kA1>(left.at + kTileRows * left.row, left.row);
+    load_left<kAll>(needed, left);
     multiply_tiles<kAll>(needed, [&] { ahead.advance(); });
   };
   for (; k >= kStepRows; k -= kStepRows, left.at += left.step, right += kStepWords) step(right);
@@ -116,7 +118,9 @@ SK_INLINE void multiply_pairs(Needed needed, int64_t k, LeftTiles left, const ui
 template <bool kAll>
 SK_INLINE void multiply_parts(Needed needed, int64_t k, const uint32_t* left, const uint32_t* right,
                               Splitter& splitter) {
-  const auto left_part = [&](int part) { load_left<kAll>(needed, left + part * kStepWords); };
+  const auto left_part = [&](int part) {
+    load_left<kAll>(needed, LeftTiles(left + part * kStepWords));
+  };
   const auto right_part = [&](int part) {
     load_right<kAll>(needed, right + part * kStepWords, kTileRowBytes, kTileWords);
   };
@@ -294,8 +298,7 @@ class PairOperands {
 
   LeftTiles left_of(int64_t bi, int64_t k) const {
     if (direct(bi)) return {row(bi, k), p_.rows.row_stride * 2, kStepRows * 2};
-    const uint32_t* at = p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
-    return {reinterpret_cast<const char*>(at)};
+    return LeftTiles(p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k));
   }
   const uint32_t* right_of(int64_t bj, int64_t k) const {
     return p_.rows ? made(scratch_.right, bj - j0_, k) : panel(p_.b, bj, k);
@@ -472,21 +475,9 @@ static bool reads_rows(const Product& p) {
 
 // Instructions on registers alone: what the ceiling is measured with. The clock depends on the
 // numbers: with tiles that change at every instruction, read from L1, 3,060 GFLOP/s were measured
-// where zeros, and these four tiles again and again, gave 3,600.
+// where these, which are zeros, or any four again and again gave 3,600.
 static double tile_multiply_adds(int64_t rounds) {
-  alignas(64) uint32_t numbers[4][kTileWords];
-  uint32_t state = 1;
-  for (auto& tile : numbers)
-    for (uint32_t& pair : tile) {  // between 1/2 and 1 in magnitude, of either sign
-      state = state * 1664525u + 1013904223u;
-      pair = (state & 0x807f807fu) | 0x3f003f00u;
-    }
   tiles_configure();
-  zero_tiles();
-  tile_load<kA0>(numbers[0], kTileRowBytes);
-  tile_load<kA1>(numbers[1], kTileRowBytes);
-  tile_load<kB0>(numbers[2], kTileRowBytes);
-  tile_load<kB1>(numbers[3], kTileRowBytes);
   for (int64_t i = 0; i < rounds; i++) {
     tile_multiply_add<kC00, kA0, kB0>();
     tile_multiply_add<kC01, kA0, kB1>();
