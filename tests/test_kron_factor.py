@@ -411,6 +411,27 @@ def test_product_of_any_layout(layout, dtype):
 
 
 @pytest.mark.in_full("cuda")
+@pytest.mark.parametrize("sides", ["left", "both", "right"])
+@pytest.mark.parametrize("size", [(3, 5, 2, 7), (50, 33, 70, 41), (150, 130, 131, 160)], ids=str)
+def test_bits_of_the_product_do_not_depend_on_the_layout(backend, size, sides):
+    if backend.name == "reference":
+        pytest.skip("torch's own products depend on the layout")
+    # Small matrices are multiplied where they lie, if they lie so that it can be done.
+    m, n, p, q = size
+    grad, left, right = gaussian(m, n), gaussian(p, m, seed=1), gaussian(n, q, seed=2)
+    given = [grad, None if sides == "right" else left, None if sides == "left" else right]
+    turned = [None if x is None else x.mT.contiguous().mT for x in given]
+    apart = [None if x is None else torch.cat([x, x], -1)[:, : x.shape[1]] for x in given]
+    expected = sk.kron_precondition(*given)
+    assert_product(expected, *given)
+    for which in range(3):
+        for other in (turned, apart):
+            mixed = [other[i] if i == which else x for i, x in enumerate(given)]
+            assert same_bits(sk.kron_precondition(*mixed), expected)
+    assert same_bits(sk.kron_precondition(*turned), expected)
+
+
+@pytest.mark.in_full("cuda")
 @pytest.mark.parametrize("batch", [(1,), (4,), (2, 3)], ids=str)
 def test_batch_of_products_is_as_one_by_one(batch):
     operands = [gaussian(*batch, m, n, seed=m) for m, n in ((7, 9), (5, 7), (9, 30))]

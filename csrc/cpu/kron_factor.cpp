@@ -64,6 +64,10 @@ bool TwoSidedShape::left_first() const {
 }
 bool TwoSidedShape::needs_x() const { return has_left && left_first(); }
 bool TwoSidedShape::needs_x_t() const { return !needs_x(); }
+bool TwoSidedShape::small(Kind kind) const {
+  constexpr int64_t kLargest = 192;
+  return kind != Kind::kBF16 && std::max({m, n, p, q}) <= kLargest;
+}
 size_t TwoSidedShape::workspace_bytes(Kind kind) const {
   if (!has_left || !has_right) return 0;
   return left_first() ? panel_bytes(n, p, kind) : panel_bytes(m, q, kind);
@@ -72,6 +76,7 @@ size_t TwoSidedShape::workspace_bytes(Kind kind) const {
 void precondition(const TwoSidedShape& shape, const TwoSided& o, Product last, Workspace& workspace,
                   int threads) {
   Product first;
+  first.whole = last.whole;
   const bool left_first = shape.left_first();
   if (left_first) {
     first.a = o.left_t;
@@ -198,6 +203,34 @@ void kron_factors_update_(const Tensor& left, const Tensor& right, const Tensor&
   *skipped.data_ptr<int64_t>() += skips.load();
 }
 
+bool rows_lie_together(const Matrix& m) { return m.col_stride == 1; }
+
+// left @ x @ right of small matrices of one dtype, where they lie. Returns whether it was done.
+bool precondition_in_place(const TwoSidedShape& shape, Kind kind, const Matrix& x,
+                           const Matrix& left, const Matrix& right, const Matrix& out,
+                           int threads) {
+  const DType type = kind == Kind::kF64 ? DType::kF64 : DType::kF32;
+  for (const Matrix* m : {&x, &left, &right, &out})
+    if (*m && m->dtype != type) return false;
+  if ((right && !rows_lie_together(right)) || !rows_lie_together(out)) return false;
+  if (!left) return run(InPlace{x, right, out}, threads), true;
+  if (!rows_lie_together(x) && (!right || shape.left_first())) return false;
+  if (!right) return run(InPlace{left, x, out}, threads), true;
+  const bool left_first = shape.left_first();
+  const int64_t rows = left_first ? shape.p : shape.m, cols = left_first ? shape.n : shape.q;
+  Workspace workspace(size_t(rows * cols) * element_size(type));
+  const Matrix middle{
+      workspace.take(size_t(rows * cols) * element_size(type)), rows, cols, cols, 1, type};
+  if (left_first) {
+    run(InPlace{left, x, middle}, threads);
+    run(InPlace{middle, right, out}, threads);
+  } else {
+    run(InPlace{x, right, middle}, threads);
+    run(InPlace{left, middle, out}, threads);
+  }
+  return true;
+}
+
 Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& right) {
   count_call("kron_precondition", "cpu");
   const auto sizes = check_precondition(grad, left, right);
@@ -232,17 +265,20 @@ Tensor kron_precondition(const Tensor& grad, const Tensor& left, const Tensor& r
       double(m) * double(n) * (double(has_left ? shape.p : 0) + double(has_right ? shape.q : 0));
   parallel_matrices(std::vector<double>(size_t(grads.count()), work), [&](int64_t i, int threads) {
     const Matrix g = grads[i], l = optional_matrix(left, i), r = optional_matrix(right, i);
-    Workspace workspace(panel_bytes(m, n, kind) + panel_bytes(n, m, kind) +
-                        panel_bytes(m, shape.p, kind) + panel_bytes(n, shape.q, kind) +
-                        shape.workspace_bytes(kind));
-    TwoSided operands;
-    if (shape.needs_x()) operands.x = pack(g, false, kind, workspace, threads);
-    if (shape.needs_x_t()) operands.x_t = pack(g, true, kind, workspace, threads);
-    if (l) operands.left_t = pack(l, true, kind, workspace, threads);
-    if (r) operands.right = pack(r, false, kind, workspace, threads);
-    Product last;
-    last.store = outs[i];
-    precondition(shape, operands, last, workspace, threads);
+    if (!shape.small(kind) || !precondition_in_place(shape, kind, g, l, r, outs[i], threads)) {
+      Workspace workspace(panel_bytes(m, n, kind) + panel_bytes(n, m, kind) +
+                          panel_bytes(m, shape.p, kind) + panel_bytes(n, shape.q, kind) +
+                          shape.workspace_bytes(kind));
+      TwoSided operands;
+      if (shape.needs_x()) operands.x = pack(g, false, kind, workspace, threads);
+      if (shape.needs_x_t()) operands.x_t = pack(g, true, kind, workspace, threads);
+      if (l) operands.left_t = pack(l, true, kind, workspace, threads);
+      if (r) operands.right = pack(r, false, kind, workspace, threads);
+      Product last;
+      last.store = outs[i];
+      last.whole = shape.small(kind);
+      precondition(shape, operands, last, workspace, threads);
+    }
     // An overflow stays where it is; a non-finite element of the input makes the whole matrix NaN.
     if (std::isnan(max_abs(outs[i], threads)) &&
         (std::isnan(max_abs(g, threads)) || (l && std::isnan(max_abs(l, threads))) ||

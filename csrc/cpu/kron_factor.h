@@ -31,6 +31,9 @@ struct TwoSidedShape {
   bool left_first() const;  // (left x) right, else left (x right)
   bool needs_x() const;
   bool needs_x_t() const;
+  // Whether packing would cost more than it saves. Products are `whole` then, so that it does not
+  // matter for the bits whether the operands can be read in place.
+  bool small(Kind kind) const;
   size_t workspace_bytes(Kind kind) const;  // of precondition(), for its intermediate
 };
 // Writes the result through `last`, whose operands are filled in here; at least one side is

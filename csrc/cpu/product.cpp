@@ -103,7 +103,7 @@ void multiply(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   });
 }
 
-constexpr double kPackGrain = 1 << 16;  // elements a thread
+constexpr double kPackGrain = 1 << 14;  // elements a thread
 
 }  // namespace
 
@@ -183,6 +183,15 @@ void run(const Product& p, int threads) {
     const Job& job = list[size_t(t)];
     multiply(p, job.i, std::min(job.i + edge, m), job.j, std::min(job.j + edge, n));
   });
+}
+
+void run(const InPlace& p, int threads) {
+  constexpr int64_t kRows = 32;  // a job
+  const auto kernel = kernels().multiply_in_place[p.c.dtype == DType::kF64 ? 1 : 0];
+  if (double(p.c.rows) * double(p.c.cols) * double(p.a.cols) < 2 * kThreadGrain) threads = 1;
+  if (threads <= 1) return kernel(p, 0, p.c.rows);
+  parallel_jobs(ceil_div(p.c.rows, kRows), threads,
+                [&](int64_t i) { kernel(p, i * kRows, std::min((i + 1) * kRows, p.c.rows)); });
 }
 
 void run(const Pack& p, int threads) {

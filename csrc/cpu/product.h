@@ -22,6 +22,7 @@ Product multiply(const Panels& a, const Panels& b);
 Product multiply(const Panels& a, const Panels& a_t, const Panels& b);
 
 void run(const Product& product, int threads);
+void run(const InPlace& p, int threads);
 void run(const Pack& pack, int threads);
 void run(const Combine& combine, int threads);
 void run(const Scale& scale, int threads);

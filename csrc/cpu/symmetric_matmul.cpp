@@ -2,15 +2,29 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../check.h"
 #include "../counters.h"
 #include "../registration.h"
 #include "parallel.h"
 #include "views.h"
+#include "with_type.h"
 
 namespace spectral_kernels::cpu {
 namespace {
+
+bool diagonal_is_finite(const Matrix& m) {
+  return with_type(m.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const T* data = static_cast<const T*>(m.data);
+    bool finite = true;
+    for (int64_t i = 0; i < m.rows; i++)
+      finite &= std::isfinite(Wide(data[i * (m.row_stride + m.col_stride)]));
+    return finite;
+  });
+}
 
 void gram_of(const Matrix& x, const Matrix& out, int threads) {
   const Kind kind = x.dtype == DType::kF64 ? Kind::kF64
@@ -34,10 +48,7 @@ void gram_of(const Matrix& x, const Matrix& out, int threads) {
     run(product, threads);
   }
   // A row that is not finite shows on the diagonal; so does an overflow, which stays where it is.
-  Matrix diagonal = out;
-  diagonal.cols = 1;
-  diagonal.row_stride += diagonal.col_stride;
-  if (std::isnan(max_abs(diagonal, 1)) && std::isnan(max_abs(x, threads)))
+  if (!diagonal_is_finite(out) && std::isnan(max_abs(x, threads)))
     fill(out, std::numeric_limits<double>::quiet_NaN());
 }
 

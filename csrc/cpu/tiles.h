@@ -59,6 +59,7 @@ struct Product {
   Panels a, b;
   Panels a_t;  // Aᵀ, where the caller has it: what reads rows of it need not transpose A
   bool symmetric = false;
+  bool whole = false;  // F32 numbers are multiplied as they are, never as sums of parts
   // Where a set reads them itself (Kernels::reads_rows): the rows of Aᵀ in the caller's memory, of
   // a symmetric product of A with itself. `a` and `b` are shapes then.
   Matrix rows;
@@ -73,6 +74,13 @@ struct Product {
   double alpha2 = 1, gamma2 = 0;
   Panels copy;   // C again, in another kind
   Matrix store;  // C
+};
+
+// C = A B of matrices where they lie, all F32 or all F64, for products too small for packing to
+// pay; the bits are those of a Product that is `whole`. B and C have unit column strides, A has a
+// column.
+struct InPlace {
+  Matrix a, b, c;
 };
 
 // Reads a strided matrix once and writes it as panels: out = s X, out_t = s Xᵀ with s = 2^shift,
@@ -231,6 +239,8 @@ struct Kernels {
   double (*multiply_adds[kKinds])(int64_t rounds);
   // Rounds a part of a line of fp32 numbers, given as bits, at random to bfloat16.
   void (*round_line)(const uint32_t* x, uint32_t seed, uint32_t first, int64_t count, uint16_t* to);
+  // Rows [r0, r1) of a product in place, of F32 [0] or F64 [1] numbers.
+  void (*multiply_in_place[2])(const InPlace&, int64_t r0, int64_t r1);
   // Whether `rows` of this product need not be packed; null where they always have to be.
   bool (*reads_rows)(const Product&) = nullptr;
   // Words of the left image of a P x P block, 0 where a kind has none.

@@ -10,7 +10,7 @@ namespace spectral_kernels::cpu {
 
 // f(T{}).
 template <class F>
-void with_type(DType dtype, const F& f) {
+auto with_type(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kF32:
       return f(float{});
@@ -19,8 +19,9 @@ void with_type(DType dtype, const F& f) {
     case DType::kBF16:
       return f(torch::headeronly::BFloat16{});
     case DType::kF16:
-      return f(torch::headeronly::Half{});
+      break;
   }
+  return f(torch::headeronly::Half{});
 }
 
 }  // namespace spectral_kernels::cpu

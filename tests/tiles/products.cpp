@@ -315,6 +315,22 @@ void check_nonfinite(const Kernels& kernels, const Size& s) {
   }
 }
 
+// C = A B where the matrices lie, in two parts, and nothing around them.
+template <class T>
+void check_in_place(const Kernels& kernels, const Size& s) {
+  const Kind kind = sizeof(T) == 8 ? Kind::kF64 : Kind::kF32;
+  const Dense a = integers(s.m, s.k), b = integers(s.k, s.n), expected = product(transposed(a), b);
+  for (const bool columns_first : {false, true}) {
+    const Strided<T> of_a(a, columns_first), of_b(b, false), c(Dense(s.m, s.n), false);
+    const InPlace in_place{of_a.matrix, of_b.matrix, c.matrix};
+    const auto kernel = kernels.multiply_in_place[kind == Kind::kF64];
+    kernel(in_place, s.m / 2, s.m);
+    kernel(in_place, 0, s.m / 2);
+    compare(named("in place", kind, s), c, expected, 0);
+    check(c.margins_are_whole(), named("around in place", kind, s));
+  }
+}
+
 }  // namespace
 
 void check_products(const Kernels& kernels, Kind kind) {
@@ -379,6 +395,14 @@ void check_long_sums(const Kernels& kernels, Kind kind) {
   char what[128];
   std::snprintf(what, sizeof what, "a relative error of %.2g", relative);
   check(relative < 5e-7, named(what, kind, s));
+}
+
+void check_products_in_place(const Kernels& kernels) {
+  for (const Size& s : {Size{1, 1, 1}, Size{8, 32, 16}, Size{7, 15, 3}, Size{33, 50, 97},
+                        Size{64, 24, 129}, Size{20, 113, 193}, Size{9, 5, 500}}) {
+    check_in_place<float>(kernels, s);
+    check_in_place<double>(kernels, s);
+  }
 }
 
 }  // namespace spectral_kernels::cpu

@@ -19,17 +19,14 @@ enum Register : int { kC00, kC01, kC10, kC11, kA0, kA1, kB0, kB1 };
 
 // The left operand of a panel: rows this many bytes apart, steps of k that many.
 struct LeftTiles {
-  explicit LeftTiles(const uint32_t* tiles) : at(reinterpret_cast<const char*>(tiles)) {}
-  LeftTiles(const char* rows, int64_t row_bytes, int64_t step_bytes)
-      : at(rows), row(row_bytes), step(step_bytes) {}
   const char* at;
-  int64_t row = kTileRowBytes, step = kStepWords * 4;
+  int64_t row, step;
 };
 
 template <bool kAll>
-SK_INLINE void load_left(Needed needed, LeftTiles left) {
-  tile_load<kA0>(left.at, left.row);
-  if (kAll || needed.lower_left) tile_load<kA1>(left.at + kTileRows * left.row, left.row);
+SK_INLINE void load_left(Needed needed, const char* rows, int64_t row_bytes) {
+  tile_load<kA0>(rows, row_bytes);
+  if (kAll || needed.lower_left) tile_load<kA1>(rows + kTileRows * row_bytes, row_bytes);
 }
 
 // `stride` in bytes; the second half of the columns `words` further on.
@@ -97,21 +94,24 @@ template <bool kAll, bool kTiles>
 SK_INLINE void multiply_pairs(Needed needed, int64_t k, LeftTiles left, const uint32_t* right,
                               Ahead& ahead) {
   constexpr int P = Pairs::kPanel;
-  const auto step = [&](const uint32_t* from) {
+  // Numbers of their own: the structure would go through memory, and every block wait for it.
+  const char* at = left.at;
+  const int64_t row = left.row, next = left.step;
+  const auto step = [=, &ahead](const char* from_left, const uint32_t* from) {
     if constexpr (kTiles)
       load_right<kAll>(needed, from, kTileRowBytes, kTileWords);
     else
       load_right<kAll>(needed, from, P * 4, kTileRows);
-    load_left<kAll>(needed, left);
+    load_left<kAll>(needed, from_left, row);
     multiply_tiles<kAll>(needed, [&] { ahead.advance(); });
   };
-  for (; k >= kStepRows; k -= kStepRows, left.at += left.step, right += kStepWords) step(right);
+  for (; k >= kStepRows; k -= kStepRows, at += next, right += kStepWords) step(at, right);
   if (k <= 0) return;
-  if constexpr (kTiles) return step(right);
+  if constexpr (kTiles) return step(at, right);
   // What follows the last pairs is not zero, and may not be ours.
   alignas(64) uint32_t rest[kTileRows * P] = {};
   __builtin_memcpy(rest, right, size_t((k + 1) / 2) * P * 4);
-  step(rest);
+  step(at, rest);
 }
 
 // The six products of parts, small ones first.
@@ -119,7 +119,7 @@ template <bool kAll>
 SK_INLINE void multiply_parts(Needed needed, int64_t k, const uint32_t* left, const uint32_t* right,
                               Splitter& splitter) {
   const auto left_part = [&](int part) {
-    load_left<kAll>(needed, LeftTiles(left + part * kStepWords));
+    load_left<kAll>(needed, reinterpret_cast<const char*>(left + part * kStepWords), kTileRowBytes);
   };
   const auto right_part = [&](int part) {
     load_right<kAll>(needed, right + part * kStepWords, kTileRowBytes, kTileWords);
@@ -296,9 +296,13 @@ class PairOperands {
     bring(k1 < p_.a.rows ? k1 : 0, k1 - k0);
   }
 
+  // Written as one choice: a structure made in two ways goes through memory, and waits there.
   LeftTiles left_of(int64_t bi, int64_t k) const {
-    if (direct(bi)) return {row(bi, k), p_.rows.row_stride * 2, kStepRows * 2};
-    return LeftTiles(p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k));
+    const bool in_place = direct(bi);
+    const uint32_t* tiles = p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
+    return {in_place ? row(bi, k) : reinterpret_cast<const char*>(tiles),
+            in_place ? p_.rows.row_stride * 2 : kTileRowBytes,
+            in_place ? kStepRows * 2 : kStepWords * 4};
   }
   const uint32_t* right_of(int64_t bj, int64_t k) const {
     return p_.rows ? made(scratch_.right, bj - j0_, k) : panel(p_.b, bj, k);
@@ -411,7 +415,7 @@ static bool splitting_pays(const Product& p) {
 
 static void split_product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                                  void* memory) {
-  if (!splitting_pays(p)) return product_blocks<float, float>(p, i0, i1, j0, j1, memory);
+  if (p.whole || !splitting_pays(p)) return product_blocks<float, float>(p, i0, i1, j0, j1, memory);
   constexpr int P = Pairs::kPanel;
   const SplitScratch scratch(memory, i1 - i0, j1 - j0);
   const float *a = static_cast<const float*>(p.a.data), *b = static_cast<const float*>(p.b.data);

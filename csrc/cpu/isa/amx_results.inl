@@ -76,28 +76,38 @@ struct BlockPairs {
   }
 };
 
-// Of a symmetric product. The sums have no subnormal numbers, which the conversion would drop.
-static void finish_rows(const Product& p, int64_t bi, int64_t bj, int rows, int cols,
+// A block as rows of bf16 numbers of the caller's matrix. The sums have no subnormal numbers, which
+// the conversion would drop.
+SK_INLINE void put_rows(const Matrix& to, int64_t i, int64_t j, int rows, int cols,
                         const float* c) {
   constexpr int P = Pairs::kPanel;
-  BlockPairs pairs;
-  pairs.right = pairs.own_right;
-  pairs.left_t = pairs.own_left_t;
-  pairs.form(1, c, 0, nullptr);
-  const auto put = [&](const uint32_t* words, int64_t i, int64_t j, int count, int width) {
-    BF16* to = static_cast<BF16*>(p.store.data) + i * P * p.store.row_stride + j * P;
-    for (int r = 0; r < count; r++, to += p.store.row_stride, words += kTileRows)
-      if (width == P)
-        __builtin_memcpy(to, words, kTileRowBytes);
-      else
-        __builtin_memcpy(to, words, size_t(width) * 2);
-  };
-  put(pairs.left_t, bi, bj, rows, cols);
+  BF16* row = static_cast<BF16*>(to.data) + i * P * to.row_stride + j * P;
+  for (int r = 0; r < rows; r++, row += to.row_stride, c += P) {
+    const Vector<float> numbers[2] = {load(c), load(c + kTileRows)};
+    alignas(64) uint32_t words[kTileRows];
+    const bool whole = cols == P && reinterpret_cast<uintptr_t>(row) % 4 == 0;
+    store_neighbours(whole ? reinterpret_cast<uint32_t*>(row) : words, numbers);
+    if (!whole) __builtin_memcpy(row, words, size_t(cols) * 2);
+  }
+}
+
+// Of a symmetric product.
+static void finish_rows(const Product& p, int64_t bi, int64_t bj, int rows, int cols,
+                        const float* c) {
+  constexpr int P = Pairs::kPanel, kLanes = Pairs::kLanes;
+  put_rows(p.store, bi, bj, rows, cols, c);
   if (bi == bj) return;
-  alignas(64) uint32_t mirrored[kStepWords];
+  // The rows of the transpose are the words of pairs of rows, transposed.
+  alignas(64) uint32_t pairs[kTileRows * P], mirrored[kStepWords];
+  for (int i = 0; i < kTileRows; i++, c += 2 * P)
+#pragma GCC unroll 2
+    for (int half = 0; half < P; half += kLanes)
+      store_pairs(pairs + i * P + half, load(c + half), load(c + P + half));
+  BF16* row = static_cast<BF16*>(p.store.data) + bj * P * p.store.row_stride + bi * P;
   for (int half = 0; half < 2; half++)
-    transpose_words(pairs.right + half * kTileRows, P, kTileRows, mirrored + half * kTileWords);
-  put(mirrored, bj, bi, cols, rows);
+    transpose_words(pairs + half * kTileRows, P, kTileRows, mirrored + half * kTileWords);
+  for (int r = 0; r < cols; r++, row += p.store.row_stride)
+    __builtin_memcpy(row, mirrored + r * kTileRows, rows == P ? kTileRowBytes : size_t(rows) * 2);
 }
 
 static void finish_pairs(const Product& p, int64_t bi, int64_t bj, int rows, int cols,

@@ -54,6 +54,7 @@ static const Kernels kTable = {
 #endif
     },
     round_line,
+    {multiply_in_place<float>, multiply_in_place<double>},
 };
 
 const Kernels& table() { return kTable; }

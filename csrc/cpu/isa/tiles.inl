@@ -250,6 +250,102 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
   }
 }
 
+// ---------------------------------------------------------------- products in place
+
+// SK_MR rows and NV vectors of columns: c = or += sum over k of a[k] b[k], where the rows of `a`
+// are at the offsets and `step` leads from one k to the next. Of c there are `rows` rows.
+template <class T, int NV, bool kAdd>
+SK_INLINE void tile_in_place(int64_t k, const T* a, const int64_t (&offset)[SK_MR], int64_t step,
+                             const T* b, int rows, T* c, int64_t c_pitch) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  Vector<T> sum[SK_MR][NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) sum[i][v] = Vector<T>{};
+  for (; k > 0; k--, a += step, b += P) {
+    Vector<T> row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) row[v] = load(b + v * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < SK_MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) sum[i][v] += a[offset[i]] * row[v];
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < SK_MR; i++)
+    if (i < rows)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        T* to = c + i * c_pitch + v * kLanes;
+        store(to, kAdd ? load(to) + sum[i][v] : sum[i][v]);
+      }
+}
+
+// The first `vectors` <= SK_NV of them.
+template <class T, bool kAdd>
+SK_INLINE void tiles_in_place(int vectors, int64_t k, const T* a, const int64_t (&offset)[SK_MR],
+                              int64_t step, const T* b, int rows, T* c, int64_t c_pitch) {
+  if constexpr (SK_NV >= 3)
+    if (vectors == 3) return tile_in_place<T, 3, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
+  if constexpr (SK_NV >= 2)
+    if (vectors == 2) return tile_in_place<T, 2, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
+  tile_in_place<T, 1, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
+}
+
+// The rows of A, as far as they go, times `cols` columns of B, which were copied to `panel`.
+template <class T, bool kAdd>
+static void panel_in_place(const Matrix& a, const T* panel, int cols, T* c, int64_t c_pitch) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  const int vectors = (cols + kLanes - 1) / kLanes;
+  const size_t bytes = size_t(cols) * sizeof(T);
+  alignas(64) T own[SK_MR * P];  // where what lies beyond the last column is not ours to write
+  for (int64_t i = 0; i < a.rows; i += SK_MR, c += SK_MR * c_pitch) {
+    const int rows = int(a.rows - i < SK_MR ? a.rows - i : SK_MR);
+    const T* from = static_cast<const T*>(a.data) + i * a.row_stride;
+    int64_t offset[SK_MR];
+    for (int r = 0; r < SK_MR; r++)  // rows that are not there are the last one again
+      offset[r] = (r < rows ? r : rows - 1) * a.row_stride;
+    const bool whole = cols % kLanes == 0;
+    T* const to = whole ? c : own;
+    const int64_t pitch = whole ? c_pitch : P;
+    for (int r = 0; r < rows && !whole && kAdd; r++)
+      __builtin_memcpy(own + r * P, c + r * c_pitch, bytes);
+    for (int v = 0; v < vectors; v += SK_NV)
+      tiles_in_place<T, kAdd>(vectors - v < SK_NV ? vectors - v : SK_NV, a.cols, from, offset,
+                              a.col_stride, panel + v * kLanes, rows, to + v * kLanes, pitch);
+    for (int r = 0; r < rows && !whole; r++) __builtin_memcpy(c + r * c_pitch, own + r * P, bytes);
+  }
+}
+
+// Summed in the order of product_blocks.
+template <class T>
+static void multiply_in_place(const InPlace& p, int64_t r0, int64_t r1) {
+  constexpr int P = Simd<T>::kPanel;
+  const int64_t n = p.b.cols, k = p.a.cols, stretch = ceil_div(k, ceil_div(k, kBlockK));
+  alignas(64) T panel[kBlockK * P];  // of B, whose rows may be too far apart to stay in L1
+  Matrix a = p.a;
+  a.rows = r1 - r0;
+  for (int64_t k0 = 0; k0 < k; k0 += stretch) {
+    a.data = static_cast<T*>(p.a.data) + r0 * a.row_stride + k0 * a.col_stride;
+    a.cols = k - k0 < stretch ? k - k0 : stretch;
+    for (int64_t j = 0; j < n; j += P) {
+      const int cols = int(n - j < P ? n - j : P);
+      const T* from = static_cast<const T*>(p.b.data) + k0 * p.b.row_stride + j;
+      if (cols < P) __builtin_memset(panel, 0, size_t(a.cols) * P * sizeof(T));
+      for (int64_t i = 0; i < a.cols; i++, from += p.b.row_stride) {
+        prefetch<P * sizeof(T)>(from + P);
+        get_row(from, cols, panel + i * P);
+      }
+      T* const c = static_cast<T*>(p.c.data) + r0 * p.c.row_stride + j;
+      if (k0 == 0)
+        panel_in_place<T, false>(a, panel, cols, c, p.c.row_stride);
+      else
+        panel_in_place<T, true>(a, panel, cols, c, p.c.row_stride);
+    }
+  }
+}
+
 // ---------------------------------------------------------------- packing
 
 template <class T>
