@@ -95,6 +95,11 @@ def rebuild(mutation: dict[str, str], copy: Path) -> None:
     ninja = next(iter(sorted((ROOT / "build").glob("temp*/build.ninja"))), None)
     if ninja is None:
         raise SystemExit("there is no build folder: python setup.py build_ext --inplace")
+    if ": cuda_compile " in ninja.read_text():
+        raise SystemExit(
+            "the build folder is of an extension with CUDA kernels, which are not linked here: "
+            "build it again with SPECTRAL_KERNELS_CUDA=0 python setup.py build_ext --inplace"
+        )
     changed = str(ROOT / mutation["file"])
     objects = []
     for obj, source in _edges(ninja):
