@@ -20,7 +20,7 @@ enum Register : int { kC00, kC01, kC10, kC11, kA0, kA1, kB0, kB1 };
 // The left operand of a panel: rows this many bytes apart, steps of k that many.
 struct LeftTiles {
   const char* at;
-  int64_t row, step;
+  int64_t row = kTileRowBytes, step = kStepWords * 4;
 };
 
 template <bool kAll>
@@ -296,13 +296,10 @@ class PairOperands {
     bring(k1 < p_.a.rows ? k1 : 0, k1 - k0);
   }
 
-  // Written as one choice: a structure made in two ways goes through memory, and waits there.
   LeftTiles left_of(int64_t bi, int64_t k) const {
-    const bool in_place = direct(bi);
-    const uint32_t* tiles = p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
-    return {in_place ? row(bi, k) : reinterpret_cast<const char*>(tiles),
-            in_place ? p_.rows.row_stride * 2 : kTileRowBytes,
-            in_place ? kStepRows * 2 : kStepWords * 4};
+    if (direct(bi)) return {row(bi, k), p_.rows.row_stride * 2, kStepRows * 2};
+    const uint32_t* at = p_.a.left ? image(p_.a, bi, k) : made(scratch_.left, bi - i0_, k);
+    return {reinterpret_cast<const char*>(at)};
   }
   const uint32_t* right_of(int64_t bj, int64_t k) const {
     return p_.rows ? made(scratch_.right, bj - j0_, k) : panel(p_.b, bj, k);

@@ -32,9 +32,7 @@ struct BlockPairs {
   inline __attribute__((always_inline)) void form(float alpha, const float* c, float beta,
                                                   const uint32_t* e) {
     constexpr int kLanes = Pairs::kLanes;
-    // Copies, which no store can change.
-    uint32_t *to_right = right, *to_left_t = left_t;
-    for (int i = 0; i < kTileRows; i++, c += 2 * P, to_right += P, to_left_t += 2 * kTileRows) {
+    for (int i = 0; i < kTileRows; i++, c += 2 * P) {
       Vector<float> even[2], odd[2];
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
@@ -45,10 +43,10 @@ struct BlockPairs {
           even[half] += beta * (Vector<float>)(words << 16);
           odd[half] += beta * (Vector<float>)(words & 0xffff0000u);
         }
-        store_pairs(to_right + half * kLanes, even[half], odd[half]);
+        store_pairs(right + i * P + half * kLanes, even[half], odd[half]);
       }
-      store_neighbours(to_left_t, even);
-      store_neighbours(to_left_t + kTileRows, odd);
+      store_neighbours(left_t + 2 * i * kTileRows, even);
+      store_neighbours(left_t + (2 * i + 1) * kTileRows, odd);
     }
   }
 

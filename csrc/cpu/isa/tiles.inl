@@ -208,8 +208,13 @@ SK_INLINE Range nonzero_rows(Triangle shape, int64_t j, int64_t width, int64_t b
   return {begin, end};
 }
 
-// Rows of a panel that are multiplied before the accumulators go to memory.
+// Rows of a panel that are multiplied before the accumulators go to memory, at most. Stretches of k
+// are equal and depend on k alone, so every element is summed in the same order whatever the tiles
+// and threads.
 constexpr int64_t kBlockK = SK_BLOCK_K;
+SK_INLINE int64_t stretch_of(int64_t k) {
+  return k > 0 ? ceil_div(k, ceil_div(k, kBlockK)) : kBlockK;
+}
 
 template <class T, class E>
 static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -218,10 +223,8 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
   constexpr bool kPairs = sizeof(T) == 4 && __is_same(E, uint32_t);
   const int64_t m = p.a.cols, n = p.b.cols;
   const int64_t k_rows = kPairs ? (p.a.rows + 1) / 2 : p.a.rows;
-  // Equal stretches of k no longer than kBlockK; they depend on k alone, so every element is
-  // summed in the same order whatever the tiles and threads.
-  const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, kBlockK) : 1;
-  const int64_t stretch = ceil_div(k_rows, stretches);
+  const int64_t stretch = stretch_of(k_rows);
+  const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, stretch) : 1;
   T* tile = static_cast<T*>(scratch);
   for (int64_t s = 0; s < stretches; s++) {
     const int64_t k0 = s * stretch, k1 = k0 + stretch < k_rows ? k0 + stretch : k_rows;
@@ -322,7 +325,7 @@ static void panel_in_place(const Matrix& a, const T* panel, int cols, T* c, int6
 template <class T>
 static void multiply_in_place(const InPlace& p, int64_t r0, int64_t r1) {
   constexpr int P = Simd<T>::kPanel;
-  const int64_t n = p.b.cols, k = p.a.cols, stretch = ceil_div(k, ceil_div(k, kBlockK));
+  const int64_t n = p.b.cols, k = p.a.cols, stretch = stretch_of(k);
   alignas(64) T panel[kBlockK * P];  // of B, whose rows may be too far apart to stay in L1
   Matrix a = p.a;
   a.rows = r1 - r0;
