@@ -16,6 +16,11 @@ namespace spectral_kernels::cpu::avx2 {
 #define SK_MR 4
 #define SK_NV 3
 #define SK_PV 3
+#define SK_BLOCK_K 128
+#define SK_UNROLL_K 2
+#define SK_READ_ALONG 0
+#define SK_IN_ORDER 1
+#define SK_FETCH_AHEAD 1
 #define SK_HAS_F16C 1
 #define SK_HAS_BF16_DOT 0
 #include "table.inl"

@@ -13,10 +13,17 @@
 //   SK_UNROLL_K      of them that one turn of the innermost loop multiplies
 //   SK_READ_ALONG    rows of a register tile whose element the multiplication itself reads; only
 //                    AVX-512 can
+//   SK_IN_ORDER      1: multiplications stay in the order of the source and two rows of a panel are
+//                    addressed from their middle (AVX2, with SK_UNROLL_K 2)
+//   SK_FETCH_AHEAD   1: while a block is multiplied, the next panel is fetched from L3
 #ifndef SK_BLOCK_K
 #define SK_BLOCK_K 192
 #define SK_UNROLL_K 1
 #define SK_READ_ALONG 0
+#endif
+#ifndef SK_IN_ORDER
+#define SK_IN_ORDER 0
+#define SK_FETCH_AHEAD 0
 #endif
 
 #define SK_INLINE static inline __attribute__((always_inline))

@@ -2,120 +2,26 @@
 // blocks.inl for how this is compiled.
 
 #include "blocks.inl"
+#include "register_tiles.inl"
 
-// ---------------------------------------------------------------- register tiles
-
-// sum += a b. With kFromMemory the multiplication itself reads `a`: an instruction less and a load
-// more for every vector, where else all of a row share one broadcast.
-template <bool kFromMemory, class T>
-SK_INLINE void multiply_add(Vector<T>& sum, const T& a, Vector<T> b) {
-#if SK_READ_ALONG
-  if constexpr (kFromMemory && sizeof(T) == 4) {
-    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
-    return;
-  } else if constexpr (kFromMemory) {
-    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
-    return;
-  }
-#endif
-  sum += a * b;
-}
-
-// sum[i][v] += a[i] b[v] for the elements of one k.
-template <class T, int NV>
-SK_INLINE void add_products(Vector<T> (&sum)[SK_MR][NV], const T* a, const T* b) {
-  Vector<T> row[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; v++) row[v] = load(b + v * Simd<T>::kLanes);
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR - SK_READ_ALONG; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) multiply_add<false, T>(sum[i][v], a[i], row[v]);
-#pragma GCC unroll 32
-  for (int i = SK_MR - SK_READ_ALONG; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) multiply_add<true, T>(sum[i][v], a[i], row[v]);
-}
-
-// c (SK_MR rows, NV vectors, row length P) = or += sum over k of a[k][0..SK_MR) b[k][0..NV).
-// Every loop over the accumulators must unroll completely: an indexed access would put the array in
-// memory and cost two thirds of the speed without a word.
-template <class T, int NV, bool kAdd>
-SK_INLINE void register_tile(int64_t k, const T* __restrict a, const T* __restrict b,
-                             T* __restrict c) {
-  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
-  Vector<T> sum[SK_MR][NV];
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[i][v] = Vector<T>{};
-  for (; k >= SK_UNROLL_K; k -= SK_UNROLL_K, a += SK_UNROLL_K * P, b += SK_UNROLL_K * P)
-#pragma GCC unroll 4
-    for (int step = 0; step < SK_UNROLL_K; step++)
-      add_products<T, NV>(sum, a + step * P, b + step * P);
-  if constexpr (SK_UNROLL_K > 1)
-    for (; k > 0; k--, a += P, b += P) add_products<T, NV>(sum, a, b);
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      T* to = c + i * P + v * kLanes;
-      store(to, kAdd ? load(to) + sum[i][v] : sum[i][v]);
-    }
-}
-
-#if SK_HAS_BF16_DOT
-template <class T, int NV, bool kAdd>
-SK_INLINE void register_tile(int64_t k, const uint32_t* __restrict a, const uint32_t* __restrict b,
-                             float* __restrict c) {
-  constexpr int P = Simd<float>::kPanel, kLanes = 16;
-  __m512 sum[SK_MR][NV];
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[i][v] = _mm512_setzero_ps();
-  for (; k > 0; k--, a += P, b += P) {
-    __m512bh row[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) row[v] = (__m512bh)_mm512_loadu_si512(b + v * kLanes);
-#pragma GCC unroll 32
-    for (int i = 0; i < SK_MR; i++) {
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(a[i]));
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], pair, row[v]);
-    }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      float* to = c + i * P + v * kLanes;
-      _mm512_storeu_ps(to, kAdd ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][v]) : sum[i][v]);
-    }
-}
-#endif
-
-// Columns [v0, v0 + vectors) of SK_MR rows; `vectors` <= SK_NV.
+// One P x P block of the product of two panels, rows k of a stretch of it. `next`, a panel or null,
+// is on its way into L2 meanwhile.
 template <class T, class E, bool kAdd>
-SK_INLINE void register_tiles(int vectors, int64_t k, const E* a, const E* b, T* c) {
-  if constexpr (SK_NV >= 3)
-    if (vectors == 3) return register_tile<T, 3, kAdd>(k, a, b, c);
-  if constexpr (SK_NV >= 2)
-    if (vectors == 2) return register_tile<T, 2, kAdd>(k, a, b, c);
-  register_tile<T, 1, kAdd>(k, a, b, c);
-}
-
-// One P x P block of the product of two panels, rows k of a stretch of it.
-template <class T, class E, bool kAdd>
-static void block_product(int rows, int cols, bool lower, int64_t k, const E* a, const E* b, T* c) {
+static void block_product(int rows, int cols, bool lower, int64_t k, const E* a, const E* b, T* c,
+                          const E* next = nullptr) {
   constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
-  for (int i = 0; i < rows; i += SK_MR) {
+  for (int i = 0; i < rows;) {
     // Of a diagonal block only the vectors up to the diagonal are needed.
-    const int needed = lower && i + SK_MR < cols ? i + SK_MR : cols;
+    const bool tall = i + kTallRows <= (lower ? kLanes : P) && cols <= (lower ? P : kLanes);
+    const int past = i + (tall ? kTallRows : SK_MR);
+    const int needed = lower && past < cols ? past : cols;
     const int vectors = (needed + kLanes - 1) / kLanes;
+    if (SK_FETCH_AHEAD && next != nullptr)
+      for (int64_t e = i * k; e < past * k; e += 64 / sizeof(E)) __builtin_prefetch(next + e, 0, 2);
     for (int v = 0; v < vectors; v += SK_NV)
-      register_tiles<T, E, kAdd>(vectors - v < SK_NV ? vectors - v : SK_NV, k, a + i,
+      register_tiles<T, E, kAdd>(tall, vectors - v < SK_NV ? vectors - v : SK_NV, k, a + i,
                                  b + v * kLanes, c + i * P + v * kLanes);
+    i = past;
   }
 }
 
@@ -225,6 +131,8 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
   const int64_t k_rows = kPairs ? (p.a.rows + 1) / 2 : p.a.rows;
   const int64_t stretch = stretch_of(k_rows);
   const int64_t stretches = k_rows > 0 ? ceil_div(k_rows, stretch) : 1;
+  // Smaller operands are in L2 from when they were packed.
+  const bool far = (m + n) * k_rows * int64_t(sizeof(E)) > (256 << 10);
   T* tile = static_cast<T*>(scratch);
   for (int64_t s = 0; s < stretches; s++) {
     const int64_t k0 = s * stretch, k1 = k0 + stretch < k_rows ? k0 + stretch : k_rows;
@@ -241,11 +149,15 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
         const int64_t count = k.end > k.begin ? k.end - k.begin : 0;
         const E* a = static_cast<const E*>(p.a.data) + bi * p.a.stride + k.begin * P;
         const E* b = static_cast<const E*>(p.b.data) + bj * p.b.stride + k.begin * P;
+        // Every panel is read for the first time in the first column or at the end of one.
+        const E* next = far && bj == j0 && bi + 1 < i1       ? a + p.a.stride
+                        : far && bi + 1 == i1 && bj + 1 < j1 ? b + p.b.stride
+                                                             : nullptr;
         if (first) {
           if (rows < P || cols < P || lower) clear_block(c);
-          block_product<T, E, false>(rows, cols, lower, count, a, b, c);
+          block_product<T, E, false>(rows, cols, lower, count, a, b, c, next);
         } else if (count > 0) {
-          block_product<T, E, true>(rows, cols, lower, count, a, b, c);
+          block_product<T, E, true>(rows, cols, lower, count, a, b, c, next);
         }
         if (last) finish_block<T>(p, bi, bj, rows, cols, c);
       }
@@ -254,47 +166,6 @@ static void product_blocks(const Product& p, int64_t i0, int64_t i1, int64_t j0,
 }
 
 // ---------------------------------------------------------------- products in place
-
-// SK_MR rows and NV vectors of columns: c = or += sum over k of a[k] b[k], where the rows of `a`
-// are at the offsets and `step` leads from one k to the next. Of c there are `rows` rows.
-template <class T, int NV, bool kAdd>
-SK_INLINE void tile_in_place(int64_t k, const T* a, const int64_t (&offset)[SK_MR], int64_t step,
-                             const T* b, int rows, T* c, int64_t c_pitch) {
-  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
-  Vector<T> sum[SK_MR][NV];
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[i][v] = Vector<T>{};
-  for (; k > 0; k--, a += step, b += P) {
-    Vector<T> row[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) row[v] = load(b + v * kLanes);
-#pragma GCC unroll 32
-    for (int i = 0; i < SK_MR; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sum[i][v] += a[offset[i]] * row[v];
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < SK_MR; i++)
-    if (i < rows)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        T* to = c + i * c_pitch + v * kLanes;
-        store(to, kAdd ? load(to) + sum[i][v] : sum[i][v]);
-      }
-}
-
-// The first `vectors` <= SK_NV of them.
-template <class T, bool kAdd>
-SK_INLINE void tiles_in_place(int vectors, int64_t k, const T* a, const int64_t (&offset)[SK_MR],
-                              int64_t step, const T* b, int rows, T* c, int64_t c_pitch) {
-  if constexpr (SK_NV >= 3)
-    if (vectors == 3) return tile_in_place<T, 3, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
-  if constexpr (SK_NV >= 2)
-    if (vectors == 2) return tile_in_place<T, 2, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
-  tile_in_place<T, 1, kAdd>(k, a, offset, step, b, rows, c, c_pitch);
-}
 
 // The rows of A, as far as they go, times `cols` columns of B, which were copied to `panel`.
 template <class T, bool kAdd>
