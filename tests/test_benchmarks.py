@@ -20,6 +20,7 @@ from spectral_kernels.benchmarks import (  # noqa: E402
     inverse_root,
     isa_comparison,
     newton_schulz,
+    place,
     plots,
     report,
     run,
@@ -278,6 +279,13 @@ def test_load_counts_others_only():
     assert load.others is None or 0.0 <= load.others <= 1.0
 
 
+def test_a_ceiling_does_not_sink(monkeypatch):
+    rates = iter([100.0, 68.0, 101.0])
+    monkeypatch.setattr(place, "fma_peak", lambda rate, threads: next(rates))
+    monkeypatch.setattr(place, "_highest", {})
+    assert [place.CPU.peak("fp32", 2) for _ in range(3)] == [100.0, 100.0, 101.0]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_fma_peak_is_a_rate(threads):
     peak = timing.fma_peak("fp32", threads)
@@ -325,6 +333,11 @@ def test_slow_trainings_take_fewer_steps():
     assert demo.affordable_steps(300, 1.0) == 60
     assert demo.affordable_steps(300, 1e3) == 20
     assert demo.affordable_steps(5, 1e3) == 5
+
+
+def test_what_torch_may_be_slow_at_is_measured_last():
+    sizes = [case.dtype.itemsize for case in demo.quick_cases()]
+    assert sizes == sorted(sizes, key=lambda size: size < 4) and 2 in sizes and 4 in sizes
 
 
 def test_trainings_start_alike_and_move():

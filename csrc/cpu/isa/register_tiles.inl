@@ -45,7 +45,7 @@ SK_INLINE void add_products(Vector<T> (&sum)[MR][NV], const T* a, const T* b) {
     for (int v = 0; v < NV; v++) multiply_add<true, T>(sum[i][v], a[i], row[v]);
 }
 
-// c (MR rows, NV vectors, row length P) = or += sum over k of a[k][0..SK_MR) b[k][0..NV).
+// c (MR rows, NV vectors, row length P) = or += sum over k of a[k][0..MR) b[k][0..NV).
 // Every loop over the accumulators must unroll completely: an indexed access would put the array in
 // memory and cost two thirds of the speed without a word.
 template <class T, int MR, int NV, bool kAdd>
