@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
+#include "parallel.h"
 #include "probes.h"
 
 namespace spectral_kernels::cpu {
@@ -27,18 +29,29 @@ void rows_times(int64_t cols, const double* m, const double* x, double* y) {
   std::copy_n(&sum[0][0], rows * kProbes, y);
 }
 
+// Side by side where this is not one of several matrices on threads of their own.
+constexpr int64_t kLines = 64;  // a job
+void in_jobs(int64_t lines, int64_t length, const std::function<void(int64_t, int64_t)>& work) {
+  const bool small = double(lines) * double(length) * kProbes < 2 * kThreadGrain;
+  parallel_jobs(ceil_div(lines, kLines), small ? 1 : available_threads(),
+                [&](int64_t job) { work(job * kLines, std::min((job + 1) * kLines, lines)); });
+}
+
 Columns times(int64_t rows, int64_t cols, const double* m, const Columns& x) {
   Columns y(size_t(rows * kProbes));
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    rows_times<kRows>(cols, m + i * cols, x.data(), &y[size_t(i * kProbes)]);
-  for (; i < rows; i++) rows_times<1>(cols, m + i * cols, x.data(), &y[size_t(i * kProbes)]);
+  in_jobs(rows, cols, [&](int64_t i, int64_t end) {
+    for (; i + kRows <= end; i += kRows)
+      rows_times<kRows>(cols, m + i * cols, x.data(), &y[size_t(i * kProbes)]);
+    for (; i < end; i++) rows_times<1>(cols, m + i * cols, x.data(), &y[size_t(i * kProbes)]);
+  });
   return y;
 }
 
+// Columns [begin, end) of as many rows of M.
 template <int64_t rows>
-void add_rows_times(int64_t cols, const double* m, const double* x, double* y) {
-  for (int64_t j = 0; j < cols; j++)
+void add_rows_times(int64_t cols, int64_t begin, int64_t end, const double* m, const double* x,
+                    double* y) {
+  for (int64_t j = begin; j < end; j++)
     for (int64_t k = 0; k < kProbes; k++) {
       double sum = y[j * kProbes + k];
       for (int64_t i = 0; i < rows; i++) sum += m[i * cols + j] * x[i * kProbes + k];
@@ -48,10 +61,13 @@ void add_rows_times(int64_t cols, const double* m, const double* x, double* y) {
 
 Columns transposed_times(int64_t rows, int64_t cols, const double* m, const Columns& x) {
   Columns y(size_t(cols * kProbes), 0.0);
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    add_rows_times<kRows>(cols, m + i * cols, &x[size_t(i * kProbes)], y.data());
-  for (; i < rows; i++) add_rows_times<1>(cols, m + i * cols, &x[size_t(i * kProbes)], y.data());
+  in_jobs(cols, rows, [&](int64_t j, int64_t end) {
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows)
+      add_rows_times<kRows>(cols, j, end, m + i * cols, &x[size_t(i * kProbes)], y.data());
+    for (; i < rows; i++)
+      add_rows_times<1>(cols, j, end, m + i * cols, &x[size_t(i * kProbes)], y.data());
+  });
   return y;
 }
 
@@ -72,22 +88,27 @@ double distance(Columns x, const Columns& y) {
   return length(x);
 }
 
-// Scaled by a power of two, so that no product overflows; below DBL_MIN rounding is absolute, and
-// `floor` is what it can amount to.
-struct Scaled {
-  std::vector<double> matrix;
+// By a power of two, so that no product overflows; below DBL_MIN rounding is absolute, and `floor`
+// is what it can amount to.
+struct Scaling {
   double by, norm, floor;
 };
 
-Scaled scaled(int64_t rows, int64_t cols, const double* a) {
+Scaling scaling_of(int64_t rows, int64_t cols, const double* a) {
   double largest = 0;
   for (int64_t i = 0; i < rows * cols; i++) largest = std::max(largest, std::abs(a[i]));
-  Scaled s{std::vector<double>(a, a + rows * cols), 1, 0, 0};
+  Scaling s{1, 0, 0};
   if (largest > 0) s.by = std::ldexp(1.0, -std::clamp(std::ilogb(largest), -1000, 1000));
-  for (double& value : s.matrix) value *= s.by;
-  s.norm = length(s.matrix);
+  double sum = 0;
+  for (int64_t i = 0; i < rows * cols; i++) sum += (a[i] * s.by) * (a[i] * s.by);
+  s.norm = std::sqrt(sum);
   s.floor = double(rows + cols) * std::numeric_limits<double>::min() * s.by;
   return s;
+}
+
+Columns scaled(Columns x, double by) {
+  for (double& value : x) value *= by;
+  return x;
 }
 
 bool orthonormal_columns(int64_t rows, int64_t cols, const double* q) {
@@ -111,9 +132,9 @@ Columns product(const Svd& svd, const double* diagonal, const Columns& y) {
 
 bool is_eigendecomposition(int64_t n, const double* a, const double* values, const double* vt) {
   if (n == 0) return true;
-  const Scaled s = scaled(n, n, a);
+  const Scaling s = scaling_of(n, n, a);
   const Columns y = Probes::signs(n, kProbes), vy = transposed_times(n, n, vt, y);
-  const Columns left = times(n, n, s.matrix.data(), vy);
+  const Columns left = times(n, n, a, scaled(vy, s.by));
   Columns scaled_values(values, values + n);
   for (double& value : scaled_values) value *= s.by;
   const Columns right = transposed_times(n, n, vt, scaled_rows(y, scaled_values.data()));
@@ -124,11 +145,11 @@ bool is_eigendecomposition(int64_t n, const double* a, const double* values, con
 bool is_svd(const double* a, const Svd& svd) {
   if (svd.m == 0 || svd.n == 0) return true;
   const int64_t k = std::min(svd.m, svd.n), most = std::max(svd.m, svd.n);
-  const Scaled s = scaled(svd.m, svd.n, a);
+  const Scaling s = scaling_of(svd.m, svd.n, a);
   const Columns y = Probes::signs(svd.n, kProbes);
   Columns diagonal(svd.s, svd.s + k);
   for (double& value : diagonal) value *= s.by;
-  const Columns left = times(svd.m, svd.n, s.matrix.data(), y);
+  const Columns left = times(svd.m, svd.n, a, scaled(y, s.by));
   return distance(left, product(svd, diagonal.data(), y)) <=
              (limit(most) * s.norm + s.floor) * length(y) &&
          orthonormal_columns(svd.m, k, svd.u) && orthonormal_rows(k, svd.n, svd.vt);
