@@ -12,8 +12,8 @@ void count_call(const char* op, const char* backend);
 std::map<std::string, int64_t> call_counts();
 void reset_call_counts();
 
-// A result of LAPACK's that was not what it should be: "eigh" where it was computed again, and
-// "eigh/again" where that was wrong too.
+// A decomposition, LAPACK's or our own, that was not what it should be: "eigh" where LAPACK
+// computed it again, and "eigh/again" where that was wrong too.
 void count_fault(const std::string& name);
 // Since the process started.
 std::map<std::string, int64_t> fault_counts();

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "counters.h"
+#include "cpu/eigen/eigen.h"
 #include "cpu/inverse_root/pole_sum.h"
 #include "cpu/isa/select.h"
 #include "cpu/lapack.h"
@@ -128,12 +129,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("call_counts", &call_counts);
   m.def("reset_call_counts", &reset_call_counts);
   m.def("fault_counts", &fault_counts,
-        "Results of LAPACK that were wrong and computed again: routine -> how many; "
+        "Decompositions that were wrong and computed again: routine -> how many; "
         "\"routine/again\" where the second was wrong too.");
   m.def("faults", &faults, "The sum of fault_counts().");
   m.def("mkl_thread_limit", &cpu::mkl_thread_limit);
   m.def("corrupt_lapack", &cpu::corrupt_lapack, pybind11::arg("results"),
         "For tests: the next so many results of LAPACK are wrong.");
+  m.def("set_eigen_route", &cpu::set_eigen_route, pybind11::arg("route"),
+        "For tests: \"own\" or \"lapack\" for every eigendecomposition, \"auto\" for the faster.");
   m.def("hide_mkl_switch", &cpu::hide_mkl_switch, pybind11::arg("on"),
         "For tests: as if MKL did not show the switch of a thread's number of threads.");
   m.def("mkl_threads_of_workers", &cpu::mkl_threads_of_workers,

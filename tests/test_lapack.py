@@ -103,6 +103,7 @@ CORRUPTED = """
 
     fresh.SIZE = 24
     torch.set_num_threads(2)
+    _C.set_eigen_route("lapack")
     given, results = {}, {}
     given = {name: x[:24, :24].clone() for name, x in fresh.inputs().items()}
     for name, routine in json.loads(sys.argv[1]).items():
@@ -150,6 +151,8 @@ def test_a_result_that_is_wrong_twice_is_a_failure():
         import json, torch
         import spectral_kernels as sk
 
+        sk._C.set_eigen_route("lapack")
+
         def outcome(f):
             sk._C.corrupt_lapack(2)
             return f()
@@ -181,6 +184,7 @@ def test_where_mkl_hides_its_switch_the_calling_thread_does_it():
         from spectral_kernels import _C
 
         torch.set_num_threads(1)
+        _C.set_eigen_route("lapack")
         given = fresh.inputs()
         names = ("eigenbasis", "inverse_root", "polar", "soap_step_")
         expected = [fresh.run(name, 1, "plain", given) for name in names]

@@ -93,16 +93,6 @@ bool converged(const F& f) {
   }
 }
 
-// What a test asks for: the columns change places, which no test of orthogonality sees.
-void corrupt(std::vector<double>& elements, int64_t columns) {
-  int64_t left = to_corrupt.load();
-  while (left > 0 && !to_corrupt.compare_exchange_weak(left, left - 1)) {
-  }
-  if (left <= 0) return;
-  for (size_t begin = 0; begin < elements.size(); begin += size_t(columns))
-    std::reverse(elements.begin() + int64_t(begin), elements.begin() + int64_t(begin) + columns);
-}
-
 // Calls f(i) for i in [0, jobs), one matrix a thread, in an active region of two threads at least.
 template <class F>
 void in_region(int64_t jobs, const F& f) {
@@ -149,7 +139,7 @@ bool eigh(int64_t n, const double* a, double* values, double* vectors) {
     const auto [w, v] =
         called_for<Tensor, Tensor>("aten::linalg_eigh", "", tensor_of(a, n, n), std::string("L"));
     std::vector<double> columns = dense(v);
-    corrupt(columns, n);
+    corrupt_columns(columns.data(), n, n);
     const std::vector<double> ascending = dense(w);
     std::copy(ascending.begin(), ascending.end(), values);
     copy_scaled(matrix_of(columns.data(), n, n), 0, matrix_of(vectors, n, n).transposed());
@@ -164,7 +154,7 @@ bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* 
         "aten::linalg_svd", "", tensor_of(a, m, n), /*full_matrices=*/false, None{});
     std::vector<double> left = dense(left_vectors), right = dense(right_vectors);
     const std::vector<double> values = dense(singular);
-    corrupt(left, s);
+    corrupt_columns(left.data(), m, s);
     const double most = *std::max_element(values.begin(), values.end());
     std::vector<double> kept, scaled(left);
     for (double value : values) kept.push_back(value > most * threshold ? 1 : 0);
@@ -179,6 +169,14 @@ bool svd_polar(int64_t m, int64_t n, const double* a, double threshold, double* 
 }
 
 void set_has_mkl(bool has) { has_mkl.store(has); }
+
+void corrupt_columns(double* matrix, int64_t rows, int64_t columns) {
+  int64_t left = to_corrupt.load();
+  while (left > 0 && !to_corrupt.compare_exchange_weak(left, left - 1)) {
+  }
+  if (left <= 0) return;
+  for (int64_t i = 0; i < rows; i++) std::reverse(matrix + i * columns, matrix + (i + 1) * columns);
+}
 
 void corrupt_lapack(int64_t results) { to_corrupt.store(results); }
 

@@ -33,8 +33,10 @@ void set_has_mkl(bool has);
 // torch.set_num_threads, by Python: see module.cpp.
 void set_torch_threads(int threads);
 
-// For tests. The next `results` results are made wrong.
+// For tests. The next `results` results are made wrong: the columns change places, which no test of
+// orthogonality sees.
 void corrupt_lapack(int64_t results);
+void corrupt_columns(double* matrix, int64_t rows, int64_t columns);  // if this is one of them
 // As if MKL hid its switch.
 void hide_mkl_switch(bool on);
 // Holds all workers at a barrier, and says for how many threads MKL would split its work on each;

@@ -239,6 +239,14 @@ struct Kernels {
   double (*multiply_adds[kKinds])(int64_t rounds);
   // Rounds a part of a line of fp32 numbers, given as bits, at random to bfloat16.
   void (*round_line)(const uint32_t* x, uint32_t seed, uint32_t first, int64_t count, uint16_t* to);
+  // Parts of an eigendecomposition in fp64: isa/tridiagonal.inl.
+  void (*symmetric_times)(const Panels& a, const double* x, int64_t j0, int64_t j1, double* y);
+  void (*add_lines)(int64_t lines, const double* x, int64_t pitch, const double* by, int64_t begin,
+                    int64_t end, double* y);
+  void (*dot_lines)(int64_t lines, const double* x, int64_t pitch, const double* y, int64_t begin,
+                    int64_t end, double* dots);
+  void (*secular_sums)(const double* d, const double* z2, int64_t begin, int64_t end, double origin,
+                       double mu, double* value, double* slope);
   // Rows [r0, r1) of a product in place, of F32 [0] or F64 [1] numbers.
   void (*multiply_in_place[2])(const InPlace&, int64_t r0, int64_t r1);
   // Whether `rows` of this product need not be packed; null where they always have to be.

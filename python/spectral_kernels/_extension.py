@@ -57,14 +57,14 @@ _warned_of_faults = False
 
 
 def warn_of_faults() -> None:
-    """Says once in a process that a result of LAPACK was wrong and had to be computed again."""
+    """Says once in a process that a decomposition was wrong and had to be computed again."""
     global _warned_of_faults
     if MODULE is None or _warned_of_faults or not MODULE.faults():
         return
     _warned_of_faults = True
     warnings.warn(
-        f"LAPACK's results did not multiply to the matrix ({faults()}): they were computed again "
-        "on one thread, and count as failures where that did not help either. `python -m "
+        f"a decomposition did not multiply to its matrix ({faults()}): LAPACK computed it again on "
+        "one thread, and it counts as a failure where that did not help either. `python -m "
         "spectral_kernels.info` and a report of what it prints are welcome",
         RuntimeWarning,
         stacklevel=4,
@@ -72,6 +72,6 @@ def warn_of_faults() -> None:
 
 
 def faults() -> str:
-    """How many results of LAPACK were computed again, by routine; "none"."""
+    """How many decompositions were computed again, by routine; "none"."""
     counts = {} if MODULE is None else MODULE.fault_counts()
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"

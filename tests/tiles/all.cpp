@@ -19,6 +19,7 @@ int main(int count, char** arguments) {
   for (const Kind kind : {Kind::kF32, Kind::kBF16}) check_long_sums(kernels, kind);
   check_products_in_place(kernels);
   check_reflections(kernels);
+  check_eigen(kernels);
   std::printf("%s: %d checks, %d failures\n", kernels.name, checks, failures);
   return failures == 0 ? 0 : 1;
 }

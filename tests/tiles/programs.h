@@ -13,5 +13,6 @@ void check_products_in_place(const Kernels& kernels);
 void check_packing(const Kernels& kernels);
 void check_elementwise(const Kernels& kernels);
 void check_reflections(const Kernels& kernels);
+void check_eigen(const Kernels& kernels);
 
 }  // namespace spectral_kernels::cpu

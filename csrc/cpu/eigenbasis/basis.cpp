@@ -11,8 +11,8 @@
 #include "../../counters.h"
 #include "../../registration.h"
 #include "../cholesky.h"
+#include "../eigen/eigen.h"
 #include "../householder.h"
-#include "../lapack.h"
 #include "../parallel.h"
 #include "../probes.h"
 #include "../views.h"
@@ -250,39 +250,68 @@ class Refresher {
   Panels pool_[kPanels];
 };
 
+// The first element of largest magnitude.
+int64_t largest_at(int64_t n, const double* x) {
+  double most = 0;
+  for (int64_t i = 0; i < n; i++) most = std::max(most, std::abs(x[i]));
+  return std::find_if(x, x + n, [&](double value) { return std::abs(value) == most; }) - x;
+}
+
 }  // namespace
+
+size_t eigenbasis_bytes(int64_t n) {
+  const size_t square = Workspace::rounded(size_t(n * n) * sizeof(double));
+  return 2 * square + std::max(2 * panel_bytes(n, n, Kind::kF64), eigen_bytes(n));
+}
 
 bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads) {
   const int64_t n = a.rows;
-  const size_t size = size_t(n), count = size * size;
+  const size_t size = size_t(n), square = size * size * sizeof(double);
   if (std::isnan(max_abs(a, threads))) return false;
-  std::vector<double> mean(count), transposed(count), rows(count), ascending(size);
-  const auto square = [n](std::vector<double>& m) {
-    return Matrix{m.data(), n, n, n, 1, DType::kF64};
-  };
-  copy_scaled(a, 0, square(mean));
-  copy_scaled(a.transposed(), 0, square(transposed));
-  for (size_t i = 0; i < count; i++) mean[i] = 0.5 * mean[i] + 0.5 * transposed[i];
-  bool converged = false;
-  lapack_jobs("eigh", 1, [&](int64_t) {
-    return converged = eigh(n, mean.data(), ascending.data(), rows.data());
-  });
-  if (!converged) return false;
+  Workspace workspace(2 * Workspace::rounded(square));
+  double* const mean = static_cast<double*>(workspace.take(square));
+  double* const rows = static_cast<double*>(workspace.take(square));
+  const auto dense = [n](double* data) { return Matrix{data, n, n, n, 1, DType::kF64}; };
+  {
+    Workspace packed(2 * panel_bytes(n, n, Kind::kF64));
+    Pack pack;
+    pack.x = a;
+    pack.out = take_panels(packed, n, n, Kind::kF64);
+    pack.out_t = take_panels(packed, n, n, Kind::kF64);
+    run(pack, threads);
+    Combine half;
+    half.a = pack.out;
+    half.b = pack.out_t;
+    half.alpha = half.beta = 0.5;
+    half.store = dense(mean);
+    run(half, threads);
+  }
+  std::vector<double> ascending(size);
+  if (!eigendecompose(n, mean, ascending.data(), rows, threads)) return false;
   std::vector<size_t> order(size);
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t i, size_t j) { return ascending[i] > ascending[j]; });
   values.resize(size);
-  std::vector<double>& sorted = transposed;
-  for (size_t k = 0; k < size; k++) {
-    values[k] = ascending[order[k]];
-    const double *from = &rows[order[k] * size], *top = from;
-    for (size_t i = 1; i < size; i++)
-      if (std::abs(from[i]) > std::abs(*top)) top = from + i;
-    const double sign = *top < 0 ? -1 : 1;
-    for (size_t i = 0; i < size; i++) sorted[k * size + i] = sign * from[i];
-  }
-  copy_scaled(square(sorted), 0, vectors.transposed());
+  double* const sorted = mean;
+  constexpr int64_t kRows = 32;  // a job
+  parallel_jobs(ceil_div(n, kRows), threads, [&](int64_t job) {
+    for (int64_t k = job * kRows; k < std::min((job + 1) * kRows, n); k++) {
+      values[size_t(k)] = ascending[order[size_t(k)]];
+      const double* const from = rows + order[size_t(k)] * size;
+      const double sign = from[largest_at(n, from)] < 0 ? -1 : 1;
+      for (int64_t i = 0; i < n; i++) sorted[k * n + i] = sign * from[i];
+    }
+  });
+  Workspace packed(panel_bytes(n, n, Kind::kF64));
+  Pack result;
+  result.x = dense(sorted);
+  result.out = take_panels(packed, n, n, Kind::kF64);
+  run(result, threads);
+  Combine write;
+  write.a = result.out;
+  write.store = vectors.transposed();
+  run(write, threads);
   return true;
 }
 

@@ -10,8 +10,9 @@
 namespace spectral_kernels::cpu {
 
 // vectors = eigenvectors of (A + Aᵀ) / 2 in columns, values descending. False, with nothing
-// written, for non-finite input or where LAPACK does not converge.
+// written, for non-finite input or where it does not converge.
 bool eigenbasis(const Matrix& a, std::vector<double>& values, const Matrix& vectors, int threads);
+size_t eigenbasis_bytes(int64_t n);
 
 // One round of orthogonal iteration on a finite q and a (see reference/eigenbasis.py). `q_new` may
 // be q. values[j] and order[j] belong to the old columns; with `sort` the new column k follows

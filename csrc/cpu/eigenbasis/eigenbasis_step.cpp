@@ -69,7 +69,10 @@ size_t EigenbasisStep::bytes(const Matrix& grad, const Matrix& moment, const Sid
                                 sides.right_basis ? refresh_bytes(n, moment.dtype) : 0);
   // A turn beside a rounded operand; a refresh, with its panels, turns or the bases.
   const size_t refreshing = refresh ? 2 * x + std::max(turn, bases) : 0;
-  return own + std::max({turn + x, refreshing, other});
+  size_t first = 0;
+  for (const Matrix& basis : {sides.left_basis, sides.right_basis})
+    if (basis && is_zero(basis, 1)) first = std::max(first, eigenbasis_bytes(basis.rows));
+  return own + std::max({turn + x, refreshing, other, first});
 }
 
 bool EigenbasisStep::uninitialised() const {

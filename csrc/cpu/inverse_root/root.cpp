@@ -12,7 +12,7 @@
 #include "../../registration.h"
 #include "../../root_results.h"
 #include "../../root_rows.h"
-#include "../lapack.h"
+#include "../eigen/eigen.h"
 #include "../parallel.h"
 #include "../probes.h"
 #include "../views.h"
@@ -417,9 +417,7 @@ class RootProblem {
     unpack.a = a_;
     unpack.store = full;
     run(unpack, threads_);
-    lapack_jobs("eigh", 1, [&](int64_t) {
-      return factored_ = eigh(n_, matrix.data(), values.data(), vectors.data());
-    });
+    factored_ = eigendecompose(n_, matrix.data(), values.data(), vectors.data(), threads_);
     result_.steps = 0;
     if (!factored_) {
       result_.status = RootStatus::kStagnated;
@@ -541,7 +539,7 @@ RootResult inverse_root(const Matrix& a, double divisor, const RootOptions& opti
 size_t root_bytes(int64_t n, DType dtype) {
   const Kind kind = dtype == DType::kF64 ? Kind::kF64 : Kind::kF32;
   return RootProblem::kPanels * panel_bytes(n, n, kind) + 2 * Probes::bytes(n, kind) +
-         Eigenvectors::bytes(n) + Probes::bytes(n, Kind::kF64);
+         Eigenvectors::bytes(n) + Probes::bytes(n, Kind::kF64) + eigen_bytes(n);
 }
 
 double root_work(int64_t n, int p) {

@@ -3,6 +3,7 @@
 #include "elementwise.inl"
 #include "hash.inl"
 #include "householder.inl"
+#include "tridiagonal.inl"
 
 // `count` elements of a line from column `first` on.
 static void round_line(const uint32_t* __restrict x, uint32_t seed, uint32_t first, int64_t count,
@@ -54,6 +55,10 @@ static const Kernels kTable = {
 #endif
     },
     round_line,
+    symmetric_times,
+    add_lines,
+    dot_lines,
+    secular_sums,
     {multiply_in_place<float>, multiply_in_place<double>},
 };
 
