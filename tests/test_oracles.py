@@ -554,7 +554,7 @@ def follow_in_bases(
         warmed(case, seed)
     u = unit_roundoff(dtype)
     made_error = max(u, LEAST_JITTER)
-    roundings = [rounding_of(0.0, 0), *(rounding_of(made_error, k << 32) for k in (1, 2, 3))]
+    roundings = [rounding_of(0.0, 0), *(rounding_of(made_error, 1000 * k) for k in (1, 2, 3))]
     runs = [[state_of(case, i, sides, warm) for i in range(len(sizes))] for _ in roundings]
     scales = case.options.get("scales", [1.0] * len(sizes))
     for t in range(1, 5):

@@ -153,6 +153,22 @@ template <class S, class T>
 SK_INLINE void put_row(S* p, int n, const T* in) {
   for (int j = 0; j < n; j++) put(p + j, in[j]);
 }
+// Without a conversion, whole vectors, of which the last two may overlap: a call of memcpy takes
+// longer than a short row.
+template <class T>
+SK_INLINE void copy_row(const T* p, int n, T* out) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  if (n < kLanes) {
+    for (int j = 0; j < n; j++) out[j] = p[j];
+    return;
+  }
+  for (int j = 0; j + kLanes <= n; j += kLanes) store(out + j, load(p + j));
+  if (n % kLanes != 0) store(out + n - kLanes, load(p + n - kLanes));
+}
+SK_INLINE void get_row(const float* p, int n, float* out) { copy_row(p, n, out); }
+SK_INLINE void get_row(const double* p, int n, double* out) { copy_row(p, n, out); }
+SK_INLINE void put_row(float* p, int n, const float* in) { copy_row(in, n, p); }
+SK_INLINE void put_row(double* p, int n, const double* in) { copy_row(in, n, p); }
 #if SK_HAS_F16C
 SK_INLINE void get_row(const F16* p, int n, float* out) {
   int j = 0;
@@ -199,11 +215,13 @@ struct Transpose {
   }
 };
 
+// The transpose of the first rows and columns of a block, whole vectors of both; beyond them the
+// rows of the result are 0.
 template <class T>
-SK_INLINE void transpose_block(const T* in, T* out) {
+SK_INLINE void transpose_rows(int rows, int cols, const T* in, T* out) {
   constexpr int kLanes = Simd<T>::kLanes, P = Simd<T>::kPanel;
-  for (int i = 0; i < P; i += kLanes)
-    for (int j = 0; j < P; j += kLanes) {
+  for (int i = 0; i < rows; i += kLanes)
+    for (int j = 0; j < cols; j += kLanes) {
       Vector<T> row[kLanes];
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; r++) row[r] = load(in + (i + r) * P + j);
@@ -211,6 +229,13 @@ SK_INLINE void transpose_block(const T* in, T* out) {
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; r++) store(out + (j + r) * P + i, row[r]);
     }
+  for (int i = rows; i < P; i += kLanes)
+    for (int j = 0; j < cols; j++) store(out + j * P + i, Vector<T>{});
+}
+
+template <class T>
+SK_INLINE void transpose_block(const T* in, T* out) {
+  transpose_rows(Simd<T>::kPanel, Simd<T>::kPanel, in, out);
 }
 
 template <class T>

@@ -53,8 +53,64 @@ SK_INLINE void mirror_upper(T* c, const T* t) {
     }
 }
 
+// Panels that hold numbers as they are computed, and no image of them.
+template <class T>
+SK_INLINE bool is_plain(const Panels& p) {
+  return p.kind == (sizeof(T) == 4 ? Kind::kF32 : Kind::kF64) && p.data && !p.left;
+}
+
+// Above the diagonal of a block, its first n rows and columns, what is below it.
+template <class T>
+SK_INLINE void mirror_lower(int n, T* c) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
+  Mask lane;
+  for (int l = 0; l < kLanes; l++) lane[l] = l;
+  for (int i = 0; i < n; i += kLanes)
+    for (int j = 0; j <= i; j += kLanes) {
+      Vector<T> row[kLanes], old[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; r++) old[r] = row[r] = load(c + (i + r) * P + j);
+      Transpose<T>::template stage<kLanes / 2>(row);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; r++)
+        store(c + (j + r) * P + i, i == j ? (lane > r ? row[r] : old[r]) : row[r]);
+    }
+}
+
+// What most products of an iteration want of a block: alpha C + beta E as panels, and its mirror or
+// transpose, without a copy between. False, with nothing done, where more is wanted or where rows
+// or columns end within a vector.
+template <class T>
+SK_INLINE bool finish_plainly(const Product& p, int64_t bi, int64_t bj, int rows, int cols,
+                              const T* c) {
+  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
+  const bool diagonal = bi == bj;
+  if (!is_plain<T>(p.out) || p.copy || p.store || p.scaled || p.beta != 0 ||
+      (p.gamma != 0 && diagonal) || rows % kLanes != 0 || cols % kLanes != 0)
+    return false;
+  if (p.out_t && (p.symmetric || !is_plain<T>(p.out_t))) return false;
+  if (p.beta_panels != 0 && !is_plain<T>(p.add_panels)) return false;
+  T* const to = panel_block<T>(p.out, bi, bj);
+  const T alpha = T(p.alpha);
+  if (p.beta_panels != 0) {
+    const T beta = T(p.beta_panels);
+    const T* const d = panel_block<T>(p.add_panels, bi, bj);
+    for (int i = 0; i < rows * P; i += kLanes)
+      store(to + i, alpha * load(c + i) + beta * load(d + i));
+  } else {
+    for (int i = 0; i < rows * P; i += kLanes) store(to + i, alpha * load(c + i));
+  }
+  if (p.symmetric && diagonal)
+    mirror_lower(rows, to);
+  else if (p.symmetric || p.out_t)
+    transpose_rows(rows, cols, to, panel_block<T>(p.symmetric ? p.out : p.out_t, bj, bi));
+  return true;
+}
+
 template <class T>
 static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int cols, T* c) {
+  if (finish_plainly<T>(p, bi, bj, rows, cols, c)) return;
   constexpr int P = Simd<T>::kPanel;
   constexpr Kind kNative = sizeof(T) == 4 ? Kind::kF32 : Kind::kF64;
   alignas(64) Block<T> other;  // first D or E, later the transposed block
