@@ -125,12 +125,9 @@ def run_case(
                 return row
         calls = {c.name: c.run for c in problem.contenders if c.name not in failures}
         with Load() as load:
-            before = _peaks(problem.work, threads, place)
+            _peaks(problem.work, threads, place)  # the place keeps the highest
             timings, replays = place.times(calls, budget, problem.period)
-            peaks = {
-                rate: max(peak, before[rate])
-                for rate, peak in _peaks(problem.work, threads, place).items()
-            }
+            peaks = _peaks(problem.work, threads, place)
         row["others_load"] = load.others
         row["peak_gflops_a_thread"] = peaks
         bound, least = _bound(problem.work, peaks, threads, place)

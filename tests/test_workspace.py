@@ -145,6 +145,27 @@ def test_packed_copies_are_those_of_one_matrix_a_thread(op, shape, dtype, count,
             assert (workspace.workspace_peak() == 0) == in_place
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("route", ["own", "lapack"])
+def test_memory_of_an_eigenbasis(route, threads):
+    n, count = 210, 3
+    factors = torch.stack([semidefinite(n, 1e3, seed) for seed in range(count)]).float()
+    torch.set_num_threads(threads)
+    squares = 2 * n * n * 8
+    bound = squares + (5.5 * packed(n, n, 8) + packed(384, n, 8) if route == "own" else 0)
+    bound = max(bound, squares + 2 * packed(n, n, 8)) + (2 << 20) + 4 * 4096
+    workspace.set_eigen_route(route)
+    try:
+        for isa in workspace.supported_isas():
+            with instruction_set(isa):
+                workspace.release_workspace()
+                workspace.reset_workspace_peak()
+                sk.eigenbasis(factors)
+                assert 0 < workspace.workspace_peak() <= threads * bound
+    finally:
+        workspace.set_eigen_route("auto")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", BOUNDED)
 def test_torch_memory_beyond_the_results(op, dtype):

@@ -10,9 +10,9 @@
 //     inverse_root               11 s and three n x 8 probes
 // at most, whatever the length of a batch or list (tests/test_workspace.py). The eigen route of
 // inverse_root adds a packed square in fp64 and an eigendecomposition; eigenbasis, and with it the
-// first step of SOAP and DeVA, takes two squares in fp64 and one. That is five and a half such
-// squares and a twentieth where our own kernels do it (eigen/eigen.cpp), else four in torch's
-// memory, which LAPACK works on.
+// first step of SOAP and DeVA, takes two squares in fp64 and one. That is five and a half packed
+// squares in fp64 and 384 rows of one where our own kernels do it (eigen/eigen.cpp), else four in
+// torch's memory, which LAPACK works on.
 // Elements have the size that products are computed in: 8 bytes, 4, or 2 for x where there are bf16
 // instructions. A row of a panel is up to 31 elements longer than that of the matrix. A block is
 // rounded up to pages, of 2 MiB if it is larger than that. Beside it a thread keeps the scratch
