@@ -26,7 +26,7 @@ CHECKED = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover
 # What is quick under the sanitizers, and together calls every operator in every dtype and layout.
 SELECTION = (
     *("test_red_zones.py::test_margins_of_every_tensor_stay", "test_symmetric_matmul.py"),
-    *("test_kron_factor.py", "test_workspace.py"),
+    *("test_kron_factor.py", "test_workspace.py", "test_eigendecomposition.py"),
 )
 
 

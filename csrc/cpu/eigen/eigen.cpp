@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../../check.h"
@@ -18,14 +19,18 @@ namespace {
 enum class Route { kAuto, kOwn, kLapack };
 std::atomic<Route> route{Route::kAuto};
 
-// Whether our own kernels are faster than LAPACK in fp64 on one thread, which is what it may use.
-// By measurement: on Zen 3, where they have AVX2, against MKL, 1.2 to 2.8 times for matrices of 2
-// to 3072 rows, single and in batches. For no other instruction set anything was measured.
-bool own_kernels_are_faster() { return std::strcmp(kernels().name, "avx2") == 0; }
+// The least matrix that our own kernels decompose. By measurement, against LAPACK in fp64 on one
+// thread, which is what it may use: with AVX2 they are faster from 2 rows on (Zen 3 and MKL, 1.2 to
+// 2.8 times, to 3072 rows, single and in batches), but for small matrices, which LAPACK does not
+// divide either, its steps round less: 0.3 to 1 of the error. For no other instruction set anything
+// was measured.
+int64_t least_own() {
+  return std::strcmp(kernels().name, "avx2") == 0 ? 32 : std::numeric_limits<int64_t>::max();
+}
 
 bool by_own_kernels(int64_t n) {
   const Route asked = route.load();
-  return n > 0 && (asked == Route::kAuto ? own_kernels_are_faster() : asked == Route::kOwn);
+  return n > 0 && (asked == Route::kAuto ? n >= least_own() : asked == Route::kOwn);
 }
 
 size_t own_bytes(int64_t n) {
