@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from spectral_kernels import _extension
+from test_tiles import ALL
 
 pytestmark = pytest.mark.long
 
@@ -59,9 +60,7 @@ def test_eight_threads_do_not_race(tmp_path):
 def test_micro_kernels_with_checked_memory(tmp_path):
     if _extension.MODULE is None:
         pytest.skip(_extension.REASON)
-    parts = ("products.cpp", "packing.cpp", "elementwise.cpp", "reflections.cpp", "eigen.cpp")
-    sources = ("all.cpp", *parts)
-    checked = program(tmp_path, CHECKED, *(TILES / name for name in sources))
+    checked = program(tmp_path, CHECKED, *ALL)
     for isa in _extension.MODULE.supported_isas():
         assert run([checked, isa]).endswith(" 0 failures\n")
 

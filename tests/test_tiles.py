@@ -15,8 +15,8 @@ from support.fuzzing import refusal
 
 HERE = Path(__file__).parent / "tiles"
 ISA = HERE.parent.parent / "csrc" / "cpu" / "isa"
-PARTS = ("products.cpp", "packing.cpp", "elementwise.cpp", "reflections.cpp", "eigen.cpp")
-ALL = [HERE / name for name in ("all.cpp", *PARTS)]
+PARTS = ("all", "products", "packing", "elementwise", "reflections", "eigen")
+ALL = [HERE / f"{name}.cpp" for name in PARTS]
 EMULATED_AMX = [HERE / "emulated_amx.cpp", HERE / "products.cpp", ISA / "amx.cpp"]
 # As setup.py has them, but for what only costs time here.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra", "-Wno-psabi")

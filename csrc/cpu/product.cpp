@@ -143,9 +143,13 @@ size_t panel_bytes(int64_t rows, int64_t cols, Kind kind, Held held) {
   return data + image;
 }
 
+Panels panels_at(void* data, int64_t rows, int64_t cols, Kind kind) {
+  return {data, rows, cols, kind, words_of_panel(rows, kind)};
+}
+
 Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind, Held held) {
   const auto [data, image] = bytes_of(rows, cols, kind, held);
-  Panels p{nullptr, rows, cols, kind, words_of_panel(rows, kind)};
+  Panels p = panels_at(nullptr, rows, cols, kind);
   if (data > 0) p.data = workspace.take(data);
   if (image > 0) p.left = workspace.take(image);
   return p;

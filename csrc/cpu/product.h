@@ -13,6 +13,8 @@ namespace spectral_kernels::cpu {
 
 size_t element_size(DType dtype);
 size_t panel_bytes(int64_t rows, int64_t cols, Kind kind, Held held = Held::kPanels);
+// Panels of a matrix without an image in memory that the caller has for them.
+Panels panels_at(void* data, int64_t rows, int64_t cols, Kind kind);
 // Panels in a workspace; the caller has counted panel_bytes() into its size.
 Panels take_panels(Workspace& workspace, int64_t rows, int64_t cols, Kind kind,
                    Held held = Held::kPanels);

@@ -30,17 +30,14 @@ void rotate(int64_t n, double* x, double* y, double c, double s) {
 }
 
 // By QL steps with implicit shifts, which lose least where the diagonal ascends: a matrix of the
-// other kind is turned round.
+// other kind is turned round. z begins as zeros.
 bool small_eigen(int64_t n, double* d, double* e, double* z, int64_t pitch) {
   const bool turned = std::abs(d[0]) > std::abs(d[n - 1]);
   if (turned) {
     std::reverse(d, d + n);
     std::reverse(e, e + n - 1);
   }
-  for (int64_t i = 0; i < n; i++) {
-    std::fill_n(z + i * pitch, n, 0.0);
-    z[i * pitch + (turned ? n - 1 - i : i)] = 1;
-  }
+  for (int64_t i = 0; i < n; i++) z[i * pitch + (turned ? n - 1 - i : i)] = 1;
   constexpr int kMost = 60;  // steps for one eigenvalue
   for (int64_t l = 0; l < n; l++)
     for (int step = 0;; step++) {
@@ -112,11 +109,7 @@ class Merge {
 
   void run() {
     deflate();
-    if (!kept_.empty()) {
-      std::stable_sort(kept_.begin(), kept_.end(),
-                       [&](int64_t i, int64_t j) { return d_[i] < d_[j]; });
-      combine();
-    }
+    if (!kept_.empty()) combine();
     std::iota(order_, order_ + n_, int64_t(0));
     std::stable_sort(order_, order_ + n_, [&](int64_t i, int64_t j) { return d_[i] < d_[j]; });
   }
@@ -242,7 +235,8 @@ class Merge {
       }
       for (int64_t i = 0; i < used; i++)
         std::copy_n(row(kept_[size_t(grouped[size_t(from + i)])]) + c0, cols, spare_ + i * cols);
-      const Panels a = panels(left_, used, k), b = panels(right_, used, cols);
+      const Panels a = panels_at(left_, used, k, Kind::kF64),
+                   b = panels_at(right_, used, cols, Kind::kF64);
       Pack pack_a, pack_b;
       pack_a.x = Matrix{lines_ + from, k, used, k, 1, DType::kF64};
       pack_a.out_t = a;
@@ -259,10 +253,6 @@ class Merge {
     // The second half reads its columns of the rows, of which the first writes others.
     half(0, count[kFirst] + count[kBoth], 0, n1_);
     half(count[kFirst], count[kBoth] + count[kSecond], n1_, n_ - n1_);
-  }
-
-  static Panels panels(double* data, int64_t rows, int64_t cols) {
-    return {data, rows, cols, Kind::kF64, rows * kernels().panel[int(Kind::kF64)]};
   }
 
   static constexpr int64_t kGrain = 1 << 14;  // elements that are worth a second thread
@@ -296,10 +286,12 @@ DivideSpace::DivideSpace(Workspace& workspace, int64_t n, double* left)
   right = static_cast<double*>(workspace.take(size_t(n * right_pitch) * sizeof(double)));
 }
 
-size_t DivideSpace::left_bytes(int64_t n) { return size_t(n * pitch_of(n)) * sizeof(double); }
+size_t DivideSpace::left_bytes(int64_t n) {
+  return Workspace::rounded(size_t(n * pitch_of(n)) * sizeof(double));
+}
 
 size_t DivideSpace::bytes(int64_t n) {
-  return 3 * Workspace::rounded(left_bytes(n)) +
+  return 3 * left_bytes(n) +
          Workspace::rounded(size_t(n * pitch_of(ceil_div(n, int64_t(2)))) * sizeof(double));
 }
 

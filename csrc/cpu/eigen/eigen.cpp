@@ -34,8 +34,7 @@ bool by_own_kernels(int64_t n) {
 }
 
 size_t own_bytes(int64_t n) {
-  return Workspace::rounded(DivideSpace::left_bytes(n)) + Tridiagonal::bytes(n) +
-         DivideSpace::bytes(n);
+  return DivideSpace::left_bytes(n) + Tridiagonal::bytes(n) + DivideSpace::bytes(n);
 }
 
 // Householder reflections to a tridiagonal matrix, divide and conquer, and the reflections back.
@@ -45,7 +44,7 @@ bool decompose(int64_t n, const double* a, double* values, double* vectors, int 
   Workspace workspace(own_bytes(n));
   // What is left of A, then operands of products, then the vectors.
   double* const shared = static_cast<double*>(workspace.take(DivideSpace::left_bytes(n)));
-  const Panels panels{shared, n, n, Kind::kF64, n * kernels().panel[int(Kind::kF64)]};
+  const Panels panels = panels_at(shared, n, n, Kind::kF64);
   Tridiagonal t(workspace, n);
   const DivideSpace space(workspace, n, shared);
   Pack pack;

@@ -131,7 +131,7 @@ class Reduction {
   // What is left of A after the columns [c, c + count).
   void update(int64_t c, int64_t count) {
     const int64_t next = c + count, rows = n_ - next;
-    Workspace workspace(2 * Workspace::rounded(panel_bytes(2 * count, rows, Kind::kF64)));
+    Workspace workspace(2 * panel_bytes(2 * count, rows, Kind::kF64));
     const Panels left = take_panels(workspace, 2 * count, rows, Kind::kF64),
                  right = take_panels(workspace, 2 * count, rows, Kind::kF64);
     const auto pack = [&](double* lines, const Panels& out, int64_t row) {

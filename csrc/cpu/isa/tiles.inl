@@ -39,20 +39,6 @@ SK_INLINE void scale(int rows, T alpha, T* c) {
     store(c + i, alpha * load(c + i));
 }
 
-// Above the diagonal of c, the elements of t.
-template <class T>
-SK_INLINE void mirror_upper(T* c, const T* t) {
-  constexpr int P = Simd<T>::kPanel, kLanes = Simd<T>::kLanes;
-  typedef decltype(Vector<T>{} < Vector<T>{}) Mask;
-  Mask lane;
-  for (int l = 0; l < kLanes; l++) lane[l] = l;
-  for (int i = 0; i < P; i++)
-    for (int j = i / kLanes * kLanes; j < P; j += kLanes) {
-      const Mask upper = lane > i - j;
-      store(c + i * P + j, upper ? load(t + i * P + j) : load(c + i * P + j));
-    }
-}
-
 // Panels that hold numbers as they are computed, and no image of them.
 template <class T>
 SK_INLINE bool is_plain(const Panels& p) {
@@ -130,9 +116,9 @@ static void finish_block(const Product& p, int64_t bi, int64_t bj, int rows, int
   }
   if (p.gamma != 0 && diagonal)
     for (int i = 0; i < rows && i < cols; i++) c[i * P + i] += T(p.gamma);
-  const bool both = p.symmetric || p.out_t;
+  if (p.symmetric && diagonal) mirror_lower(P, c);
+  const bool both = mirror || p.out_t;
   if (both) transpose_block(c, other);
-  if (p.symmetric && diagonal) mirror_upper(c, other);
   const T* const transposed = p.symmetric && diagonal ? c : both ? other : nullptr;
   if (p.out) {
     store_panel(p.out, bi, bj, rows, c, transposed);
